@@ -9,13 +9,17 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lora_da.errors import LoraDAError
-from lora_da.statistics import InputSums, LayerStatistics, LayerSums
+from lora_da.routing import Routed, positions_of
+from lora_da.statistics import InputSums, LayerStatistics, LayerSums, summable
+
+UNKNOWN = "unknown"  # instead of the rows of an input that count
 
 
 class Collector:
@@ -24,15 +28,33 @@ class Collector:
     Args:
         layers: the base layers, by name.
         full_fisher: names of the layers whose output Fisher is kept in full.
+        scale: the factor that every d carries.
+        timed: a context to compute the products in.
+        routed: the layers that are inside an expert and read some of the tokens only.
     """
 
-    def __init__(self, layers: Mapping[str, nn.Module], full_fisher: frozenset[str] = frozenset()) -> None:
+    def __init__(
+        self,
+        layers: Mapping[str, nn.Module],
+        full_fisher: frozenset[str] = frozenset(),
+        scale: float = 1.0,
+        timed: Callable[[], AbstractContextManager[None]] = contextlib.nullcontext,
+        routed: Mapping[str, Routed] | None = None,
+    ) -> None:
         self.layers = layers
         self.full_fisher = full_fisher
         self.misshapen: dict[str, tuple[int, ...]] = {}  # layers whose input is not (rows, columns, i)
         self.overflowed: Tensor | None = None  # whether a float16 gradient was not finite
+        self.scale = scale
+        self._timed = timed
+        self._routed = routed or {}
+        self._mixture_inputs: dict[nn.Module, Tensor] = {}
+        self._expert_positions: dict[nn.Module, Tensor] = {}  # of the tokens that each expert was given last
         self._reads_like: dict[str, str] = {}  # layer → the layer whose input it shares, itself if none
+        self._computes_in: dict[str, torch.dtype] = {}  # layer → the dtype it casts its input to
+        self._n_positions: int | None = None
         self._last_input: tuple[Tensor, str] | None = None
+        self._last_selected: tuple[Tensor, Tensor] | None = None
         self.reset()
 
     def reset(self) -> None:
@@ -42,33 +64,39 @@ class Collector:
         self.overflowed = None
 
     @contextlib.contextmanager
-    def observing(self, embeddings: nn.Module) -> Iterator[None]:
-        """Hook the layers. `embeddings` get outputs that require gradients: re-entrant checkpointing needs them."""
+    def observing(self) -> Iterator[None]:
+        """Hook the layers."""
         hooks = [layer.register_forward_hook(self._hook(name)) for name, layer in self.layers.items()]
-        hooks.append(embeddings.register_forward_hook(_require_gradient))
+        mixtures = {routed.mixture for routed in self._routed.values()}
+        hooks += [m.register_forward_pre_hook(self._note_mixture, with_kwargs=True) for m in mixtures]
         try:
             yield
         finally:
             for hook in hooks:
                 hook.remove()
-            self._last_input = None
+            self._forget_batch()
 
-    def reading(self, weights: Tensor, counted: Tensor) -> None:
+    def reading(self, counted: Tensor, device: torch.device) -> None:
         """Say which tokens the next forward reads.
 
         Args:
-            weights: (p,) factor of each position's d.
-            counted: (p,) bool, the positions that count.
+            counted: (p,) bool, the positions that count; d is zero at the others.
+            device: where the layers are.
         """
-        self._last_input = None
-        self._n_positions = len(weights)
-        self._counted = None if bool(counted.all()) else counted.nonzero().flatten()
-        self._weights = weights if self._counted is None else weights[self._counted]
+        self._forget_batch()
+        self._n_positions = len(counted)
+        self._counts = None if bool(counted.all()) else counted.to(device, non_blocking=True)
+        self._counted = None if self._counts is None else counted.nonzero().flatten().to(device, non_blocking=True)
 
     def statistics(self, name: str, n_units: int) -> LayerStatistics | None:
-        """Means of one layer, its gradient averaged over `n_units`; None where it was never observed."""
-        sums = self._sums.get(name)
-        return None if sums is None else sums.means(n_units)
+        """Means of one layer, its gradient averaged over `n_units`, once: its sums are used up. None where it was never
+        observed."""
+        sums = self._sums.pop(name, None)
+        return None if sums is None else sums.means(n_units, self.scale)
+
+    def shared_inputs(self) -> dict[str, str]:
+        """Of every layer seen so far, the layer whose input it shares, itself if none."""
+        return dict(self._reads_like)
 
     def reads_like(self, name: str) -> str:
         """The layer whose input covariance this layer shares; itself if none."""
@@ -76,7 +104,11 @@ class Collector:
 
     def n_tokens(self, name: str) -> int:
         """Tokens a layer was observed with."""
-        return self._inputs[self._reads_like[name]].n_tokens
+        return self._inputs[self._reads_like[name]].n_tokens if name in self._reads_like else 0
+
+    def was_passed_by(self, name: str) -> bool:
+        """Whether a layer is inside an expert that was given no token that counts."""
+        return name in self._routed and name not in self.misshapen and self.n_tokens(name) == 0
 
     def _hook(self, name: str) -> Callable[..., Tensor]:
         def observe(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
@@ -84,8 +116,12 @@ class Collector:
                 return output  # the first forward of a re-entrant checkpoint
             x = args[0]
             self._note_sharing(name, x)
+            if self._n_positions is None:
+                return output  # only looked at, in a survey
+            self._computes_in[name] = _compute_dtype(module, x)
             anchor = torch.empty(0, device=output.device, requires_grad=True)
-            wrapped: Tensor = _Observe.apply(output, anchor, x.detach(), self._add, name)
+            chosen = self._chosen(name, x)
+            wrapped: Tensor = _Observe.apply(output, anchor, x.detach(), self._add, (name, chosen))
             return wrapped
 
         return observe
@@ -100,57 +136,97 @@ class Collector:
             )
         self._last_input = (x, shares_with)
 
-    def _add(self, name: str, x: Tensor, d: Tensor) -> None:
+    def _chosen(self, name: str, x: Tensor) -> Tensor | str | None:
+        """Which rows of x (…, i) count: indices, or None for all of them, or `UNKNOWN`."""
+        routed = self._routed.get(name)
+        if routed is not None and routed.mixture in self._mixture_inputs:
+            rows = x.detach().flatten(0, -2)
+            positions = positions_of(rows, self._mixture_inputs[routed.mixture])
+            if positions is not None:
+                self._expert_positions[routed.expert] = positions
+            # a layer further inside reads what the expert has made of the same rows
+            positions = self._expert_positions.get(routed.expert)
+            if positions is not None and len(positions) == len(rows):
+                return None if self._counts is None else self._counts[positions].nonzero().flatten()
+        return self._counted if x.shape[:-1].numel() == self._n_positions else UNKNOWN
+
+    def _note_mixture(self, mixture: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        hidden = next((v for v in (*args, *kwargs.values()) if isinstance(v, Tensor)), None)
+        if hidden is not None and hidden.shape[:-1].numel() == self._n_positions:
+            self._mixture_inputs[mixture] = hidden.detach().flatten(0, -2)
+
+    def _forget_batch(self) -> None:
+        self._last_input = self._last_selected = None
+        self._mixture_inputs, self._expert_positions = {}, {}
+
+    def _add(self, call: tuple[str, Tensor | str | None], x: Tensor, d: Tensor) -> None:
         """One call's tokens: x (…, i), d (…, o)."""
-        x, d = x.detach(), d.detach()
-        if x.shape[:-1].numel() != self._n_positions:
+        name, chosen = call
+        if isinstance(chosen, str):
             self.misshapen[name] = tuple(x.shape)
             return
         if d.dtype == torch.float16:
             overflow = ~torch.isfinite(d).all()
             self.overflowed = overflow if self.overflowed is None else self.overflowed.to(d.device) | overflow
-        dtype = torch.promote_types(torch.promote_types(x.dtype, d.dtype), torch.float32)
-        x, d = x.flatten(0, -2), d.flatten(0, -2)
-        if self._counted is not None:
-            counted = self._counted.to(x.device)
-            x, d = x[counted], d[counted]
-        x, d = x.to(dtype), d.to(dtype) * self._weights.to(d.device, dtype).unsqueeze(1)
         inputs = self._inputs[self._reads_like[name]]
         if name not in self._sums:
             self._sums[name] = LayerSums(inputs, name in self.full_fisher)
-        with _full_float32():
+        with self._timed(), torch.autocast(x.device.type, enabled=False):
+            x, d = self._selected(x.detach(), d.detach(), chosen, self._computes_in[name])
             if self._reads_like[name] == name:
                 inputs.add(x)
             self._sums[name].add(x, d)
+
+    def _selected(self, x: Tensor, d: Tensor, counted: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """The counted tokens, (n, i) and (n, o), ready to be summed; x only once for layers that share it."""
+        d = summable(_rows(d, counted), dtype)
+        if self._last_selected is not None and _same_memory(self._last_selected[0], x):
+            chosen = self._last_selected[1]
+        else:
+            chosen = summable(_rows(x, counted), dtype)
+            self._last_selected = (x, chosen)  # x is held, so that its memory cannot become another tensor's
+        common = torch.promote_types(chosen.dtype, d.dtype)
+        return chosen.to(common), d.to(common)
+
+
+@contextlib.contextmanager
+def outputs_with_gradients(module: nn.Module) -> Iterator[None]:
+    """What `module` returns requires gradients: re-entrant checkpointing passes none back to inputs that do not."""
+    hook = module.register_forward_hook(lambda _module, _args, output: output.requires_grad_())
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 class _Observe(torch.autograd.Function):
     """The identity on a layer's output; its backward hands (x, d) over. `anchor` makes the output require grad."""
 
     @staticmethod
-    def forward(ctx: Any, output: Tensor, anchor: Tensor, x: Tensor, add: Callable[..., None], name: str) -> Tensor:
+    def forward(ctx: Any, output: Tensor, anchor: Tensor, x: Tensor, add: Callable[..., None], call: Any) -> Tensor:
         ctx.save_for_backward(x)
-        ctx.add, ctx.name = add, name
+        ctx.add, ctx.call = add, call
         return output.detach()  # no view of its own: the model may change it in place, as Falcon does
 
     @staticmethod
     def backward(ctx: Any, d: Tensor) -> tuple[Tensor | None, ...]:
         (x,) = ctx.saved_tensors
-        ctx.add(ctx.name, x, d)
+        ctx.add(ctx.call, x, d)
         return d, None, None, None, None
 
 
-@contextlib.contextmanager
-def _full_float32() -> Iterator[None]:
-    """Products on CUDA in float32 proper, also where the trainer lets its own run in TF32."""
-    matmul = torch.backends.cuda.matmul
-    before = matmul.fp32_precision
-    matmul.fp32_precision = "ieee"
-    try:
-        yield
-    finally:
-        matmul.fp32_precision = before
+def _rows(tensor: Tensor, chosen: Tensor | None) -> Tensor:
+    rows = tensor.flatten(0, -2)
+    return rows if chosen is None else rows[chosen.to(rows.device)]
 
 
-def _require_gradient(module: nn.Module, args: Any, output: Tensor) -> Tensor:
-    return output.requires_grad_() if torch.is_grad_enabled() else output
+def _same_memory(a: Tensor, b: Tensor) -> bool:
+    return a.data_ptr() == b.data_ptr() and a.shape == b.shape and a.stride() == b.stride() and a.dtype == b.dtype
+
+
+def _compute_dtype(module: nn.Module, x: Tensor) -> torch.dtype:
+    """What the layer multiplies in: autocast's dtype, a quantised layer's, or its input's own."""
+    if torch.is_autocast_enabled(x.device.type):
+        return torch.get_autocast_dtype(x.device.type)
+    dtype = getattr(module, "compute_dtype", None)
+    return dtype if isinstance(dtype, torch.dtype) else x.dtype

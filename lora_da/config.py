@@ -77,8 +77,8 @@ class LoraDAConfig:
         damping: added to the diagonals of Z and Y: times their mean in `default` and `paper`, absolute in `reference`.
         gamma: divides the first step: lora_B @ lora_A has spectral norm at most 1/gamma where the step is normalised.
         full_fisher_up_to: widest layer output for which Y is estimated in full and not only its diagonal.
-        memory_budget: GiB the running sums may take at once; layers beyond it are served in further passes.
-            Half of what is free on the layers' device unless given.
+        memory_budget: GiB that may be used on the layers' device beside the model; what does not fit at once is
+            streamed. 85 % of what is free on a GPU, half of it on a CPU, unless given.
 
     Raises:
         LoraDAError: a value is out of its range; the message names the field.

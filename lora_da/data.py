@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping, Sized
+from collections.abc import Callable, Iterable, Mapping, Sized
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch.utils.data import DataLoader, IterableDataset, Subset
 
+from lora_da.batching import BATCH_TOKENS, Batch, by_length, divided
 from lora_da.errors import LoraDAError
-from lora_da.tokens import BatchTokens, read_tokens
+from lora_da.tokens import read_tokens
+
+Collate = Callable[[list[Any]], Mapping[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -19,13 +22,13 @@ class InitData:
     """Batches on the CPU with their counted tokens, and the size of the population they stand for.
 
     Args:
-        batches: the batches, in order, each with at least one counted document.
+        batches: the batches, the longest rows first, each with at least one counted document.
         n_samples, n_tokens, n_loss_tokens: counted documents, their tokens, and those that carry loss.
         population_size: N, in documents.
         unit: what a sample is: `row`, or `document (from …)`.
     """
 
-    batches: list[tuple[Mapping[str, Any], BatchTokens]]
+    batches: list[Batch]
     n_samples: int
     n_tokens: int
     n_loss_tokens: int
@@ -33,37 +36,45 @@ class InitData:
     unit: str
 
 
-def draw(dataloader: Iterable[Mapping[str, Any]], samples: int, seed: int | None, population: int | None) -> InitData:
-    """Take the first `samples` documents of the data, or random ones if `seed` is given.
+@dataclass(frozen=True)
+class _Drawn:
+    """One row of the dataset, or one ready batch: `row` is what the collator takes, `whole` if all of it counts."""
 
-    A `DataLoader` is asked for its dataset, collator and batch size: samplers, generators and workers are not touched.
-    Anything else is iterated over as it is. Where a dataset row holds several documents, the population is the number
-    of rows times the documents per row seen.
+    batch: Batch
+    row: Any
+    whole: bool
+
+
+def draw(dataloader: Iterable[Mapping[str, Any]], samples: int, seed: int | None, population: int | None) -> InitData:
+    """Take the first `samples` documents of the data, or random ones if `seed` is given, and batch them by length.
+
+    A `DataLoader` is asked for its dataset and collator: samplers, generators and workers are not touched, and rows of
+    like length are collated together whatever its batch size. Anything else is iterated over as it is. Where a dataset
+    row holds several documents, the population is the number of rows times the documents per row seen.
 
     Raises:
         LoraDAError: empty data, all labels masked, no length where one is needed.
     """
-    loader, rows_per_batch, n_rows = _own_loader(dataloader, samples, seed)
+    rows, collate, n_rows, unit = _own_rows(dataloader, samples, seed)
     if population is None and n_rows is None:
         raise LoraDAError(
             "the dataset has no length, so the size of the training population is unknown; set "
             "`population_size` to the number of documents to be trained on"
         )
-    batches, n_samples, n_found, rows_seen, boundaries = [], 0, 0, 0, "row"
-    for batch in loader:
-        tokens = read_tokens(batch, samples - n_samples)
-        rows_seen += rows_per_batch or len(batch["labels"])
+    drawn: list[_Drawn] = []
+    n_samples, n_found, rows_seen = 0, 0, 0
+    for row in rows:
+        inputs = row if collate is None else collate([copy.deepcopy(row)])
+        tokens = read_tokens(inputs, samples - n_samples)
+        rows_seen += 1 if unit == "item" else len(inputs["labels"])
         n_samples += tokens.n_documents
         n_found += tokens.n_found
         if tokens.n_documents:
-            batches.append((batch, tokens))
-        if tokens.boundaries != "row":
-            boundaries = f"document (from {tokens.boundaries})"
+            drawn.append(_Drawn(Batch(inputs, tokens), row, tokens.n_documents == tokens.n_found))
         if n_samples >= samples:
             break
     if rows_seen == 0:
         raise LoraDAError("the dataset is empty: there is nothing to estimate on")
-    rows_seen = rows_seen if n_rows is None else min(rows_seen, n_rows)  # the last batch may be smaller than the others
     if n_samples == 0:
         raise LoraDAError(
             f"none of the first {rows_seen} rows has a token that carries loss: all labels are -100; check the chat "
@@ -72,21 +83,47 @@ def draw(dataloader: Iterable[Mapping[str, Any]], samples: int, seed: int | None
     if population is None and n_rows is not None:
         population = max(n_samples, round(n_rows * n_found / rows_seen))
     assert population is not None
+    batches = _batched(drawn, collate)
+    boundaries = [b.tokens.boundaries for b in batches if b.tokens.boundaries != "row"]
     return InitData(
         batches=batches,
         n_samples=n_samples,
-        n_tokens=sum(int((t.document >= 0).sum()) for _, t in batches),
-        n_loss_tokens=sum(int(t.loss_tokens.sum()) for _, t in batches),
+        n_tokens=sum(int((b.tokens.document >= 0).sum()) for b in batches),
+        n_loss_tokens=sum(int(b.tokens.loss_tokens.sum()) for b in batches),
         population_size=population,
-        unit=boundaries,
+        unit=f"document (from {boundaries[0]})" if boundaries else "row",
     )
 
 
-def _own_loader(
+def _batched(drawn: list[_Drawn], collate: Collate | None) -> list[Batch]:
+    """Rows of like length collated together; ready batches, and a row that counts in part, as they are."""
+    whole = [d for d in drawn if d.whole and collate is not None]
+    rest = [d.batch for d in drawn if not d.whole or collate is None]
+    batches = []
+    for group in by_length([d.batch.length for d in whole], BATCH_TOKENS):
+        members = [whole[n] for n in group]
+        batches += _collated(members, collate) if collate is not None and len(members) > 1 else [members[0].batch]
+    return sorted(
+        (part.trimmed() for b in batches + rest for part in divided(b, BATCH_TOKENS)), key=lambda b: -b.length
+    )
+
+
+def _collated(members: list[_Drawn], collate: Collate) -> list[Batch]:
+    """The rows in one batch; one by one where the collator makes something else of them together, as one does that
+    cuts what it packs."""
+    inputs = collate([copy.deepcopy(d.row) for d in members])
+    tokens = read_tokens(inputs, sum(d.batch.tokens.n_documents for d in members))
+    wanted = torch.cat([d.batch.tokens.loss_tokens for d in members])
+    if not torch.equal(tokens.loss_tokens, wanted):
+        return [d.batch for d in members]
+    return [Batch(inputs, tokens)]
+
+
+def _own_rows(
     dataloader: Iterable[Any], samples: int, seed: int | None
-) -> tuple[Iterable[Any], int | None, int | None]:
-    """A loader over the same data, the dataset rows in each of its batches (None: as many as the batch has rows),
-    and the rows of the whole dataset (None: unknown)."""
+) -> tuple[Iterable[Any], Collate | None, int | None, str]:
+    """The rows of the same data with their collator, or ready batches and None; how many the whole dataset has (None:
+    unknown), and whether that counts its items or the rows of its batches."""
     dataset = getattr(dataloader, "dataset", None)
     n_rows = len(dataset) if isinstance(dataset, Sized) else None
     if seed is not None and (n_rows is None or isinstance(dataset, IterableDataset)):
@@ -95,7 +132,8 @@ def _own_loader(
             f"{type(dataset if dataset is not None else dataloader).__name__}: leave `seed` unset"
         )
     if dataset is None or not hasattr(dataloader, "collate_fn"):
-        return dataloader, None, sum(map(_rows, dataloader)) if isinstance(dataloader, (list, tuple)) else None
+        n_rows = sum(map(_rows, dataloader)) if isinstance(dataloader, (list, tuple)) else None
+        return dataloader, None, n_rows, "row"
     if n_rows is not None and not isinstance(dataset, IterableDataset):
         if seed is None:
             order: Any = range(n_rows)
@@ -107,14 +145,11 @@ def _own_loader(
             "the dataset can be iterated over only once: samples taken from it would be missing in training; "
             "use one that starts anew with each iteration"
         )
+    # Rows are copied before they are collated: many collators pad the ones they are given in place.
     collate = dataloader.collate_fn
-    # Rows are copied: many collators pad the ones they are given in place.
     if getattr(dataloader, "batch_sampler", dataloader) is None:  # the dataset's items are batches already
-        return DataLoader(dataset, None, collate_fn=lambda batch: collate(copy.deepcopy(batch))), 1, n_rows
-    batch_size = getattr(dataloader, "batch_size", None)
-    if batch_size is None:  # a loader over a batch sampler, as accelerate makes them
-        batch_size = getattr(getattr(dataloader, "batch_sampler", None), "batch_size", None) or 1
-    return DataLoader(dataset, batch_size, collate_fn=lambda rows: collate(copy.deepcopy(rows))), batch_size, n_rows
+        return DataLoader(dataset, None, collate_fn=lambda batch: collate(copy.deepcopy(batch))), None, n_rows, "item"
+    return DataLoader(dataset, None, collate_fn=lambda row: row), collate, n_rows, "item"
 
 
 def _rows(batch: Any) -> int:

@@ -1,4 +1,4 @@
-"""The story: draw the samples; for each group of layers collect their statistics and solve them; write the factors.
+"""The story: draw the samples; plan; for each segment of the model collect its statistics and solve; write the factors.
 
 Nothing is written before everything is solved, so an error or an interrupt leaves the model as it was.
 """
@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import math
 import time
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,17 +18,20 @@ from peft import PeftModel
 from tqdm.auto import tqdm
 
 from lora_da.adapter import Adapter, AdapterLayer, describe_left, find_adapter
-from lora_da.collect import Collector
+from lora_da.blocks import NotARow
 from lora_da.config import LoraDAConfig
 from lora_da.data import InitData, draw
 from lora_da.errors import LoraDAError
+from lora_da.inputs import decoder_inputs
 from lora_da.loss import check_causal
-from lora_da.memory import PeakMemory, layer_groups
+from lora_da.memory import PeakMemory
 from lora_da.methods.lora_da import LoraFactors
 from lora_da.mode import estimation_mode
-from lora_da.passes import collect_over
+from lora_da.plan import Plan, make_plan
 from lora_da.report import InitReport, LayerReport
 from lora_da.solve import LayerSolver
+from lora_da.survey import survey
+from lora_da.sweep import Sweep
 
 logger = logging.getLogger(__name__)
 
@@ -77,6 +82,8 @@ def initialize_lora_da_weights(
             logger.warning("LoRA-DA: the data hold %d samples, %d were asked for", data.n_samples, config.samples)
         estimate = _estimate(peft_model, adapter, data, config, show_progress)
     _check_failed(estimate.failed, len(adapter.layers))
+    if estimate.left:
+        logger.warning(describe_left(estimate.left))
     layers = {a.name: _layer_report(a, estimate) for a in adapter.layers if a.name in estimate.factors}
     adapter.write({name: (f.lora_A, f.lora_B) for name, f in estimate.factors.items()})
 
@@ -84,14 +91,16 @@ def initialize_lora_da_weights(
         initialized=len(estimate.factors),
         targeted=targeted,
         failed=estimate.failed,
-        left=adapter.left,
+        left=adapter.left | estimate.left,
         samples=data.n_samples,
         sample_unit=data.unit,
         tokens=data.n_tokens,
         loss_tokens=data.n_loss_tokens,
         population_size=data.population_size,
         loss=estimate.loss,
-        passes=estimate.passes,
+        plan=estimate.plan.line(),
+        forecast={"device": estimate.plan.used + estimate.plan.device_bytes, "cpu": estimate.plan.cpu_bytes},
+        timings=estimate.timings,
         layers=layers,
         settings={**dataclasses.asdict(config), **dataclasses.asdict(config.resolved_preset())},
         seconds=time.perf_counter() - started,
@@ -112,38 +121,53 @@ def say(line: str) -> None:
 class _Estimate:
     """What the passes over the samples gave, by layer."""
 
-    factors: dict[str, LoraFactors]
-    failed: dict[str, str]
-    tokens: dict[str, int]
+    plan: Plan
     full_fisher: frozenset[str]
-    loss: float
-    passes: int
+    factors: dict[str, LoraFactors] = dataclasses.field(default_factory=dict)
+    failed: dict[str, str] = dataclasses.field(default_factory=dict)
+    left: dict[str, str] = dataclasses.field(default_factory=dict)
+    tokens: dict[str, int] = dataclasses.field(default_factory=dict)
+    timings: dict[str, float] = dataclasses.field(default_factory=dict)
+    loss: float = math.nan
 
 
 def _estimate(
     peft_model: PeftModel, adapter: Adapter, data: InitData, config: LoraDAConfig, show_progress: bool
 ) -> _Estimate:
-    """Collect and solve, one group of layers after the other, as many in a group as fit in memory."""
+    """Collect and solve, one segment of the model after the other, as much of it in a segment as fits in memory."""
     preset, device, model = config.resolved_preset(), _device(peft_model), peft_model.get_base_model()
     full_fisher = frozenset(a.name for a in adapter.layers if a.out_features <= preset.full_fisher_up_to)
-    groups = layer_groups(adapter.layers, full_fisher, device, config.memory_budget)
-    estimate = _Estimate({}, {}, {}, full_fisher, loss=0.0, passes=len(groups))
-    steps = len(groups) * len(data.batches) + len(adapter.layers)
-    with tqdm(total=steps, desc="LoRA-DA", disable=not show_progress, leave=False) as progress:
-        for group in groups:
-            collector = Collector({layer.name: layer.base for layer in group}, full_fisher)
-            estimate.loss = collect_over(model, collector, data, preset.averaging, device, progress)
-            solver = LayerSolver(collector, data, preset)
-            for layer in group:
-                solved = solver.solve(layer)
+    surveyed = survey(model, adapter.layers, decoder_inputs(model, data.batches[-1].last_row(), device))
+    while True:
+        plan = make_plan(surveyed, adapter.layers, full_fisher, data.batches, device, config.memory_budget)
+        logger.info("LoRA-DA: %s", plan.line())
+        estimate = _Estimate(plan, full_fisher)
+        try:
+            _collect_and_solve(estimate, Sweep(model, data, plan, surveyed, preset, full_fisher, device), show_progress)
+            return estimate
+        except NotARow as reason:
+            logger.warning("LoRA-DA: not streamed, in several passes instead: %s", reason)
+            surveyed = replace(surveyed, row=None, why_not=str(reason))
+
+
+def _collect_and_solve(estimate: _Estimate, sweep: Sweep, show_progress: bool) -> None:
+    with tqdm(total=sweep.steps, desc="LoRA-DA", disable=not show_progress, leave=False) as progress:
+        for layers, collector in sweep.collected(progress):
+            solver = LayerSolver(collector, sweep.drawn, sweep.preset)
+            for layer in layers:
+                progress.update()
+                if collector.was_passed_by(layer.name):
+                    estimate.left[layer.name] = "an expert that no token of the samples was routed to"
+                    continue
+                with sweep.watch("solve"):
+                    solved = solver.solve(layer)
                 if isinstance(solved, LoraFactors):
                     estimate.factors[layer.name] = solved
                     estimate.tokens[layer.name] = collector.n_tokens(layer.name)
                 else:
                     estimate.failed[layer.name] = solved
-                progress.update()
-            del collector, solver  # what they hold must be gone before the next pass
-    return estimate
+            del collector, solver  # what they hold must be gone before the next segment
+    estimate.loss, estimate.timings = sweep.loss, sweep.watch.seconds()
 
 
 def _layer_report(layer: AdapterLayer, estimate: _Estimate) -> LayerReport:

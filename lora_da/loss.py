@@ -9,7 +9,8 @@ or fused loss) is done here too.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lora_da.errors import LoraDAError
+from lora_da.forwards import kept_on_device, replaced
 from lora_da.tokens import IGNORED, BatchTokens
 
 CHUNK = 256  # tokens whose logits exist at once: 0.4 GB in float32, gradient included, at a vocabulary of 128k
@@ -50,31 +52,51 @@ def backward(
     batch: Mapping[str, Any],
     tokens: BatchTokens,
     scale: float,
+    weights: Tensor | None = None,
+    timed: Callable[[str], AbstractContextManager[Any]] = contextlib.nullcontext,
 ) -> Tensor:
-    """Backpropagate `scale` times the cross-entropy summed over the batch's counted loss tokens.
+    """Backpropagate `scale` times the weighted cross-entropy summed over the batch's counted loss tokens.
 
     Args:
         model: the causal language model inside the PEFT model.
         batch: what its forward takes, on its device, labels left out.
         tokens: the batch's counted tokens.
         scale: factor of the loss.
+        weights: (p,) factor of each position's loss, on the model's device; 1 if None.
+        timed: a context for each of `forward`, `head` and `backward`.
 
     Returns:
-        The unscaled sum, a scalar on the model's device.
+        The sum without factor and weights, a scalar on the model's device.
     """
     decoder = model.get_decoder()
-    output = decoder(**batch)
+    with timed("forward"):
+        output = decoder(**batch)
     hidden = output.last_hidden_state  # (rows, columns, h)
-    flat = hidden.detach().flatten(0, 1)  # (p, h)
+    with timed("head"):
+        total, gradient = _head(model, output, tokens, scale, weights)
+    if hidden.requires_grad:
+        with timed("backward"):
+            hidden.backward(gradient.view_as(hidden))
+    return total
+
+
+def _head(
+    model: PreTrainedModel, output: Any, tokens: BatchTokens, scale: float, weights: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """The summed loss, and the gradient (p, h) of the scaled, weighted loss in the decoder's last hidden state."""
+    decoder = model.get_decoder()
+    flat = output.last_hidden_state.detach().flatten(0, 1)  # (p, h)
     gradient = torch.zeros_like(flat)
-    targets = tokens.targets.to(flat.device)
+    targets = tokens.targets.to(flat.device, non_blocking=True)
+    carries_loss = (tokens.targets != IGNORED).nonzero().flatten().to(flat.device, non_blocking=True)
     total = torch.zeros((), dtype=torch.float32, device=flat.device)
-    for positions in (targets != IGNORED).nonzero().flatten().split(CHUNK):
+    for positions in carries_loss.split(CHUNK) if len(carries_loss) else ():
         chunk = flat[positions].requires_grad_()
         # The model compares the logits of token t with label t + 1, so the chunk is one token longer than it is read.
         states = torch.cat([chunk, chunk[-1:].detach()]).unsqueeze(0)
         labels = torch.cat([targets.new_tensor([IGNORED]), targets[positions]]).unsqueeze(0)
-        with _answers(decoder, type(output)(last_hidden_state=states)), _kept_on_device():
+        answer = type(output)(last_hidden_state=states)
+        with replaced(decoder, lambda *args, answer=answer, **kwargs: answer), kept_on_device():
             mean = model(input_ids=labels.clamp_min(0), labels=labels).loss
         total += mean.detach().float() * len(positions)
         (mean * (len(positions) * scale)).backward()
@@ -82,26 +104,7 @@ def backward(
             raise LoraDAError(
                 f"{type(model).__name__} does not take its hidden states from {type(decoder).__name__}; not supported"
             )
-        gradient[positions] = chunk.grad
-    if hidden.requires_grad:
-        hidden.backward(gradient.view_as(hidden))
-    return total
-
-
-@contextlib.contextmanager
-def _answers(module: nn.Module, output: Any) -> Iterator[None]:
-    """`module` returns `output`, whatever it is asked, while the context is open."""
-    before = vars(module).get("forward")
-    module.forward = lambda *args, **kwargs: output
-    try:
-        yield
-    finally:
-        if before is None:
-            del module.forward
-        else:
-            module.forward = before
-
-
-def _kept_on_device() -> torch.autograd.graph.saved_tensors_hooks:
-    """A chunk's activations are used at once: an offloading context around the pass shall not move them."""
-    return torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor)
+        # A token's loss depends on its own hidden state alone: to weigh this gradient is to weigh the loss.
+        of_chunk = chunk.grad if weights is None else (chunk.grad * weights[positions].unsqueeze(1)).to(chunk.dtype)
+        gradient[positions] = of_chunk
+    return total, gradient

@@ -47,6 +47,26 @@ def estimation_mode(model: PeftModel) -> Iterator[None]:
         yield
 
 
+@contextlib.contextmanager
+def without_checkpointing(model: nn.Module) -> Iterator[None]:
+    """Activations are kept, not computed again, while the context is open."""
+    with contextlib.ExitStack() as stack:
+        for module in model.modules():
+            if getattr(module, "gradient_checkpointing", False) is True:
+                stack.enter_context(_attribute(module, "gradient_checkpointing", False))
+        yield
+
+
+def reentrant_checkpointing(model: nn.Module) -> bool:
+    """Whether checkpointing is on and may be the re-entrant kind, which needs inputs that require gradients."""
+    for module in model.modules():
+        if getattr(module, "gradient_checkpointing", False) is True:
+            keywords = getattr(getattr(module, "_gradient_checkpointing_func", None), "keywords", {})
+            if keywords.get("use_reentrant", True):
+                return True
+    return False
+
+
 def _noise_attributes(attributes: dict[str, Any]) -> list[str]:
     return [name for name, value in attributes.items() if NOISE.search(name) and isinstance(value, float) and value > 0]
 

@@ -50,7 +50,9 @@ class InitReport:
         population_size: N, in samples.
         loss: mean loss over the init samples at the untouched base model, per loss token.
         seconds: wall time. peak_memory_gib: peak during it, of `memory_of`.
-        passes: forward and backward passes over the samples.
+        plan: how the samples were run through the model, with the memory that was forecast.
+        forecast: bytes planned with: `device` (used before, and beside that), `cpu` (hidden states at borders).
+        timings: seconds by what they were spent on.
         settings: preset and numbers used.
         layers: per initialised layer.
     """
@@ -68,7 +70,9 @@ class InitReport:
     seconds: float = 0.0
     peak_memory_gib: float = 0.0
     memory_of: str = ""
-    passes: int = 0
+    plan: str = ""
+    forecast: dict[str, int] = dataclasses.field(default_factory=dict)
+    timings: dict[str, float] = dataclasses.field(default_factory=dict)
     settings: dict[str, Any] = dataclasses.field(default_factory=dict)
     layers: dict[str, LayerReport] = dataclasses.field(default_factory=dict)
     skipped: str | None = None
@@ -81,7 +85,7 @@ class InitReport:
         return (
             f"LoRA-DA: initialised {self.initialized} of {self.targeted} layers{failed} from {self.samples} samples, "
             f"{self.tokens:,} tokens in {self.seconds:.1f} s, "
-            f"peak {self.memory_of} memory {self.peak_memory_gib:.1f} GiB"
+            f"peak {self.memory_of} memory {self.peak_memory_gib:.1f} GiB; {self.plan}"
         )
 
     def save(self, folder: str | os.PathLike[str]) -> Path:

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import replace
+
+import torch
 
 from lora_da.adapter import AdapterLayer
 from lora_da.collect import Collector
 from lora_da.config import Preset
 from lora_da.data import InitData
 from lora_da.errors import LoraDAError
-from lora_da.memory import solving_device
 from lora_da.methods.lora_da import DampedInput, LoraFactors, UnsolvableLayer, damp_input, lora_da
 from lora_da.statistics import LayerStatistics
 
+logger = logging.getLogger(__name__)
+
 
 class LayerSolver:
-    """Solves one layer after the other; layers that share an input follow each other and share its inverse."""
+    """Solves one layer after the other; layers that share an input follow each other and share its factor."""
 
     def __init__(self, collector: Collector, data: InitData, preset: Preset) -> None:
         self._collector, self._preset = collector, preset
@@ -27,7 +31,7 @@ class LayerSolver:
         self._input: tuple[str, DampedInput] | None = None
 
     def solve(self, layer: AdapterLayer) -> LoraFactors | str:
-        """The layer's factors, or why it has none.
+        """The layer's factors, or why it has none. Its statistics are used up.
 
         Raises:
             LoraDAError: no gradient ever reached the layer.
@@ -44,28 +48,44 @@ class LayerSolver:
                 f"layer {layer.name} was never reached by a gradient: its forward is replaced (a fused kernel?) or it "
                 "takes no part in the loss; switch the kernel off or take the layer out of target_modules"
             )
-        statistics = statistics.to(solving_device(layer, statistics.grad.device))
-        preset = self._preset
         try:
-            factors = lora_da(
-                statistics,
-                layer.rank,
-                population=self._population,
-                variance_weight=preset.variance_weight,
-                damping=preset.damping,
-                relative_damping=preset.relative_damping,
-                gamma=preset.gamma,
-                normalize_step=preset.normalize_step,
-                plain_variance=layer.plain_variance if preset.match_input_energy else None,
-                damped_input=self._damped_input(layer, statistics),
-            )
+            with torch.autocast(statistics.grad.device.type, enabled=False), torch.autocast("cpu", enabled=False):
+                factors = self._factors(layer, statistics)
         except UnsolvableLayer as error:
             return str(error)
         if not layer.can_hold(factors.lora_A, factors.lora_B):
             return f"its solution overflows {layer.lora_A.dtype}; keep adapters in float32 or set a larger gamma"
-        # In the parameters' own dtypes: float64 factors of all layers would be memory that no one has counted.
+        # In the parameters' own dtypes: the solver's of all layers would be memory that no one has counted.
         return replace(
             factors, lora_A=factors.lora_A.to(layer.lora_A.dtype), lora_B=factors.lora_B.to(layer.lora_B.dtype)
+        )
+
+    def _factors(self, layer: AdapterLayer, statistics: LayerStatistics) -> LoraFactors:
+        """Solved on the layer's device, or on the CPU where it does not fit there or there is no float64 (MPS)."""
+        device = statistics.grad.device
+        if device.type != "mps":
+            try:
+                return self._factors_on(device, layer, statistics)
+            except torch.OutOfMemoryError as error:
+                if device.type == "cpu":
+                    raise LoraDAError(f"layer {layer.name} does not fit in the CPU's memory to be solved") from error
+        self._input = None
+        logger.info("LoRA-DA: layer %s is solved on the CPU, %s cannot", layer.name, device)
+        return self._factors_on(torch.device("cpu"), layer, statistics)
+
+    def _factors_on(self, device: torch.device, layer: AdapterLayer, statistics: LayerStatistics) -> LoraFactors:
+        preset, statistics = self._preset, statistics.to(device)
+        return lora_da(
+            statistics,
+            layer.rank,
+            population=self._population,
+            variance_weight=preset.variance_weight,
+            damping=preset.damping,
+            relative_damping=preset.relative_damping,
+            gamma=preset.gamma,
+            normalize_step=preset.normalize_step,
+            plain_variance=layer.plain_variance if preset.match_input_energy else None,
+            damped_input=self._damped_input(layer, statistics),
         )
 
     def _damped_input(self, layer: AdapterLayer, statistics: LayerStatistics) -> DampedInput:

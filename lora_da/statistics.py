@@ -6,10 +6,18 @@ Letters, here and everywhere: `n` counted tokens, `i` the layer's input width, `
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+# A symmetric product is made of block rows, each up to the diagonal: 5/8 of the work with four of them. Below this
+# width the smaller matrices cost more than that saves.
+SYMMETRIC_BLOCKS = 4
+SYMMETRIC_FROM = 512
+HALF = (torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True)
@@ -38,14 +46,30 @@ class InputSums:
     """Σ x xᵀ over the counted tokens, one for all layers that read the same tensor."""
 
     def __init__(self) -> None:
-        self.sigma_xx_: Tensor | None = None  # (i, i)
+        self.sigma_xx_: Tensor | None = None  # (i, i); of wide inputs only the blocks on and below the diagonal
         self.n_tokens = 0
+        self._mean: Tensor | None = None
 
-    def add(self, x: Tensor) -> None:  # x (n, i), float32 or better
+    def add(self, x: Tensor) -> None:  # x (n, i), in a dtype of `summable`
+        i = x.shape[1]
         if self.sigma_xx_ is None:
-            self.sigma_xx_ = torch.zeros(x.shape[1], x.shape[1], dtype=x.dtype, device=x.device)
-        self.sigma_xx_.addmm_(x.T, x)
+            self.sigma_xx_ = torch.zeros(i, i, dtype=_sum_dtype(x), device=x.device)
+        step = -(-i // SYMMETRIC_BLOCKS) if i >= SYMMETRIC_FROM else i
+        for start in range(0, i, step):
+            stop = min(start + step, i)
+            _add_product(self.sigma_xx_[start:stop, :stop], x[:, start:stop], x[:, :stop])
         self.n_tokens += x.shape[0]
+
+    def mean(self) -> Tensor | None:
+        """Z, (i, i), in the memory of the sum, which is used up; None where nothing was seen."""
+        if self._mean is None and self.sigma_xx_ is not None and self.n_tokens:
+            i = self.sigma_xx_.shape[0]
+            step = -(-i // SYMMETRIC_BLOCKS) if i >= SYMMETRIC_FROM else i
+            for start in range(step, i, step):
+                stop = min(start + step, i)
+                self.sigma_xx_[:start, start:stop] = self.sigma_xx_[start:stop, :start].T
+            self._mean, self.sigma_xx_ = self.sigma_xx_.div_(self.n_tokens), None
+        return self._mean
 
 
 class LayerSums:
@@ -57,27 +81,79 @@ class LayerSums:
         self.sigma_dx_: Tensor | None = None  # (o, i)
         self.sigma_dd_: Tensor | None = None  # (o,) or (o, o)
 
-    def add(self, x: Tensor, d: Tensor) -> None:  # x (n, i), d (n, o), float32 or better
+    def add(self, x: Tensor, d: Tensor) -> None:  # x (n, i), d (n, o), in one dtype of `summable`
         o, i = d.shape[1], x.shape[1]
         if self.sigma_dx_ is None or self.sigma_dd_ is None:
-            self.sigma_dx_ = torch.zeros(o, i, dtype=x.dtype, device=x.device)
-            self.sigma_dd_ = torch.zeros(o, o) if self.full_fisher else torch.zeros(o)
-            self.sigma_dd_ = self.sigma_dd_.to(self.sigma_dx_)
-        self.sigma_dx_.addmm_(d.T, x)
+            self.sigma_dx_ = torch.zeros(o, i, dtype=_sum_dtype(x), device=x.device)
+            self.sigma_dd_ = self.sigma_dx_.new_zeros((o, o) if self.full_fisher else (o,))
+        _add_product(self.sigma_dx_, d, x)
         if self.full_fisher:
-            self.sigma_dd_.addmm_(d.T, d)
+            _add_product(self.sigma_dd_, d, d)
         else:
-            self.sigma_dd_ += d.square().sum(0)
+            d = d.to(self.sigma_dd_.dtype)
+            self.sigma_dd_ += (d * d).sum(0)
 
-    def means(self, n_units: int) -> LayerStatistics | None:
-        """The means, with the gradient averaged over `n_units` samples or loss tokens; None where nothing was seen."""
-        n = self.inputs.n_tokens
-        if n == 0 or self.inputs.sigma_xx_ is None or self.sigma_dx_ is None or self.sigma_dd_ is None:
+    def means(self, n_units: float, scale: float = 1.0) -> LayerStatistics | None:
+        """The means, in the memory of the sums, which are used up; None where nothing was seen.
+
+        Args:
+            n_units: samples or loss tokens to average the gradient over.
+            scale: the factor that every d carries.
+        """
+        cov = self.inputs.mean()
+        if cov is None or self.sigma_dx_ is None or self.sigma_dd_ is None:
             return None
-        return LayerStatistics(self.sigma_dx_ / n_units, self.inputs.sigma_xx_ / n, self.sigma_dd_ / n, n)
+        n = self.inputs.n_tokens
+        grad, fisher = self.sigma_dx_.div_(n_units * scale), self.sigma_dd_.div_(scale).div_(scale * n)
+        self.sigma_dx_ = self.sigma_dd_ = None
+        return LayerStatistics(grad, cov, fisher, n)
 
 
-def bytes_needed(in_features: int, out_features: int, full_fisher: bool) -> int:
-    """Bytes of one layer's float32 sums (an input shared with other layers is counted for each)."""
-    fisher = out_features**2 if full_fisher else out_features
-    return 4 * (in_features * out_features + in_features**2 + fisher)
+def summable(rows: Tensor, computed_in: torch.dtype) -> Tensor:
+    """`rows` in a dtype whose products are summed without loss.
+
+    That is the 16 bit in which the layer itself multiplies on CUDA, where matrix products accumulate and return
+    float32 (but for float16 from float32: gradients would underflow); float32 or better elsewhere.
+
+    Args:
+        rows: x or d of a layer.
+        computed_in: the dtype that the layer casts its input to.
+    """
+    if rows.device.type == "cuda" and (rows.dtype in HALF or computed_in == torch.bfloat16):
+        return rows if rows.dtype in HALF else rows.to(computed_in)
+    return rows.to(torch.promote_types(rows.dtype, torch.float32))
+
+
+def _sum_dtype(x: Tensor) -> torch.dtype:
+    return torch.float32 if x.dtype in HALF else x.dtype
+
+
+def _add_product(sum_: Tensor, a: Tensor, b: Tensor) -> None:
+    """sum_ (p, q) += aᵀ b for a (n, p), b (n, q)."""
+    if a.dtype in HALF:
+        sum_ += torch.mm(a.T, b, out_dtype=torch.float32)
+        return
+    with full_float32():
+        sum_.addmm_(a.T, b)
+
+
+def input_bytes(in_features: int) -> int:
+    """Bytes of one float32 Σ x xᵀ."""
+    return 4 * in_features**2
+
+
+def gradient_bytes(in_features: int, out_features: int, full_fisher: bool) -> int:
+    """Bytes of one layer's float32 Σ d xᵀ and Σ d dᵀ."""
+    return 4 * (in_features * out_features + (out_features**2 if full_fisher else out_features))
+
+
+@contextlib.contextmanager
+def full_float32() -> Iterator[None]:
+    """Products on CUDA in float32 proper, also where the trainer lets its own run in TF32."""
+    matmul = torch.backends.cuda.matmul
+    before = matmul.fp32_precision
+    matmul.fp32_precision = "ieee"
+    try:
+        yield
+    finally:
+        matmul.fp32_precision = before

@@ -11,12 +11,14 @@ from tqdm import tqdm
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from lora_da.adapter import find_adapter
-from lora_da.collect import Collector
 from lora_da.config import LoraDAConfig
 from lora_da.data import draw
+from lora_da.inputs import decoder_inputs
 from lora_da.mode import estimation_mode
-from lora_da.passes import collect_over
+from lora_da.plan import make_plan
 from lora_da.statistics import LayerStatistics
+from lora_da.survey import survey
+from lora_da.sweep import Sweep
 
 VOCABULARY = 97
 PREFIX = "base_model.model."
@@ -80,18 +82,20 @@ def packed(rows: list[dict[str, Tensor]]) -> dict[str, Tensor]:
 def collected(
     model: PeftModel, batches: list[dict[str, Tensor]], averaging: str = "tokens", full: bool = True
 ) -> dict[str, LayerStatistics]:
-    """The product's statistics of every layer, under the base model's names."""
-    adapter = find_adapter(model)
-    names = [layer.name for layer in adapter.layers]
-    config = LoraDAConfig(samples=1000, population_size=1000, averaging=averaging)
-    collector = Collector({a.name: a.base for a in adapter.layers}, frozenset(names if full else ()))
+    """The product's statistics of every layer, in the plan that it makes, under the base model's names."""
+    adapter, base, device = find_adapter(model), model.get_base_model(), torch.device("cpu")
+    full_fisher = frozenset(layer.name for layer in adapter.layers if full)
+    preset = LoraDAConfig(averaging=averaging).resolved_preset()
+    found = {}
     with estimation_mode(model), tqdm(disable=True) as progress:
-        data = draw(batches, config.samples, None, config.population_size)
-        device = torch.device("cpu")
-        collect_over(model.get_base_model(), collector, data, averaging, device, progress)
-    units = data.n_loss_tokens if averaging == "tokens" else data.n_samples
-    found = {name.removeprefix(PREFIX): collector.statistics(name, units) for name in names}
-    assert all(s is not None for s in found.values())
+        data = draw(batches, 1000, None, 1000)
+        surveyed = survey(base, adapter.layers, decoder_inputs(base, data.batches[-1].last_row(), device))
+        plan = make_plan(surveyed, adapter.layers, full_fisher, data.batches, device, None)
+        sweep = Sweep(base, data, plan, surveyed, preset, full_fisher, device)
+        for layers, collector in sweep.collected(progress):
+            units = data.n_loss_tokens if averaging == "tokens" else data.n_samples
+            found |= {layer.name.removeprefix(PREFIX): collector.statistics(layer.name, units) for layer in layers}
+    assert len(found) == len(adapter.layers) and all(s is not None for s in found.values())
     return found
 
 

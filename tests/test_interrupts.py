@@ -17,6 +17,11 @@ ERRORS = [RuntimeError, KeyboardInterrupt]
 MLP = {tiny_llama: "model.layers.1.mlp", tiny_gpt2: "transformer.h.1.mlp"}
 
 
+@pytest.fixture(autouse=True)
+def small_batches(monkeypatch):
+    monkeypatch.setattr("lora_da.data.BATCH_TOKENS", 24)  # several batches of these short rows
+
+
 class Bomb:
     """Goes off at the n-th call, and never again."""
 
@@ -62,9 +67,9 @@ errors = pytest.mark.parametrize("error", ERRORS)
 @errors
 @checkpointings
 @pytest.mark.parametrize("build", MLP)
-@pytest.mark.parametrize("call", [1, 3])
+@pytest.mark.parametrize("call", [1, 5])
 def test_in_the_forward(call, build, checkpointing, error):
-    """In the first batch, and in a later one or in what checkpointing computes again."""
+    """Where the model is surveyed, and in a batch."""
     model, bomb = model_with(checkpointing, build), Bomb(error, call)
     model.get_base_model().get_submodule(MLP[build]).register_forward_hook(bomb.tick)
     check_no_trace(model, bomb)
@@ -149,7 +154,7 @@ def test_the_next_call_is_not_affected(error):
     """After an interrupted call, another one gives what it gives on a model that was never touched."""
     fresh, model = model_with(None), model_with(None)
     initialize(fresh)
-    bomb = Bomb(error, 3)
+    bomb = Bomb(error, 6)
     handle = model.get_base_model().model.layers[1].register_forward_hook(bomb.tick)
     with pytest.raises(error, match="midway"):
         initialize(model)

@@ -106,11 +106,11 @@ def statistics(model, mode):
     layers = {layer.name: layer.base for layer in find_adapter(model).layers}
     collector, base = Collector(layers), model.get_base_model()
     data = draw(DATA, 6, None, None)
-    with mode, collector.observing(model.get_input_embeddings()):
-        for batch, tokens in data.batches:
-            collector.reading(torch.ones(len(tokens.targets)), tokens.document >= 0)
-            inputs = {name: value for name, value in batch.items() if name != "labels"}
-            backward(base, inputs, tokens, 1.0)
+    with mode, collector.observing():
+        for batch in data.batches:
+            collector.reading(batch.tokens.document >= 0, torch.device("cpu"))
+            inputs = {name: value for name, value in batch.inputs.items() if name != "labels"}
+            backward(base, inputs, batch.tokens, 1.0)
     found = {name: collector.statistics(name, data.n_samples) for name in layers}
     return {
         f"{name}.{field}": getattr(statistics, field)

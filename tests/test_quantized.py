@@ -93,8 +93,8 @@ def test_int8_layer_collects_exactly_what_passes_through_it() -> None:
     for module in (layer, nn.Linear(32, 16, bias=False)):
         module.requires_grad_(False)
         collector = Collector({"l": module})
-        with collector.observing(nn.Identity()):
-            collector.reading(torch.ones(10), torch.ones(10, dtype=torch.bool))
+        with collector.observing():
+            collector.reading(torch.ones(10, dtype=torch.bool), torch.device("cpu"))
             module(x).backward(d)
         results.append(collector.statistics("l", 1))
     assert worst({"l": results[0]}, {"l": results[1]}) == 0

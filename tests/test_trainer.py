@@ -177,7 +177,8 @@ def test_auto_find_batch_size_starts_the_adapter_once(folder, tmp_path, model, w
     assert said == ([ours] if where == "in the pass" else [ours, left])
 
 
-def test_a_pass_that_fails_midway_leaves_the_model(tmp_path, model):
+def test_a_pass_that_fails_midway_leaves_the_model(tmp_path, model, monkeypatch):
+    monkeypatch.setattr("lora_da.data.BATCH_TOKENS", 24)  # several batches of these short rows
     calls = []
 
     def fail(module, args, output):

@@ -8,11 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from models import VOCABULARY, batches, pad, tiny_llama, with_lora
+from models import VOCABULARY, pad, tiny_llama, with_lora
 from peft import LoraConfig, PeftModel
 from tokenizers import Tokenizer, pre_tokenizers
 from tokenizers.models import WordLevel
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 from transformers import (
     AutoModelForCausalLM,
     BitsAndBytesConfig,
@@ -161,7 +162,9 @@ def by_hand(
     """The adapter of the PEFT call on rows of token ids and labels, batched without the trainer."""
     peft_model = model if isinstance(model, PeftModel) else with_lora(model)
     with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-        initialize_lora_da_weights(peft_model, batches(list(rows), batch_size), config, show_progress=False)
+        initialize_lora_da_weights(
+            peft_model, DataLoader(list(rows), batch_size, collate_fn=pad), config, show_progress=False
+        )
     return adapter(peft_model)
 
 

@@ -16,8 +16,11 @@ from torch import Tensor
 DENSE_UP_TO = 128  # narrower operators are cheaper to solve densely than to iterate on
 OVERSAMPLING = 8  # extra vectors in a block: they take the eigenvalues next to the wanted ones
 KRYLOV_BLOCKS = 8  # blocks in the basis before a restart
+CHECKED_AT = (2, 4, 6, 8)  # blocks at which the residual is looked at
 MAX_RESTARTS = 40
-TOLERANCE = 1e-7  # of the residual, relative to the largest eigenvalue: what float32 sums can tell apart
+# Of the residual, relative to the largest eigenvalue: in float64 what float32 sums can tell apart, in float32 what the
+# arithmetic reaches.
+TOLERANCE = {torch.float64: 1e-7, torch.float32: 1e-5}
 
 
 @dataclass(frozen=True)
@@ -30,7 +33,7 @@ class Eigenpairs:
 
 
 def largest_eigenpairs(
-    apply: Callable[[Tensor], Tensor], start: Tensor, k: int, tolerance: float = TOLERANCE
+    apply: Callable[[Tensor], Tensor], start: Tensor, k: int, tolerance: float | None = None
 ) -> Eigenpairs:
     """The `k` algebraically largest eigenpairs of a symmetric operator.
 
@@ -38,26 +41,34 @@ def largest_eigenpairs(
         apply: (n, b) → (n, b), the operator on a block of vectors; symmetric.
         start: (n, b) with b ≥ k, a first guess; its span must not be orthogonal to what is sought.
         k: number of pairs.
-        tolerance: residual at which to stop; beyond the last restart the operator is formed and solved densely.
+        tolerance: residual at which to stop, that of the dtype if None. Beyond the last restart the operator is formed
+            and solved densely.
     """
-    n = start.shape[0]
-    if n <= max(DENSE_UP_TO, KRYLOV_BLOCKS * start.shape[1]):  # the basis would fill the whole space
+    n, width = start.shape
+    tolerance = TOLERANCE[start.dtype] if tolerance is None else tolerance
+    if n <= max(DENSE_UP_TO, KRYLOV_BLOCKS * width):  # the basis would fill the whole space
         return _dense(apply, start, k)
     basis = torch.linalg.qr(start).Q
     for _ in range(MAX_RESTARTS):
         q, aq = basis, apply(basis)
-        for _ in range(KRYLOV_BLOCKS - 1):
-            block = _orthonormal_to(q, aq[:, -start.shape[1] :])
-            q, aq = torch.cat([q, block], 1), torch.cat([aq, apply(block)], 1)  # (n, b·blocks)
-        projected = q.T @ aq
-        values, rotation = torch.linalg.eigh((projected + projected.T) / 2)
-        keep = rotation[:, -start.shape[1] :].flip(1)
-        basis = q @ keep
-        pairs = _pairs(values.flip(0)[:k], basis[:, :k], aq @ keep[:, :k])
-        if pairs.residual <= tolerance:
-            return pairs
-        basis = torch.linalg.qr(basis).Q
+        for blocks in range(1, KRYLOV_BLOCKS + 1):
+            if blocks in CHECKED_AT:
+                keep, pairs = _rayleigh_ritz(q, aq, width, k)
+                if pairs.residual <= tolerance:
+                    return pairs
+            if blocks < KRYLOV_BLOCKS:
+                block = _orthonormal_to(q, aq[:, -width:])
+                q, aq = torch.cat([q, block], 1), torch.cat([aq, apply(block)], 1)  # (n, b·blocks)
+        basis = torch.linalg.qr(q @ keep).Q
     return _dense(apply, start, k)
+
+
+def _rayleigh_ritz(q: Tensor, aq: Tensor, width: int, k: int) -> tuple[Tensor, Eigenpairs]:
+    """The best pairs in the span of the orthonormal q (n, m), given A q: coefficients (m, width) and the first k."""
+    projected = q.T @ aq
+    values, rotation = torch.linalg.eigh((projected + projected.T) / 2)
+    keep = rotation[:, -width:].flip(1)
+    return keep, _pairs(values.flip(0)[:k], q @ keep[:, :k], aq @ keep[:, :k])
 
 
 def _orthonormal_to(q: Tensor, new: Tensor) -> Tensor:

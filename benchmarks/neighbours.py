@@ -1,0 +1,89 @@
+"""PEFT's own data-aware initialisations, called as PEFT documents them.
+
+Both leave the model changed (EVA on a CPU repacks 4-bit weights for inference, LoRA-GA moves the base), so each is the
+last row on its model.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from typing import Any
+
+import torch
+from peft import EvaConfig, LoraGAConfig, PeftModel, get_peft_model, initialize_lora_eva_weights
+from peft.tuners.lora.loraga import preprocess_loraga
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from benchmarks.subjects import lora_config
+from lora_da.adapter import find_adapter
+
+EVA_PASSES = 5  # EVA goes on over the samples until every component has converged; stopped, and said so, beyond this
+
+
+class _Stopped(Exception):
+    pass
+
+
+class Eva:
+    """EVA without redistribution of ranks, so that the adapter is the same as the others'.
+
+    Args:
+        peft_model: its adapter is replaced by one that EVA may fill.
+    """
+
+    def __init__(self, peft_model: PeftModel) -> None:
+        config = lora_config(init_lora_weights="eva", eva_config=EvaConfig(rho=1.0))
+        self._model = get_peft_model(peft_model.unload(), config, low_cpu_mem_usage=True)
+
+    def run(self, loader: DataLoader[Any]) -> dict[str, Any]:
+        """Initialise; how many batches it took, and whether it ended by itself."""
+        forwards = 0
+
+        def forward(model: nn.Module, inputs: dict[str, Tensor]) -> None:
+            nonlocal forwards
+            if forwards >= EVA_PASSES * len(loader):
+                raise _Stopped
+            forwards += 1
+            model(**inputs)
+
+        with contextlib.suppress(_Stopped):
+            initialize_lora_eva_weights(self._model, loader, forward_fn=forward, show_progress_bar=False)
+        converged = forwards < EVA_PASSES * len(loader)
+        end = "converged" if converged else "stopped, not converged"
+        return {
+            "forwards": forwards,
+            "converged": converged,
+            "note": f"{end} after {forwards} forwards over {len(loader)} batches",
+        }
+
+
+class LoraGA:
+    """LoRA-GA with PEFT's defaults, on an unquantised model.
+
+    Args:
+        peft_model: its adapter is taken off; LoRA-GA starts from the plain model.
+    """
+
+    def __init__(self, peft_model: PeftModel) -> None:
+        targets = {layer.name.rpartition(".")[2] for layer in find_adapter(peft_model).layers}
+        # PEFT looks for targets before it knows `all-linear`, so they are named.
+        self._config = lora_config(init_lora_weights="lora_ga", lora_ga_config=LoraGAConfig())
+        self._config.target_modules = targets
+        self._model = peft_model.unload()
+
+    def run(self, loader: DataLoader[Any], device: torch.device) -> dict[str, Any]:
+        """Estimate the gradients over all batches, then start the adapter from them; the seconds of both."""
+
+        def passes() -> None:
+            for batch in loader:
+                self._model(**{key: value.to(device) for key, value in batch.items()}).loss.backward()
+
+        started = time.perf_counter()
+        preprocess_loraga(self._model, self._config, passes)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        between = time.perf_counter()
+        get_peft_model(self._model, self._config)
+        return {"timings": {"gradient": between - started, "solve": time.perf_counter() - between}}

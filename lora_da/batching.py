@@ -1,0 +1,120 @@
+"""Batches by tokens: rows of like length together, no padding beyond them, and a batch in two where memory asks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lora_da.tokens import BatchTokens
+
+# Tokens in a batch. Beyond about this many, neither the matrix products nor the dequantisation of a layer's weight,
+# once a batch, get cheaper by the token; and it is what a training step of one long row reads.
+BATCH_TOKENS = 2048
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What the model's forward takes, on the CPU, and which of its tokens count.
+
+    Args:
+        inputs: the collator's output.
+        tokens: the counted tokens.
+    """
+
+    inputs: Mapping[str, Any]
+    tokens: BatchTokens
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Rows and columns."""
+        rows, columns = self.inputs["labels"].shape
+        return rows, columns
+
+    @property
+    def length(self) -> int:
+        """Columns up to the last token that counts; 1 at least."""
+        counted = (self.tokens.document >= 0).view(self.shape).any(0).nonzero()
+        return int(counted[-1]) + 1 if len(counted) else 1
+
+    def last_row(self) -> Batch:
+        """Its last row alone, or as few rows as it can be divided into."""
+        halves = self.halves()
+        return self if halves is None else halves[1].last_row()
+
+    def trimmed(self) -> Batch:
+        """Without the columns behind the last token that counts: nothing that counts can see them.
+
+        A batch with inputs of shapes unknown here stays as it is.
+        """
+        rows, columns = self.shape
+        if self.length == columns or not all(_is_by_token(v, rows, columns) for v in self.inputs.values()):
+            return self
+        inputs = {k: v[:, : self.length] if isinstance(v, Tensor) else v for k, v in self.inputs.items()}
+        kept = torch.arange(rows * columns).view(rows, columns)[:, : self.length].flatten()
+        return Batch(inputs, _selected(self.tokens, kept))
+
+    def halves(self) -> tuple[Batch, Batch] | None:
+        """The upper and the lower half of its rows, trimmed; None where it cannot be divided."""
+        rows, columns = self.shape
+        if rows < 2 or not all(_is_by_token(v, rows, columns) for v in self.inputs.values()):
+            return None
+        positions = torch.arange(rows * columns).view(rows, columns)
+        parts = []
+        for part in (slice(0, rows // 2), slice(rows // 2, rows)):
+            inputs = {k: v[part] if _has_rows(v, rows) else v for k, v in self.inputs.items()}
+            parts.append(Batch(inputs, _selected(self.tokens, positions[part].flatten())).trimmed())
+        return parts[0], parts[1]
+
+
+def divided(batch: Batch, batch_tokens: int) -> Iterator[Batch]:
+    """A batch in parts of at most `batch_tokens`, padding included, where its rows allow it."""
+    rows, columns = batch.shape
+    halves = batch.halves() if rows * columns > batch_tokens else None
+    if halves is None:
+        yield batch
+        return
+    for half in halves:
+        if half.tokens.n_documents:
+            yield from divided(half, batch_tokens)
+
+
+def by_length(lengths: Sequence[int], batch_tokens: int) -> list[list[int]]:
+    """Groups of rows of like length, the longest first, of at most `batch_tokens` tokens with their padding.
+
+    Args:
+        lengths: tokens of each row; rows of none are left out.
+        batch_tokens: tokens in a batch; a longer row is a batch of its own.
+    """
+    groups: list[list[int]] = []
+    for row in sorted((r for r, n in enumerate(lengths) if n), key=lambda r: -lengths[r]):
+        # the first of a group is its longest
+        if not groups or (len(groups[-1]) + 1) * lengths[groups[-1][0]] > batch_tokens:
+            groups.append([])
+        groups[-1].append(row)
+    return groups
+
+
+def _is_by_token(value: Any, rows: int, columns: int) -> bool:
+    """Whether a value is known to be cut by columns: (rows, columns), (1, columns), or no tensor and no list."""
+    if isinstance(value, Tensor):
+        return value.shape in ((rows, columns), (1, columns))
+    return value is None or isinstance(value, (bool, int, float, str))
+
+
+def _has_rows(value: Any, rows: int) -> bool:
+    return isinstance(value, Tensor) and value.shape[0] == rows
+
+
+def _selected(tokens: BatchTokens, positions: Tensor) -> BatchTokens:
+    """The tokens at some positions, their documents numbered anew."""
+    document = tokens.document[positions]
+    kept = document[document >= 0].unique()
+    number = torch.full((tokens.n_documents + 1,), -1)  # the last entry maps -1 to itself
+    number[kept] = torch.arange(len(kept))
+    return BatchTokens(
+        tokens.targets[positions], number[document], tokens.loss_tokens[kept], len(kept), tokens.boundaries
+    )

@@ -1,0 +1,39 @@
+"""From a batch of the user's collator to what the decoder is called with."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from lora_da.batching import Batch
+from lora_da.errors import LoraDAError
+
+NOT_TEXT = re.compile(r"pixel_|image_|video_|audio_|input_features|input_values")
+NOT_FOR_THE_DECODER = ("labels", "seq_lengths", "num_items_in_batch")
+
+
+def decoder_inputs(model: PreTrainedModel, batch: Batch, device: torch.device) -> dict[str, Any]:
+    """What the decoder takes, on its device.
+
+    Raises:
+        LoraDAError: the batch holds more than text.
+    """
+    unread = [key for key in batch.inputs if NOT_TEXT.match(key) and batch.inputs[key] is not None]
+    if unread:
+        raise LoraDAError(
+            f"the batches hold {', '.join(unread)}: LoRA-DA estimates on text only; initialise on text rows instead"
+        )
+    dropped = set(NOT_FOR_THE_DECODER)
+    if batch.tokens.boundaries == "position_ids" and "flash" not in (model.config._attn_implementation or ""):
+        # Given a padding mask, transformers does not look for documents in a row, and they would see each other;
+        # padding starts anew too, and so is a document that nobody sees. Flash attention reads the mask's numbers.
+        dropped.add("attention_mask")
+    return {
+        k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v
+        for k, v in batch.inputs.items()
+        if k not in dropped
+    }

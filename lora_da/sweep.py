@@ -1,0 +1,280 @@
+"""Runs a plan: the samples forward and backward through each segment, with its layers watched."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+from transformers import PreTrainedModel
+
+from lora_da.adapter import AdapterLayer
+from lora_da.batching import Batch, divided
+from lora_da.blocks import BlockRow, check
+from lora_da.borders import Border
+from lora_da.collect import Collector, outputs_with_gradients
+from lora_da.config import Preset
+from lora_da.data import InitData
+from lora_da.errors import LoraDAError
+from lora_da.inputs import decoder_inputs
+from lora_da.loss import backward
+from lora_da.mode import reentrant_checkpointing, without_checkpointing
+from lora_da.plan import Plan, Segment, split
+from lora_da.survey import Survey
+from lora_da.timing import Stopwatch
+
+logger = logging.getLogger(__name__)
+
+LOSS_SCALE = 1024.0  # a power of two, so that it changes no bit in bf16 and float32; float16 gradients need it
+LOSS_SCALE_STEP = 16.0  # how much it falls when a float16 gradient overflows
+MIN_LOSS_SCALE = LOSS_SCALE / LOSS_SCALE_STEP**4
+
+
+class Sweep:
+    """Takes the statistics of a model's layers, segment by segment, the last first.
+
+    Args:
+        model: the causal language model inside the PEFT model, in estimation mode.
+        data: the init samples.
+        plan: what to run.
+        survey: of the model; its row is what is cut.
+        preset: whose averaging says what d is the gradient of, one sample's mean loss or one token's loss.
+        full_fisher: names of the layers whose output Fisher is kept in full.
+        device: where the samples go.
+
+    Attributes:
+        loss: the mean loss per loss token, once a segment has been collected.
+        watch: where the time went.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        data: InitData,
+        plan: Plan,
+        survey: Survey,
+        preset: Preset,
+        full_fisher: frozenset[str],
+        device: torch.device,
+    ) -> None:
+        self.drawn, self.preset = data, preset
+        self.loss = math.nan
+        self.watch = Stopwatch(device)
+        self._model, self._survey, self._plan = model, survey, plan
+        self._full_fisher, self._device, self._progress = full_fisher, device, tqdm(disable=True)
+        self._batches = [part for batch in data.batches for part in divided(batch, plan.batch_tokens)]
+        self._n_loss_tokens = data.n_loss_tokens
+        # Under `samples` a token's loss is weighted by the mean number of loss tokens over its document's own: about 1,
+        # so that float16 gradients stay in their range; what remains is part of the scale.
+        self._mean_tokens = data.n_loss_tokens / data.n_samples if preset.averaging == "samples" else None
+        self._scale = LOSS_SCALE
+        self._reentrant = survey.row is None and reentrant_checkpointing(model)
+        self._entering: dict[int, Border] = {}  # hidden states that enter a block, by its number
+        self._gradients: dict[int, Border] = {}  # of the loss, in the same
+        self._first_batch: dict[int, Tensor] = {}  # of those hidden states, to check a segment by
+
+    @property
+    def steps(self) -> int:
+        """Of progress: every batch in every segment, and every layer to be solved."""
+        return len(self._plan.segments) * len(self._batches) + sum(len(s.layers) for s in self._plan.segments)
+
+    def collected(self, progress: tqdm) -> Iterator[tuple[Sequence[AdapterLayer], Collector]]:
+        """The layers of each segment with their filled collector, which is forgotten here when the next is asked for.
+
+        Args:
+            progress: advanced by one for each batch of each segment.
+
+        Raises:
+            NotARow: the model's blocks, run again, do not give what they gave; nothing that was collected counts.
+            LoraDAError: the loss is not finite, or one layer and one row do not fit in memory.
+        """
+        self._progress = progress
+        pending = list(self._plan.segments)
+        self._lay(0, sorted({s.first for s in pending} - {0}))
+        while pending:
+            segment = pending.pop()
+            if not segment.layers and not pending:
+                break  # what is left of a segment in two, with nothing to serve in it or below
+            collector = self._attempt(segment, lowest=all(s.first == segment.first for s in pending))
+            if collector is None:
+                pending += self._smaller(segment)
+                continue
+            yield segment.layers, collector
+            del collector
+            if not any(s.stop == segment.stop for s in pending):  # nobody needs what is above any more
+                self._gradients.pop(segment.stop, None)
+                self._first_batch = {k: self._entering.pop(k).get(0) for k in [segment.first] if k}
+
+    def _attempt(self, segment: Segment, lowest: bool) -> Collector | None:
+        """The filled collector; None if memory ran out. A float16 overflow starts the segment anew, scaled down."""
+        while True:
+            collector = Collector(
+                {layer.name: layer.base for layer in segment.layers},
+                self._full_fisher,
+                self._scale * (self._mean_tokens or 1.0),
+                timed=lambda: self.watch("products"),
+                routed=self._survey.routed,
+            )
+            try:
+                self._collect(segment, collector, lowest)
+            except torch.OutOfMemoryError:
+                self._progress.update(-self._done)
+                return None
+            if collector.overflowed is None or not collector.overflowed or self._scale <= MIN_LOSS_SCALE:
+                return collector
+            self._scale /= LOSS_SCALE_STEP
+            if segment.stop in self._gradients:
+                self._gradients[segment.stop].scale(1 / LOSS_SCALE_STEP)
+            self._progress.update(-self._done)
+
+    def _collect(self, segment: Segment, collector: Collector, lowest: bool) -> None:
+        """Run all batches through one segment."""
+        self._done = 0
+        row = self._survey.row
+        whole = segment.first == 0 and segment.stop == len(self._survey.linear_features)
+        is_top = segment.stop == len(self._survey.linear_features)
+        below = None if lowest else Border(len(self._batches), self._device)
+        total = torch.zeros((), device=self._device)
+        cut = contextlib.nullcontext() if whole or row is None else row.only(segment.first, segment.stop)
+        reads_inputs = any(self._survey.block_of.get(a.name, 0) == segment.first for a in segment.layers)
+        with self._own_activations(segment.first == 0 and reads_inputs), collector.observing(), cut:
+            for number, batch in enumerate(self._batches):
+                collector.reading(batch.tokens.document >= 0, self._device)
+                inputs = self._inputs(batch)
+                hidden = self._hidden(segment.first, number, below is not None or reads_inputs)
+                if is_top:
+                    with contextlib.nullcontext() if whole or row is None else row.given(hidden):
+                        total += self._loss(batch, inputs)
+                else:
+                    assert row is not None
+                    self._run(row, segment, number, hidden, inputs)
+                if below is not None:
+                    assert hidden is not None and hidden.grad is not None
+                    with self.watch("copies"):
+                        below.put(number, hidden.grad)
+                self._progress.update()
+                self._done += 1
+        if is_top:
+            self._note_loss(total.item())
+        if below is not None:
+            self._gradients[segment.first] = below
+
+    def _loss(self, batch: Batch, inputs: dict[str, Any]) -> Tensor:
+        weights = None
+        if self._mean_tokens is not None:
+            per_document = torch.nn.functional.pad(self._mean_tokens / batch.tokens.loss_tokens, (0, 1))
+            weights = per_document[batch.tokens.document].to(self._device, non_blocking=True)
+        return backward(self._model, inputs, batch.tokens, self._scale, weights, self.watch)
+
+    def _run(self, row: BlockRow, segment: Segment, number: int, hidden: Tensor | None, inputs: dict[str, Any]) -> None:
+        with self.watch("forward"):
+            output = row.run(hidden, **inputs)[segment.stop]
+        if number == 0:
+            check(output.detach(), self._first_batch[segment.stop])
+        if output.requires_grad:
+            with self.watch("copies"):
+                gradient = self._gradients[segment.stop].get(number, number + 1)
+            with self.watch("backward"):
+                output.backward(gradient)
+
+    def _hidden(self, first: int, number: int, differentiable: bool) -> Tensor | None:
+        """What enters a segment; None where the decoder makes it."""
+        if first == 0:
+            return None
+        with self.watch("copies"):
+            return self._entering[first].get(number, number + 1).detach().requires_grad_(differentiable)
+
+    def _lay(self, start: int, borders: list[int]) -> None:
+        """Run the samples forward from block `start` and keep what enters the blocks of `borders`."""
+        row = self._survey.row
+        while borders and row is not None:
+            try:
+                return self._lay_once(row, start, borders)
+            except torch.OutOfMemoryError:
+                pass
+            if not self._halve_batches():
+                raise LoraDAError(self._too_large("a forward without gradients"))
+
+    @torch.no_grad()
+    def _lay_once(self, row: BlockRow, start: int, borders: list[int]) -> None:
+        laid = {border: Border(len(self._batches), self._device) for border in borders}
+        with without_checkpointing(self._model), row.only(start, borders[-1]):
+            for number, batch in enumerate(self._batches):
+                inputs, hidden = self._inputs(batch), self._hidden(start, number, False)
+                with self.watch("forward"):
+                    entered = row.run(hidden, borders, **inputs)
+                with self.watch("copies"):
+                    for border in borders:
+                        laid[border].put(number, entered[border])
+        self._entering |= laid
+
+    def _smaller(self, segment: Segment) -> list[Segment]:
+        """What to run instead of a segment that did not fit: the same with half the rows in a batch, or two halves."""
+        if self._halve_batches():
+            return [segment]
+        parts = split(segment, self._survey)
+        if parts is None:
+            alone = f"layer {segment.layers[0].name}" if segment.layers else f"block {segment.first}"
+            raise LoraDAError(self._too_large(f"{alone} alone"))
+        if parts[1].first > parts[0].first:
+            self._lay(segment.first, [parts[1].first])
+        logger.warning("LoRA-DA: out of memory; goes on with half the layers at a time")
+        return [part for part in parts if part.layers or part.first]
+
+    def _too_large(self, what: str) -> str:
+        return (
+            f"out of memory with {what} and one row of {max(b.shape[1] for b in self._batches)} tokens: free memory on "
+            f"{self._device}, shorten the rows (Axolotl: `sequence_len`), or take layers out of target_modules"
+        )
+
+    def _halve_batches(self) -> bool:
+        """Whether any batch could be divided."""
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()
+        halves = [batch.halves() for batch in self._batches]
+        if any(halves):
+            self._divide(halves)
+            logger.warning("LoRA-DA: out of memory; goes on with half the rows in a batch")
+        return any(halves)
+
+    def _divide(self, halves: list[tuple[Batch, Batch] | None]) -> None:
+        batches: list[Batch] = []
+        for batch, pair in zip(self._batches, halves, strict=True):
+            batches += [batch] if pair is None else pair
+        shapes = [None if pair is None else [half.shape for half in pair] for pair in halves]
+        for border in (*self._entering.values(), *self._gradients.values()):
+            border.divide(shapes)
+        rows, columns = batches[0].shape
+        self._first_batch = {k: hidden[:rows, :columns] for k, hidden in self._first_batch.items()}
+        self._progress.total += (len(batches) - len(self._batches)) * len(self._plan.segments)
+        self._batches = batches
+
+    def _note_loss(self, total: float) -> None:
+        self.loss = total / self._n_loss_tokens
+        if not math.isfinite(self.loss):
+            raise LoraDAError(
+                f"the loss of the init samples is {self.loss} on the untouched base model; check the data, "
+                "the model's dtype (bf16 rather than fp16) and its weights"
+            )
+
+    def _inputs(self, batch: Batch) -> dict[str, Any]:
+        return decoder_inputs(self._model, batch, self._device)
+
+    @contextlib.contextmanager
+    def _own_activations(self, inputs_with_gradients: bool) -> Iterator[None]:
+        """Where the plan decides what is computed again, the model's own checkpointing is off.
+
+        Embeddings require gradients where the segment's lowest block is served, as they do in training with PEFT; a
+        pass that serves higher blocks goes back no further than those, unless its checkpointing needs it to.
+        """
+        with contextlib.ExitStack() as stack:
+            if self._survey.row is not None:
+                stack.enter_context(without_checkpointing(self._model))
+            if inputs_with_gradients or self._reentrant:
+                stack.enter_context(outputs_with_gradients(self._model.get_input_embeddings()))
+            yield
