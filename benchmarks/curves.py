@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from benchmarks.measure import conditions, measured
-from benchmarks.ours import adapter_kept, ours
+from benchmarks.ours import adapter_kept, border_bytes, ours
 from benchmarks.subjects import Subject, llama, with_lora
 
 RESULTS = Path(__file__).parent / "results"
@@ -62,16 +62,18 @@ def point(at: dict[str, Any]) -> dict[str, Any]:
         ours(model, loader, WARM_UP, segments)
     costs, reports = [], []
     for _ in range(at["repeats"]):
-        with adapter_kept(model):
+        with adapter_kept(model), border_bytes() as at_borders:
             report, cost = measured(lambda: ours(model, loader, at["samples"], segments), device)
         costs.append(cost)
-        reports.append({name: getattr(report, name, None) for name in ("timings", "plan", "forecast", "tokens")})
+        reports.append({name: getattr(report, name) for name in ("timings", "plan", "forecast", "tokens")})
     increases = [cost.cpu_increase if cost.gpu_increase is None else cost.gpu_increase for cost in costs]
     return {
         **at,
         "seconds": median(cost.seconds for cost in costs),
         "beyond_weights": median(increases),  # bytes, on the model's device
         "cpu_increase": median(cost.cpu_increase for cost in costs),
+        "at_borders": max(at_borders),
+        "at_borders_forecast": reports[-1]["forecast"]["cpu"],
         "costs": [asdict(cost) for cost in costs],
         "reports": reports,
     }
@@ -90,6 +92,7 @@ def shape_of(points: list[dict[str, Any]], along: str) -> dict[str, Any]:
         "seconds_fixed": intercept,
         "farthest_from_line": off,
         "memory_largest_over_smallest": max(memory) / min(memory),
+        "farthest_from_forecast": max(abs(p["at_borders"] / max(p["at_borders_forecast"], 1) - 1) for p in points),
     }
 
 
@@ -110,17 +113,11 @@ def chart(result: dict[str, Any], path: Path) -> None:
         memory.plot(x, [p["beyond_weights"] / 2**20 for p in points], "o-", label=kind)
         if on_gpu:
             memory.plot(x, [p["cpu_increase"] / 2**20 for p in points], "s-", label="resident memory, increase")
-        for name in sorted({name for p in points for name in _forecast(p)}):
-            known = [(p[along], _forecast(p)[name]) for p in points if name in _forecast(p)]
-            memory.plot([a for a, _ in known], [b / 2**20 for _, b in known], "x--", label=f"forecast: {name}")
+        memory.plot(x, [p["at_borders"] / 2**20 for p in points], "s-", label="hidden states at borders")
+        memory.plot(x, [p["at_borders_forecast"] / 2**20 for p in points], "x--", label="the same, forecast")
         memory.set(ylabel="MiB", ylim=(0, None), xlabel="decoder layers" if along == "depth" else "samples")
         memory.legend()
     figure.savefig(path, dpi=120)
-
-
-def _forecast(point: dict[str, Any]) -> dict[str, float]:
-    """The planner's numbers in bytes, where the report has any."""
-    return point["reports"][-1]["forecast"] or {}
 
 
 def _parse() -> argparse.Namespace:

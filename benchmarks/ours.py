@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
+import weakref
+from collections.abc import Iterator
+from functools import partial
 from typing import Any
 from unittest import mock
 
@@ -14,10 +15,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from lora_da import InitReport, LoraDAConfig, initialize_lora_da_weights
-from lora_da.adapter import AdapterLayer
+from lora_da.borders import Border
 from lora_da.data import draw
-from lora_da.plan import Plan, cut, make_plan
-from lora_da.survey import Survey
+from lora_da.plan import make_plan
 from lora_da.tokens import BatchTokens
 
 Batches = list[tuple[dict[str, Tensor], BatchTokens]]
@@ -29,19 +29,24 @@ def ours(peft_model: PeftModel, loader: DataLoader[Any], samples: int, segments:
     Args:
         segments: stream the decoder in so many segments; None for one ordinary pass.
     """
-    with _forced_plan(segments):
+    with mock.patch("lora_da.initialize.make_plan", partial(make_plan, n_segments=segments or 1)):
         return initialize_lora_da_weights(peft_model, loader, LoraDAConfig(samples=samples), show_progress=False)
 
 
 @contextlib.contextmanager
-def _forced_plan(segments: int | None) -> Iterator[None]:
-    """The planner's choice replaced while the context is open."""
+def border_bytes() -> Iterator[list[int]]:
+    """A list that is given, each time a hidden state or gradient is kept at a border, the bytes then kept at all."""
+    borders: weakref.WeakSet[Border] = weakref.WeakSet()
+    seen = [0]
+    original = Border.put
 
-    def forced(survey: Survey, layers: Sequence[AdapterLayer], *others: Any) -> Plan:
-        return replace(make_plan(survey, layers, *others), segments=tuple(cut(survey, layers, segments or 1)))
+    def put(border: Border, number: int, tensor: Tensor) -> None:
+        original(border, number, tensor)
+        borders.add(border)
+        seen.append(sum(border.nbytes for border in borders))
 
-    with mock.patch("lora_da.initialize.make_plan", forced):
-        yield
+    with mock.patch.object(Border, "put", put):
+        yield seen
 
 
 def init_batches(loader: DataLoader[Any], samples: int, device: torch.device) -> Batches:

@@ -14,6 +14,8 @@ from lora_da.tokens import BatchTokens
 # Tokens in a batch. Beyond about this many, neither the matrix products nor the dequantisation of a layer's weight,
 # once a batch, get cheaper by the token; and it is what a training step of one long row reads.
 BATCH_TOKENS = 2048
+GLIMPSE = 64  # tokens of a row that a model is surveyed with
+NOT_FOR_THE_MODEL = ("seq_lengths", "num_items_in_batch")  # read by trainers and by `tokens`, and done with then
 
 
 @dataclass(frozen=True)
@@ -35,37 +37,64 @@ class Batch:
         return rows, columns
 
     @property
+    def n_positions(self) -> int:
+        """Rows times columns: what is run."""
+        return self.shape[0] * self.shape[1]
+
+    @property
+    def n_counted(self) -> int:
+        """Tokens that count."""
+        return int((self.tokens.document >= 0).sum())
+
+    def moves_positions(self) -> bool:
+        """Whether its rows begin with padding and nothing says where their text does."""
+        mask = self.inputs.get("attention_mask")
+        return mask is not None and self.inputs.get("position_ids") is None and bool((mask[:, 0] == 0).any())
+
+    @property
     def length(self) -> int:
         """Columns up to the last token that counts; 1 at least."""
         counted = (self.tokens.document >= 0).view(self.shape).any(0).nonzero()
         return int(counted[-1]) + 1 if len(counted) else 1
 
-    def last_row(self) -> Batch:
-        """Its last row alone, or as few rows as it can be divided into."""
+    def glimpse(self) -> Batch:
+        """Its last row, and of that as many tokens as tell how a model is built; all of it where it cannot be cut."""
         halves = self.halves()
-        return self if halves is None else halves[1].last_row()
+        return self._cut(GLIMPSE) if halves is None else halves[1].glimpse()
 
     def trimmed(self) -> Batch:
         """Without the columns behind the last token that counts: nothing that counts can see them.
 
         A batch with inputs of shapes unknown here stays as it is.
         """
+        return self._cut(self.length)
+
+    def _cut(self, length: int) -> Batch:
+        """The first columns."""
         rows, columns = self.shape
-        if self.length == columns or not all(_is_by_token(v, rows, columns) for v in self.inputs.values()):
+        if length >= columns or not self._is_by_token():
             return self
-        inputs = {k: v[:, : self.length] if isinstance(v, Tensor) else v for k, v in self.inputs.items()}
-        kept = torch.arange(rows * columns).view(rows, columns)[:, : self.length].flatten()
+        inputs = {k: v[:, :length] if isinstance(v, Tensor) else v for k, v in self._model_inputs.items()}
+        kept = torch.arange(rows * columns).view(rows, columns)[:, :length].flatten()
         return Batch(inputs, _selected(self.tokens, kept))
+
+    def _is_by_token(self) -> bool:
+        rows, columns = self.shape
+        return all(_is_by_token(v, rows, columns) for v in self._model_inputs.values())
+
+    @property
+    def _model_inputs(self) -> dict[str, Any]:
+        return {k: v for k, v in self.inputs.items() if k not in NOT_FOR_THE_MODEL}
 
     def halves(self) -> tuple[Batch, Batch] | None:
         """The upper and the lower half of its rows, trimmed; None where it cannot be divided."""
         rows, columns = self.shape
-        if rows < 2 or not all(_is_by_token(v, rows, columns) for v in self.inputs.values()):
+        if rows < 2 or not self._is_by_token():
             return None
         positions = torch.arange(rows * columns).view(rows, columns)
         parts = []
         for part in (slice(0, rows // 2), slice(rows // 2, rows)):
-            inputs = {k: v[part] if _has_rows(v, rows) else v for k, v in self.inputs.items()}
+            inputs = {k: v[part] if _has_rows(v, rows) else v for k, v in self._model_inputs.items()}
             parts.append(Batch(inputs, _selected(self.tokens, positions[part].flatten())).trimmed())
         return parts[0], parts[1]
 

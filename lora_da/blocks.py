@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lora_da.forwards import kept_on_device, replaced
+from lora_da.memory import is_out_of_memory
 
 # A block run again in another kernel than the first time is off by rounding, one that lacks an input by its own size.
 REPLAY_TOLERANCE = 0.05
@@ -81,7 +82,7 @@ class BlockRow:
             with self.only(number, number + 1):
                 again = self.run(hidden, **inputs)[number + 1]
         except (RuntimeError, LookupError, TypeError, ValueError, AttributeError) as error:
-            if isinstance(error, torch.OutOfMemoryError):
+            if isinstance(error, torch.AcceleratorError) or is_out_of_memory(error):
                 raise
             raise NotARow(f"block {number} cannot be run alone: {error}") from error
         check(again, returned)
@@ -139,9 +140,9 @@ class BlockRow:
                 raise NotARow(f"block {number} does not read what block {number - 1} returns")
             self._expected += 1
             if number == self._first and self._given is not None:
-                hidden = self._given
+                hidden = self._given.clone()  # a block may change its input in place, and this one is needed again
             if number in self._keep:
-                self._kept[number] = hidden
+                self._kept[number] = hidden.clone()
             if self._first <= number < self._stop:
                 output = self._run(number, original, hidden, args, kwargs)
             else:
@@ -155,8 +156,10 @@ class BlockRow:
         return forward
 
     def _run(self, number: int, original: Callable[..., Any], hidden: Tensor, args: Any, kwargs: dict[str, Any]) -> Any:
-        if self._leaves is not None and not number:
-            hidden = hidden.detach().requires_grad_()
+        if self._leaves is not None:
+            hidden = hidden if number else hidden.detach().requires_grad_()
+            self._leaves.append(hidden)
+            hidden = hidden.clone()
         output = original(hidden, *args[1:], **kwargs) if args else original(**{**kwargs, "hidden_states": hidden})
         returned = output[0] if isinstance(output, tuple) else output
         if not isinstance(returned, Tensor) or returned.shape != hidden.shape or hidden.dim() != 3:
@@ -164,15 +167,14 @@ class BlockRow:
         self._beside[number] = len(output) - 1 if isinstance(output, tuple) else None
         if self._leaves is None:
             return output
-        self._look_for_ways_around(number, returned)
-        self._leaves.append(hidden)
+        self._look_for_ways_around(number, returned, self._leaves[:-1])
         cut = returned.detach().requires_grad_()
         return (cut, *output[1:]) if isinstance(output, tuple) else cut
 
-    def _look_for_ways_around(self, number: int, returned: Tensor) -> None:
+    def _look_for_ways_around(self, number: int, returned: Tensor, entered: list[Tensor]) -> None:
         """Whether a block's output depends on anything that entered an earlier block, other than by its own input."""
-        if self._leaves and returned.requires_grad:
-            found = torch.autograd.grad(returned.sum(), self._leaves, allow_unused=True)
+        if entered and returned.requires_grad:
+            found = torch.autograd.grad(returned.sum(), entered, allow_unused=True)
             earlier = [other for other, gradient in enumerate(found) if gradient is not None]
             if earlier:
                 raise NotARow(f"block {number} reads something of block {earlier[0]} past the hidden state between")

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from lora_da.memory import is_out_of_memory
+
 
 class Border:
     """One tensor a batch. On a GPU, copies run beside the computation, through pinned memory.
@@ -14,13 +16,19 @@ class Border:
     Args:
         n: batches.
         device: where the tensors come from and go to.
+        copies: the stream to copy in, one for all borders: each stream has memory of its own.
     """
 
-    def __init__(self, n: int, device: torch.device) -> None:
+    def __init__(self, n: int, device: torch.device, copies: torch.cuda.Stream | None = None) -> None:
         self._held: list[Tensor | None] = [None] * n
-        self._device = device
-        self._copies = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._factor = 1.0
+        self._device, self._copies = device, copies
         self._ahead: tuple[int, Tensor] | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """Of what is kept."""
+        return sum(held.nbytes for held in self._held if held is not None)
 
     def put(self, number: int, tensor: Tensor) -> None:
         """Keep a batch's tensor."""
@@ -30,7 +38,12 @@ class Border:
             return
         self._copies.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(self._copies):
-            self._held[number] = tensor.to("cpu", non_blocking=True)  # into pinned memory, as torch does it for these
+            try:
+                self._held[number] = tensor.to("cpu", non_blocking=True)  # into pinned memory, as torch does it here
+            except RuntimeError as error:
+                if not is_out_of_memory(error):
+                    raise
+                self._held[number] = tensor.to("cpu")  # there may be a limit on pinned memory alone
         tensor.record_stream(self._copies)
 
     def get(self, number: int, following: int | None = None) -> Tensor:
@@ -43,7 +56,7 @@ class Border:
             tensor.record_stream(current)
             if following is not None and following < len(self._held):
                 self._ahead = (following, self._fetch(following))
-        return tensor
+        return tensor if self._factor == 1.0 else tensor * self._factor
 
     def divide(self, shapes: Sequence[Sequence[tuple[int, int]] | None]) -> None:
         """Divide what is kept for each batch by rows into parts of the given (rows, columns); None: as it is."""
@@ -55,14 +68,13 @@ class Border:
                 continue
             first = 0
             for rows, columns in parts:
-                held.append(tensor[first : first + rows, :columns])
+                held.append(tensor[first : first + rows, :columns].contiguous())
                 first += rows
         self._held = held
 
     def scale(self, factor: float) -> None:
         """Multiply everything that is kept."""
-        self._wait()
-        self._held = [None if held is None else held * factor for held in self._held]
+        self._factor *= factor
 
     def _wait(self) -> None:
         if self._copies is not None:
@@ -77,3 +89,40 @@ class Border:
             return held
         with torch.cuda.stream(self._copies):
             return held.to(self._device, non_blocking=True)
+
+
+class Borders:
+    """What is kept between the segments of a decoder, by the number of the block above the border.
+
+    Attributes:
+        hidden: the hidden states that enter the block.
+        gradients: of the loss, in the same.
+        first_batch: the first batch's hidden state at the border that was used last, to check the segment below by.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._copies = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self.hidden: dict[int, Border] = {}
+        self.gradients: dict[int, Border] = {}
+        self.first_batch: dict[int, Tensor] = {}
+
+    def new(self, n: int) -> Border:
+        """A border for `n` batches."""
+        return Border(n, self._device, self._copies)
+
+    def forget(self, first: int, stop: int) -> None:
+        """The segment from block `first` to before `stop` is done, and nobody needs what is above it any more."""
+        self.gradients.pop(stop, None)
+        self.first_batch = {k: self.hidden.pop(k).get(0) for k in [first] if k}
+        if self._copies is not None and not self.hidden:
+            # torch keeps pinned memory for itself, locked, and training has no use for so much of it
+            getattr(torch._C, "_host_emptyCache", lambda: None)()
+
+    def divide(self, shapes: Sequence[Sequence[tuple[int, int]] | None]) -> None:
+        """Batches are divided by rows, as in `Border.divide`."""
+        for border in (*self.hidden.values(), *self.gradients.values()):
+            border.divide(shapes)
+        if shapes[0] is not None:
+            rows, columns = shapes[0][0]
+            self.first_batch = {k: hidden[:rows, :columns] for k, hidden in self.first_batch.items()}

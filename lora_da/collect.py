@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_da.errors import LoraDAError
-from lora_da.routing import Routed, positions_of
+from lora_da.routing import KnownRows, Routed
 from lora_da.statistics import InputSums, LayerStatistics, LayerSums, summable
 
 UNKNOWN = "unknown"  # instead of the rows of an input that count
@@ -48,20 +48,15 @@ class Collector:
         self.scale = scale
         self._timed = timed
         self._routed = routed or {}
-        self._mixture_inputs: dict[nn.Module, Tensor] = {}
+        self._mixture_inputs: dict[nn.Module, KnownRows] = {}
         self._expert_positions: dict[nn.Module, Tensor] = {}  # of the tokens that each expert was given last
         self._reads_like: dict[str, str] = {}  # layer → the layer whose input it shares, itself if none
         self._computes_in: dict[str, torch.dtype] = {}  # layer → the dtype it casts its input to
         self._n_positions: int | None = None
         self._last_input: tuple[Tensor, str] | None = None
         self._last_selected: tuple[Tensor, Tensor] | None = None
-        self.reset()
-
-    def reset(self) -> None:
-        """Forget all sums; what was learnt about shared inputs stays."""
         self._inputs = {name: InputSums() for name in self.layers}
         self._sums: dict[str, LayerSums] = {}
-        self.overflowed = None
 
     @contextlib.contextmanager
     def observing(self) -> Iterator[None]:
@@ -81,7 +76,7 @@ class Collector:
 
         Args:
             counted: (p,) bool, the positions that count; d is zero at the others.
-            device: where the layers are.
+            device: where the samples go.
         """
         self._forget_batch()
         self._n_positions = len(counted)
@@ -136,24 +131,31 @@ class Collector:
             )
         self._last_input = (x, shares_with)
 
+    def look_for_overflow(self, gradient: Tensor) -> None:
+        """Note in `overflowed` if a float16 gradient is not finite, without waiting for the device."""
+        if gradient.dtype == torch.float16:
+            overflow = ~torch.isfinite(gradient).all()
+            self.overflowed = overflow if self.overflowed is None else self.overflowed.to(gradient.device) | overflow
+
     def _chosen(self, name: str, x: Tensor) -> Tensor | str | None:
         """Which rows of x (…, i) count: indices, or None for all of them, or `UNKNOWN`."""
         routed = self._routed.get(name)
         if routed is not None and routed.mixture in self._mixture_inputs:
             rows = x.detach().flatten(0, -2)
-            positions = positions_of(rows, self._mixture_inputs[routed.mixture])
+            positions = self._mixture_inputs[routed.mixture].positions_of(rows)
             if positions is not None:
                 self._expert_positions[routed.expert] = positions
             # a layer further inside reads what the expert has made of the same rows
             positions = self._expert_positions.get(routed.expert)
             if positions is not None and len(positions) == len(rows):
-                return None if self._counts is None else self._counts[positions].nonzero().flatten()
+                counts = self._counts
+                return None if counts is None else counts.to(positions.device)[positions].nonzero().flatten()
         return self._counted if x.shape[:-1].numel() == self._n_positions else UNKNOWN
 
     def _note_mixture(self, mixture: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         hidden = next((v for v in (*args, *kwargs.values()) if isinstance(v, Tensor)), None)
         if hidden is not None and hidden.shape[:-1].numel() == self._n_positions:
-            self._mixture_inputs[mixture] = hidden.detach().flatten(0, -2)
+            self._mixture_inputs[mixture] = KnownRows(hidden.detach().flatten(0, -2))
 
     def _forget_batch(self) -> None:
         self._last_input = self._last_selected = None
@@ -165,9 +167,7 @@ class Collector:
         if isinstance(chosen, str):
             self.misshapen[name] = tuple(x.shape)
             return
-        if d.dtype == torch.float16:
-            overflow = ~torch.isfinite(d).all()
-            self.overflowed = overflow if self.overflowed is None else self.overflowed.to(d.device) | overflow
+        self.look_for_overflow(d)
         inputs = self._inputs[self._reads_like[name]]
         if name not in self._sums:
             self._sums[name] = LayerSums(inputs, name in self.full_fisher)

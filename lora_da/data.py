@@ -88,7 +88,7 @@ def draw(dataloader: Iterable[Mapping[str, Any]], samples: int, seed: int | None
     return InitData(
         batches=batches,
         n_samples=n_samples,
-        n_tokens=sum(int((b.tokens.document >= 0).sum()) for b in batches),
+        n_tokens=sum(b.n_counted for b in batches),
         n_loss_tokens=sum(int(b.tokens.loss_tokens.sum()) for b in batches),
         population_size=population,
         unit=f"document (from {boundaries[0]})" if boundaries else "row",
@@ -103,20 +103,21 @@ def _batched(drawn: list[_Drawn], collate: Collate | None) -> list[Batch]:
     for group in by_length([d.batch.length for d in whole], BATCH_TOKENS):
         members = [whole[n] for n in group]
         batches += _collated(members, collate) if collate is not None and len(members) > 1 else [members[0].batch]
-    return sorted(
-        (part.trimmed() for b in batches + rest for part in divided(b, BATCH_TOKENS)), key=lambda b: -b.length
-    )
+    parts = [part for batch in batches + rest for part in divided(batch.trimmed(), BATCH_TOKENS)]
+    return sorted(parts, key=lambda batch: -batch.length)
 
 
 def _collated(members: list[_Drawn], collate: Collate) -> list[Batch]:
-    """The rows in one batch; one by one where the collator makes something else of them together, as one does that
-    cuts what it packs."""
+    """The rows in one batch; one by one where the collator makes something else of them together: where it cuts what it
+    packs, or pads without a mask or from the left, or to a width that nothing here knows how to cut."""
     inputs = collate([copy.deepcopy(d.row) for d in members])
-    tokens = read_tokens(inputs, sum(d.batch.tokens.n_documents for d in members))
-    wanted = torch.cat([d.batch.tokens.loss_tokens for d in members])
-    if not torch.equal(tokens.loss_tokens, wanted):
-        return [d.batch for d in members]
-    return [Batch(inputs, tokens)]
+    together = Batch(inputs, read_tokens(inputs, sum(d.batch.tokens.n_documents for d in members)))
+    same_loss = torch.equal(together.tokens.loss_tokens, torch.cat([d.batch.tokens.loss_tokens for d in members]))
+    same_tokens = together.n_counted == sum(d.batch.n_counted for d in members)
+    too_large = together.trimmed().n_positions > BATCH_TOKENS and together.halves() is None
+    if same_loss and same_tokens and not too_large and not together.moves_positions():
+        return [together]
+    return [d.batch for d in members]
 
 
 def _own_rows(

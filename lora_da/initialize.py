@@ -29,6 +29,7 @@ from lora_da.methods.lora_da import LoraFactors
 from lora_da.mode import estimation_mode
 from lora_da.plan import Plan, make_plan
 from lora_da.report import InitReport, LayerReport
+from lora_da.routing import Routed
 from lora_da.solve import LayerSolver
 from lora_da.survey import survey
 from lora_da.sweep import Sweep
@@ -83,6 +84,7 @@ def initialize_lora_da_weights(
         estimate = _estimate(peft_model, adapter, data, config, show_progress)
     _check_failed(estimate.failed, len(adapter.layers))
     if estimate.left:
+        _check_experts(estimate)
         logger.warning(describe_left(estimate.left))
     layers = {a.name: _layer_report(a, estimate) for a in adapter.layers if a.name in estimate.factors}
     adapter.write({name: (f.lora_A, f.lora_B) for name, f in estimate.factors.items()})
@@ -123,6 +125,7 @@ class _Estimate:
 
     plan: Plan
     full_fisher: frozenset[str]
+    routed: Mapping[str, Routed]
     factors: dict[str, LoraFactors] = dataclasses.field(default_factory=dict)
     failed: dict[str, str] = dataclasses.field(default_factory=dict)
     left: dict[str, str] = dataclasses.field(default_factory=dict)
@@ -137,11 +140,12 @@ def _estimate(
     """Collect and solve, one segment of the model after the other, as much of it in a segment as fits in memory."""
     preset, device, model = config.resolved_preset(), _device(peft_model), peft_model.get_base_model()
     full_fisher = frozenset(a.name for a in adapter.layers if a.out_features <= preset.full_fisher_up_to)
-    surveyed = survey(model, adapter.layers, decoder_inputs(model, data.batches[-1].last_row(), device))
+    surveyed = survey(model, adapter.layers, decoder_inputs(model, data.batches[-1].glimpse(), device))
     while True:
         plan = make_plan(surveyed, adapter.layers, full_fisher, data.batches, device, config.memory_budget)
-        logger.info("LoRA-DA: %s", plan.line())
-        estimate = _Estimate(plan, full_fisher)
+        if plan.device_bytes > plan.budget:
+            logger.warning("LoRA-DA: more memory is needed than there is to plan with: %s", plan.line())
+        estimate = _Estimate(plan, full_fisher, surveyed.routed)
         try:
             _collect_and_solve(estimate, Sweep(model, data, plan, surveyed, preset, full_fisher, device), show_progress)
             return estimate
@@ -151,7 +155,8 @@ def _estimate(
 
 
 def _collect_and_solve(estimate: _Estimate, sweep: Sweep, show_progress: bool) -> None:
-    with tqdm(total=sweep.steps, desc="LoRA-DA", disable=not show_progress, leave=False) as progress:
+    title = f"LoRA-DA, {estimate.plan.line()}"
+    with tqdm(total=sweep.steps, desc=title, disable=not show_progress, leave=False) as progress:
         for layers, collector in sweep.collected(progress):
             solver = LayerSolver(collector, sweep.drawn, sweep.preset)
             for layer in layers:
@@ -192,6 +197,17 @@ def _check_failed(failed: dict[str, str], n_layers: int) -> None:
     if len(failed) > MAX_FAILED_SHARE * n_layers:
         raise LoraDAError(f"{len(failed)} of {n_layers} layers have no solution; {name}: {reason}")
     logger.warning("LoRA-DA: %d layers keep PEFT's init; %s: %s", len(failed), name, reason)
+
+
+def _check_experts(estimate: _Estimate) -> None:
+    """That some expert of every mixture was seen with tokens: all of them idle means that nothing was seen."""
+    seen = {estimate.routed[name].mixture for name in (*estimate.factors, *estimate.failed) if name in estimate.routed}
+    for name in estimate.left:
+        if estimate.routed[name].mixture not in seen:
+            raise LoraDAError(
+                f"layer {name} and all other experts beside it were never seen with a token: their forward is replaced "
+                "(a fused kernel?); switch the kernel off or take them out of target_modules"
+            )
 
 
 def _check_single_process() -> None:

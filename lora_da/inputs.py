@@ -9,11 +9,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from lora_da.batching import Batch
+from lora_da.batching import NOT_FOR_THE_MODEL, Batch
 from lora_da.errors import LoraDAError
 
 NOT_TEXT = re.compile(r"pixel_|image_|video_|audio_|input_features|input_values")
-NOT_FOR_THE_DECODER = ("labels", "seq_lengths", "num_items_in_batch")
 
 
 def decoder_inputs(model: PreTrainedModel, batch: Batch, device: torch.device) -> dict[str, Any]:
@@ -27,7 +26,7 @@ def decoder_inputs(model: PreTrainedModel, batch: Batch, device: torch.device) -
         raise LoraDAError(
             f"the batches hold {', '.join(unread)}: LoRA-DA estimates on text only; initialise on text rows instead"
         )
-    dropped = set(NOT_FOR_THE_DECODER)
+    dropped = {"labels", *NOT_FOR_THE_MODEL}
     if batch.tokens.boundaries == "position_ids" and "flash" not in (model.config._attn_implementation or ""):
         # Given a padding mask, transformers does not look for documents in a row, and they would see each other;
         # padding starts anew too, and so is a document that nobody sees. Flash attention reads the mask's numbers.

@@ -90,11 +90,12 @@ def _head(
     targets = tokens.targets.to(flat.device, non_blocking=True)
     carries_loss = (tokens.targets != IGNORED).nonzero().flatten().to(flat.device, non_blocking=True)
     total = torch.zeros((), dtype=torch.float32, device=flat.device)
+    no_label = torch.full((1,), IGNORED, dtype=targets.dtype, device=flat.device)
     for positions in carries_loss.split(CHUNK) if len(carries_loss) else ():
         chunk = flat[positions].requires_grad_()
         # The model compares the logits of token t with label t + 1, so the chunk is one token longer than it is read.
         states = torch.cat([chunk, chunk[-1:].detach()]).unsqueeze(0)
-        labels = torch.cat([targets.new_tensor([IGNORED]), targets[positions]]).unsqueeze(0)
+        labels = torch.cat([no_label, targets[positions]]).unsqueeze(0)
         answer = type(output)(last_hidden_state=states)
         with replaced(decoder, lambda *args, answer=answer, **kwargs: answer), kept_on_device():
             mean = model(input_ids=labels.clamp_min(0), labels=labels).loss

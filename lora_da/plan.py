@@ -23,7 +23,8 @@ from lora_da.survey import Survey
 
 # Shares of the free memory that are planned with: allocators leave gaps, and the figures below are estimates.
 DEVICE_SHARE = 0.85
-CPU_SHARE = 0.5  # where the sums are on the CPU too, and for the borders: the user's other processes live there
+CPU_SHARE = 0.5  # the user's other processes live there
+BORDER_SHARE = 0.25  # for the hidden states at borders where the model is on the CPU itself
 # Bytes a block keeps for its backward, beyond the inputs and outputs of its linear layers: norms, rotary embeddings,
 # attention, the activation function's own input.
 ACTIVATIONS = 1.5
@@ -92,6 +93,7 @@ def make_plan(
     batches: Sequence[Batch],
     device: torch.device,
     budget_gib: float | None,
+    n_segments: int | None = None,
 ) -> Plan:
     """The fewest segments that fit; where single blocks do not, those with the fewest runs.
 
@@ -102,20 +104,23 @@ def make_plan(
         batches: what is run.
         device: where the layers are.
         budget_gib: GiB that may be used beside the model; a share of what is free if None.
+        n_segments: so many, whether they fit or not; those that fit if None.
     """
     share = CPU_SHARE if device.type == "cpu" else DEVICE_SHARE
     budget = int(share * free_bytes(device)) if budget_gib is None else int(budget_gib * GIB)
-    largest, longest = max(b.shape[0] * b.shape[1] for b in batches), max(b.shape[1] for b in batches)
+    largest, longest = max(b.n_positions for b in batches), max(b.shape[1] for b in batches)
     most = 1 if survey.row is None else len(survey.linear_features)
-    room = CPU_SHARE * free_bytes(torch.device("cpu"))
+    room = (BORDER_SHARE if device.type == "cpu" else CPU_SHARE) * free_bytes(torch.device("cpu"))
     while most > 1 and _border_bytes(most - 1, batches, survey, device) > room:
         most -= 1
     needed = _Needed(survey, full_fisher, largest)
-    while True:
+    segments = None if n_segments is None else cut(survey, layers, n_segments)
+    while segments is None:
         segments = next((s for s in _ways(survey, layers, most) if all(needed.bytes(p) <= budget for p in s)), None)
-        if segments is not None or needed.batch_tokens <= longest:
+        if needed.batch_tokens <= longest:
             break
-        needed = replace(needed, batch_tokens=max(needed.batch_tokens // 2, longest))
+        if segments is None:
+            needed = replace(needed, batch_tokens=max(needed.batch_tokens // 2, longest))
     if segments is None:  # not even one block's layers fit together
         whole = cut(survey, layers, most)
         segments = [part for s in whole for part in _parts(s, lambda part: needed.bytes(part) <= budget)]
@@ -150,9 +155,10 @@ def cut(survey: Survey, layers: Sequence[AdapterLayer], cuts: int) -> list[Segme
     return segments
 
 
-def split(segment: Segment, survey: Survey) -> tuple[Segment, Segment] | None:
-    """A segment in two, for when it was too large after all: by its blocks, or where it is one, by its layers."""
-    if survey.row is not None and segment.stop - segment.first > 1:
+def split(segment: Segment, survey: Survey, by_layers: bool = False) -> tuple[Segment, Segment] | None:
+    """A segment in two, for when it was too large after all: by its blocks, or where it is one or asked so, by its
+    layers; None where there is one of these only."""
+    if not by_layers and survey.row is not None and segment.stop - segment.first > 1:
         middle = (segment.first + segment.stop) // 2
         below = tuple(layer for layer in segment.layers if survey.block_of[layer.name] < middle)
         above = tuple(layer for layer in segment.layers if survey.block_of[layer.name] >= middle)
@@ -188,17 +194,19 @@ class _Needed:
             kept = ACTIVATIONS * self.survey.itemsize * max(features) + self.survey.bytes_per_token * len(features)
         borders = 4 * self.survey.bytes_per_token
         copies = 4 * max((a.in_features + a.out_features for a in segment.layers), default=0)
+        # A product before it is added to its sum in float32, and a dequantised weight, forward or backward.
+        weight = (4 + self.survey.itemsize) * max((a.in_features * a.out_features for a in segment.layers), default=0)
         head = LOGIT_BYTES * CHUNK * self.survey.vocabulary if stop == len(features) else 0
-        return int(self.batch_tokens * (kept + borders + copies)) + head
+        return int(self.batch_tokens * (kept + borders + copies)) + weight + head
 
     def solving(self, layers: Sequence[AdapterLayer]) -> int:
-        """The factor of Z and D with what it is made of, in float32, of the largest layer."""
-        return max((4 * (a.in_features**2 + 3 * a.in_features * a.out_features) for a in layers), default=0)
+        """The damped copy of Z and its factor, D and what it is made of, in float32, of the largest layer."""
+        return max((4 * (2 * a.in_features**2 + 4 * a.in_features * a.out_features) for a in layers), default=0)
 
 
 def _border_bytes(borders: int, batches: Sequence[Batch], survey: Survey, device: torch.device) -> int:
     """Hidden states at the borders; as they are used up from above, gradients take their place, one ahead."""
-    sizes = [b.shape[0] * b.shape[1] * survey.bytes_per_token for b in batches]
+    sizes = [b.n_positions * survey.bytes_per_token for b in batches]
     if device.type == "cuda":  # torch hands out pinned memory in powers of two
         sizes = [1 << (size - 1).bit_length() for size in sizes]
     return (borders + 1) * sum(sizes) if borders else 0

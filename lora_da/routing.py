@@ -33,26 +33,40 @@ def find_routed(blocks: Sequence[nn.Module], layers: Mapping[str, nn.Module]) ->
     return found
 
 
-def positions_of(rows: Tensor, among: Tensor) -> Tensor | None:
-    """Where each of `rows` (n, h) stands in `among` (p, h), as positions (n,); None where one is not there."""
-    if rows.shape[-1] != among.shape[-1] or rows.dtype != among.dtype or len(rows) > len(among):
-        return None
-    wanted, known = _fingerprints(rows), _fingerprints(among)
-    ordered, position = known.sort(stable=True)
-    sorted_wanted, back = wanted.sort(stable=True)
-    first = torch.searchsorted(sorted_wanted, sorted_wanted)  # of the equal rows, the first
-    slot = torch.searchsorted(ordered, sorted_wanted) + torch.arange(len(rows), device=rows.device) - first
-    slot = slot.clamp_max(len(among) - 1)
-    if not torch.equal(ordered[slot], sorted_wanted):
-        return None
-    found = torch.empty_like(back)
-    found[back] = position[slot]
-    return found
+class KnownRows:
+    """The hidden states (p, h) that a mixture was called with, to find rows in.
 
+    Args:
+        rows: the hidden states.
+    """
 
-def _fingerprints(rows: Tensor) -> Tensor:
-    """(n,) a 64-bit sum over the bits of each row, equal for equal rows whatever the order of summation."""
-    bits = rows.detach().contiguous().view({2: torch.int16, 4: torch.int32, 8: torch.int64}[rows.element_size()])
-    generator = torch.Generator("cpu").manual_seed(0)
-    factors = torch.randint(-(2**62), 2**62, (rows.shape[-1],), generator=generator) | 1
-    return (bits.long() * factors.to(rows.device)).sum(-1)
+    def __init__(self, rows: Tensor) -> None:
+        self._rows = rows
+        self._sorted: tuple[Tensor, Tensor] | None = None  # fingerprints in order, and where each stands
+
+    def positions_of(self, rows: Tensor) -> Tensor | None:
+        """Where each of `rows` (n, h) stands, as positions (n,); None where one is not there."""
+        known = self._rows
+        if rows.shape[-1] != known.shape[-1] or rows.dtype != known.dtype or len(rows) > len(known):
+            return None
+        if self._sorted is None:
+            generator = torch.Generator("cpu").manual_seed(0)
+            factors = torch.randint(-(2**62), 2**62, known.shape[-1:], generator=generator, device="cpu") | 1
+            self._factors = factors.to(known.device)
+            ordered, order = self._fingerprints(known).sort(stable=True)
+            self._sorted = ordered, order
+        ordered, order = self._sorted
+        wanted, back = self._fingerprints(rows).sort(stable=True)
+        first = torch.searchsorted(wanted, wanted)  # of the equal rows, the first
+        slot = torch.searchsorted(ordered, wanted) + torch.arange(len(rows), device=rows.device) - first
+        slot = slot.clamp_max(len(known) - 1)
+        if not torch.equal(ordered[slot], wanted):
+            return None
+        found = torch.empty_like(back)
+        found[back] = order[slot]
+        return found
+
+    def _fingerprints(self, rows: Tensor) -> Tensor:
+        """(n,) a 64-bit sum over the bits of each row, equal for equal rows whatever the order of summation."""
+        bits = rows.contiguous().view({2: torch.int16, 4: torch.int32, 8: torch.int64}[rows.element_size()])
+        return (bits.long() * self._factors).sum(-1)

@@ -12,8 +12,9 @@ from lora_da.collect import Collector
 from lora_da.config import Preset
 from lora_da.data import InitData
 from lora_da.errors import LoraDAError
+from lora_da.memory import is_out_of_memory
 from lora_da.methods.lora_da import DampedInput, LoraFactors, UnsolvableLayer, damp_input, lora_da
-from lora_da.statistics import LayerStatistics
+from lora_da.statistics import LayerStatistics, full_float32
 
 logger = logging.getLogger(__name__)
 
@@ -49,15 +50,18 @@ class LayerSolver:
                 "takes no part in the loss; switch the kernel off or take the layer out of target_modules"
             )
         try:
-            with torch.autocast(statistics.grad.device.type, enabled=False), torch.autocast("cpu", enabled=False):
+            # whatever the trainer has set for its own products
+            with full_float32(), torch.autocast(statistics.grad.device.type, enabled=False):
                 factors = self._factors(layer, statistics)
         except UnsolvableLayer as error:
             return str(error)
         if not layer.can_hold(factors.lora_A, factors.lora_B):
             return f"its solution overflows {layer.lora_A.dtype}; keep adapters in float32 or set a larger gamma"
-        # In the parameters' own dtypes: the solver's of all layers would be memory that no one has counted.
+        # In the parameters' own dtypes and on the CPU: those of all layers are memory that no one has counted.
         return replace(
-            factors, lora_A=factors.lora_A.to(layer.lora_A.dtype), lora_B=factors.lora_B.to(layer.lora_B.dtype)
+            factors,
+            lora_A=factors.lora_A.to(layer.lora_A.dtype).cpu(),
+            lora_B=factors.lora_B.to(layer.lora_B.dtype).cpu(),
         )
 
     def _factors(self, layer: AdapterLayer, statistics: LayerStatistics) -> LoraFactors:
@@ -66,7 +70,9 @@ class LayerSolver:
         if device.type != "mps":
             try:
                 return self._factors_on(device, layer, statistics)
-            except torch.OutOfMemoryError as error:
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
                 if device.type == "cpu":
                     raise LoraDAError(f"layer {layer.name} does not fit in the CPU's memory to be solved") from error
         self._input = None

@@ -15,14 +15,15 @@ from transformers import PreTrainedModel
 
 from lora_da.adapter import AdapterLayer
 from lora_da.batching import Batch, divided
-from lora_da.blocks import BlockRow, check
-from lora_da.borders import Border
+from lora_da.blocks import BlockRow, NotARow, check
+from lora_da.borders import Borders
 from lora_da.collect import Collector, outputs_with_gradients
 from lora_da.config import Preset
 from lora_da.data import InitData
 from lora_da.errors import LoraDAError
 from lora_da.inputs import decoder_inputs
 from lora_da.loss import backward
+from lora_da.memory import is_out_of_memory
 from lora_da.mode import reentrant_checkpointing, without_checkpointing
 from lora_da.plan import Plan, Segment, split
 from lora_da.survey import Survey
@@ -74,9 +75,7 @@ class Sweep:
         self._mean_tokens = data.n_loss_tokens / data.n_samples if preset.averaging == "samples" else None
         self._scale = LOSS_SCALE
         self._reentrant = survey.row is None and reentrant_checkpointing(model)
-        self._entering: dict[int, Border] = {}  # hidden states that enter a block, by its number
-        self._gradients: dict[int, Border] = {}  # of the loss, in the same
-        self._first_batch: dict[int, Tensor] = {}  # of those hidden states, to check a segment by
+        self._borders = Borders(device)
 
     @property
     def steps(self) -> int:
@@ -100,17 +99,19 @@ class Sweep:
             segment = pending.pop()
             if not segment.layers and not pending:
                 break  # what is left of a segment in two, with nothing to serve in it or below
-            collector = self._attempt(segment, lowest=all(s.first == segment.first for s in pending))
+            again = [s for s in pending if (s.first, s.stop) == (segment.first, segment.stop)]
+            collector = self._attempt(
+                segment, gradient_below=not again and any(s.first < segment.first for s in pending)
+            )
             if collector is None:
-                pending += self._smaller(segment)
+                pending += self._smaller(segment, by_layers=bool(again))
                 continue
             yield segment.layers, collector
             del collector
-            if not any(s.stop == segment.stop for s in pending):  # nobody needs what is above any more
-                self._gradients.pop(segment.stop, None)
-                self._first_batch = {k: self._entering.pop(k).get(0) for k in [segment.first] if k}
+            if not again:  # nobody needs what is above any more
+                self._borders.forget(segment.first, segment.stop)
 
-    def _attempt(self, segment: Segment, lowest: bool) -> Collector | None:
+    def _attempt(self, segment: Segment, gradient_below: bool) -> Collector | None:
         """The filled collector; None if memory ran out. A float16 overflow starts the segment anew, scaled down."""
         while True:
             collector = Collector(
@@ -121,24 +122,26 @@ class Sweep:
                 routed=self._survey.routed,
             )
             try:
-                self._collect(segment, collector, lowest)
-            except torch.OutOfMemoryError:
+                self._collect(segment, collector, gradient_below)
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
                 self._progress.update(-self._done)
                 return None
             if collector.overflowed is None or not collector.overflowed or self._scale <= MIN_LOSS_SCALE:
                 return collector
             self._scale /= LOSS_SCALE_STEP
-            if segment.stop in self._gradients:
-                self._gradients[segment.stop].scale(1 / LOSS_SCALE_STEP)
+            if segment.stop in self._borders.gradients:
+                self._borders.gradients[segment.stop].scale(1 / LOSS_SCALE_STEP)
             self._progress.update(-self._done)
 
-    def _collect(self, segment: Segment, collector: Collector, lowest: bool) -> None:
+    def _collect(self, segment: Segment, collector: Collector, gradient_below: bool) -> None:
         """Run all batches through one segment."""
         self._done = 0
         row = self._survey.row
         whole = segment.first == 0 and segment.stop == len(self._survey.linear_features)
         is_top = segment.stop == len(self._survey.linear_features)
-        below = None if lowest else Border(len(self._batches), self._device)
+        below = self._borders.new(len(self._batches)) if gradient_below else None
         total = torch.zeros((), device=self._device)
         cut = contextlib.nullcontext() if whole or row is None else row.only(segment.first, segment.stop)
         reads_inputs = any(self._survey.block_of.get(a.name, 0) == segment.first for a in segment.layers)
@@ -151,10 +154,11 @@ class Sweep:
                     with contextlib.nullcontext() if whole or row is None else row.given(hidden):
                         total += self._loss(batch, inputs)
                 else:
-                    assert row is not None
-                    self._run(row, segment, number, hidden, inputs)
+                    self._run(segment, number, hidden, inputs)
                 if below is not None:
-                    assert hidden is not None and hidden.grad is not None
+                    if hidden is None or hidden.grad is None:
+                        raise NotARow(f"no gradient reaches what enters block {segment.first}")
+                    collector.look_for_overflow(hidden.grad)
                     with self.watch("copies"):
                         below.put(number, hidden.grad)
                 self._progress.update()
@@ -162,7 +166,7 @@ class Sweep:
         if is_top:
             self._note_loss(total.item())
         if below is not None:
-            self._gradients[segment.first] = below
+            self._borders.gradients[segment.first] = below
 
     def _loss(self, batch: Batch, inputs: dict[str, Any]) -> Tensor:
         weights = None
@@ -171,14 +175,16 @@ class Sweep:
             weights = per_document[batch.tokens.document].to(self._device, non_blocking=True)
         return backward(self._model, inputs, batch.tokens, self._scale, weights, self.watch)
 
-    def _run(self, row: BlockRow, segment: Segment, number: int, hidden: Tensor | None, inputs: dict[str, Any]) -> None:
+    def _run(self, segment: Segment, number: int, hidden: Tensor | None, inputs: dict[str, Any]) -> None:
+        row = self._survey.row
+        assert row is not None, "only a row is cut into segments"
         with self.watch("forward"):
             output = row.run(hidden, **inputs)[segment.stop]
         if number == 0:
-            check(output.detach(), self._first_batch[segment.stop])
+            check(output.detach(), self._borders.first_batch[segment.stop])
         if output.requires_grad:
             with self.watch("copies"):
-                gradient = self._gradients[segment.stop].get(number, number + 1)
+                gradient = self._borders.gradients[segment.stop].get(number, number + 1)
             with self.watch("backward"):
                 output.backward(gradient)
 
@@ -187,7 +193,7 @@ class Sweep:
         if first == 0:
             return None
         with self.watch("copies"):
-            return self._entering[first].get(number, number + 1).detach().requires_grad_(differentiable)
+            return self._borders.hidden[first].get(number, number + 1).detach().requires_grad_(differentiable)
 
     def _lay(self, start: int, borders: list[int]) -> None:
         """Run the samples forward from block `start` and keep what enters the blocks of `borders`."""
@@ -195,14 +201,15 @@ class Sweep:
         while borders and row is not None:
             try:
                 return self._lay_once(row, start, borders)
-            except torch.OutOfMemoryError:
-                pass
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
             if not self._halve_batches():
                 raise LoraDAError(self._too_large("a forward without gradients"))
 
     @torch.no_grad()
     def _lay_once(self, row: BlockRow, start: int, borders: list[int]) -> None:
-        laid = {border: Border(len(self._batches), self._device) for border in borders}
+        laid = {border: self._borders.new(len(self._batches)) for border in borders}
         with without_checkpointing(self._model), row.only(start, borders[-1]):
             for number, batch in enumerate(self._batches):
                 inputs, hidden = self._inputs(batch), self._hidden(start, number, False)
@@ -211,13 +218,16 @@ class Sweep:
                 with self.watch("copies"):
                     for border in borders:
                         laid[border].put(number, entered[border])
-        self._entering |= laid
+        self._borders.hidden |= laid
 
-    def _smaller(self, segment: Segment) -> list[Segment]:
-        """What to run instead of a segment that did not fit: the same with half the rows in a batch, or two halves."""
+    def _smaller(self, segment: Segment, by_layers: bool) -> list[Segment]:
+        """What to run instead of a segment that did not fit: the same with half the rows in a batch, or two halves.
+
+        Where its blocks are to be run again for other layers they stay together, and its own layers are divided.
+        """
         if self._halve_batches():
             return [segment]
-        parts = split(segment, self._survey)
+        parts = split(segment, self._survey, by_layers)
         if parts is None:
             alone = f"layer {segment.layers[0].name}" if segment.layers else f"block {segment.first}"
             raise LoraDAError(self._too_large(f"{alone} alone"))
@@ -247,10 +257,7 @@ class Sweep:
         for batch, pair in zip(self._batches, halves, strict=True):
             batches += [batch] if pair is None else pair
         shapes = [None if pair is None else [half.shape for half in pair] for pair in halves]
-        for border in (*self._entering.values(), *self._gradients.values()):
-            border.divide(shapes)
-        rows, columns = batches[0].shape
-        self._first_batch = {k: hidden[:rows, :columns] for k, hidden in self._first_batch.items()}
+        self._borders.divide(shapes)
         self._progress.total += (len(batches) - len(self._batches)) * len(self._plan.segments)
         self._batches = batches
 

@@ -32,6 +32,8 @@ class Stopwatch:
 
     def seconds(self) -> dict[str, float]:
         """Seconds by section so far, longest first. Waits for the GPU where there is one."""
+        if self._device is not None:
+            torch.cuda.synchronize(self._device)
         sums: dict[str, float] = {}
         moments = [(section, self._seconds_of(moment)) for section, moment in self._marks]
         for (section, begin), (_, end) in pairwise(moments):
@@ -50,5 +52,4 @@ class Stopwatch:
     def _seconds_of(self, moment: Any) -> float:
         if self._device is None:
             return float(moment)
-        torch.cuda.synchronize(self._device)
         return float(self._marks[0][1].elapsed_time(moment)) / 1000

@@ -89,7 +89,7 @@ def collected(
     found = {}
     with estimation_mode(model), tqdm(disable=True) as progress:
         data = draw(batches, 1000, None, 1000)
-        surveyed = survey(base, adapter.layers, decoder_inputs(base, data.batches[-1].last_row(), device))
+        surveyed = survey(base, adapter.layers, decoder_inputs(base, data.batches[-1].glimpse(), device))
         plan = make_plan(surveyed, adapter.layers, full_fisher, data.batches, device, None)
         sweep = Sweep(base, data, plan, surveyed, preset, full_fisher, device)
         for layers, collector in sweep.collected(progress):

@@ -107,7 +107,7 @@ def surveyed_model(model: PeftModel, batches: list[dict[str, Any]]) -> Survey:
     base = model.get_base_model()
     with estimation_mode(model):
         data = draw(batches, 1000, None, 1000)
-        return survey(base, find_adapter(model).layers, decoder_inputs(base, data.batches[-1].last_row(), CPU))
+        return survey(base, find_adapter(model).layers, decoder_inputs(base, data.batches[-1].glimpse(), CPU))
 
 
 def collected_by(
@@ -121,7 +121,7 @@ def collected_by(
     with estimation_mode(model):
         data = draw(batches, 1000, None, 1000)
         units = data.n_loss_tokens if averaging == "tokens" else data.n_samples
-        seen = survey(base, layers, decoder_inputs(base, data.batches[-1].last_row(), CPU))
+        seen = survey(base, layers, decoder_inputs(base, data.batches[-1].glimpse(), CPU))
         assert seen.row is not None, seen.why_not
         seen = way.survey(seen)
         plan = way.plan(make_plan(seen, layers, full_fisher, data.batches, CPU, PLENTY), seen, layers)

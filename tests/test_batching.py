@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -131,7 +132,6 @@ def test_a_divided_batch_holds_the_same_documents(layout: str, limit: int, batch
         {"cu_seq_lens_q": torch.tensor([0, 14])},
         {"token_type_ids": torch.zeros(3, 10, 14)},
         {"attention_bias": torch.zeros(10, 1, 14, 14)},
-        {"seq_lengths": [[14]] * 10},
         {"position_ids": torch.arange(10)[:, None]},
     ],
     ids=lambda unknown: next(iter(unknown)),
@@ -139,13 +139,42 @@ def test_a_divided_batch_holds_the_same_documents(layout: str, limit: int, batch
 def test_inputs_of_unknown_shapes_leave_a_batch_as_it_is(unknown: dict[str, Any]) -> None:
     inputs = {**to_fixed_length(ROWS), **unknown}
     batch = Batch(inputs, read_tokens(to_fixed_length(ROWS), MANY))
-    assert batch.trimmed() is batch and batch.halves() is None and batch.last_row() is batch
+    assert batch.trimmed() is batch and batch.halves() is None and batch.glimpse() is batch
     assert list(divided(batch, 20)) == [batch]
 
 
-def test_the_last_row_alone() -> None:
-    row = batch_of(padded(ROWS)).last_row()
+def test_a_glimpse_is_the_beginning_of_the_last_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    row = batch_of(padded(ROWS)).glimpse()
     assert row.shape == (1, len(ROWS[-1]["labels"])) and seen(row) == seen(batch_of(padded(ROWS[-1:])))
+    monkeypatch.setattr("lora_da.batching.GLIMPSE", 4)
+    assert batch_of(padded(ROWS)).glimpse().inputs["input_ids"].tolist() == [ROWS[-1]["input_ids"][:4].tolist()]
+
+
+def test_what_only_trainers_read_does_not_keep_a_batch_whole() -> None:
+    others = {"seq_lengths": [[14]] * 10, "num_items_in_batch": torch.tensor(7)}
+    batch = Batch({**to_fixed_length(ROWS), **others}, read_tokens(to_fixed_length(ROWS), MANY))
+    assert batch.halves() is not None and batch.trimmed() is not batch
+
+
+def unmasked(rows: list[Any]) -> dict[str, Tensor]:
+    return {k: v for k, v in padded(rows).items() if k != "attention_mask"}
+
+
+def unknown_width(rows: list[Any]) -> dict[str, Tensor]:
+    return {**to_fixed_length(rows), "cache_position": torch.arange(FIXED)}
+
+
+@pytest.mark.parametrize(
+    "collate", [unmasked, lambda rows: padded(rows, left=True), unknown_width], ids=["no mask", "left", "unknown"]
+)
+def test_rows_are_not_put_together_where_that_would_change_them(
+    collate: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Padding that nothing marks, positions that padding moves, and a width that cannot be cut."""
+    monkeypatch.setattr("lora_da.data.BATCH_TOKENS", 60)
+    data = draw(DataLoader(ROWS, 4, collate_fn=collate), len(ROWS), None, None)
+    assert [batch.shape[0] for batch in data.batches] == [1] * len(ROWS)
+    assert data.n_tokens == sum(len(row["labels"]) for row in ROWS)
 
 
 def statistics(data: Any, ran: list[int] | None = None) -> dict[str, LayerStatistics]:

@@ -8,11 +8,12 @@ import logging
 import pytest
 import torch
 from collecting import collected, distance, documents, llama, packed, padded, with_lora, worst
+from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lora_da import LoraDAConfig, initialize_lora_da_weights
-from lora_da.routing import positions_of
+from lora_da import LoraDAConfig, LoraDAError, initialize_lora_da_weights
+from lora_da.routing import KnownRows
 
 FLOAT32 = 2e-5  # a float32 model and sums against float64
 EXPERTS, CHOSEN = 4, 2
@@ -118,11 +119,13 @@ def test_a_wrong_choice_of_tokens_shows(monkeypatch: pytest.MonkeyPatch) -> None
     base, rows = mixture(), documents()
     right = collected(with_lora(base), [padded(rows)])
 
-    def shifted(rows: Tensor, among: Tensor) -> Tensor | None:
-        found = positions_of(rows, among)
-        return None if found is None else (found + 3) % len(among)
+    find = KnownRows.positions_of
 
-    monkeypatch.setattr("lora_da.collect.positions_of", shifted)
+    def shifted(known: KnownRows, rows: Tensor) -> Tensor | None:
+        found = find(known, rows)
+        return None if found is None else (found + 3) % len(known._rows)
+
+    monkeypatch.setattr(KnownRows, "positions_of", shifted)
     assert worst(collected(with_lora(base), [padded(rows)]), right) > 1e-2
 
 
@@ -146,9 +149,25 @@ def test_positions_of_rows() -> None:
     for dtype in (torch.float64, torch.float32, torch.bfloat16):
         among = torch.randn(50, 8, generator=g).to(dtype)
         picked = torch.tensor([40, 3, 17, 3 + 4, 0])
-        assert torch.equal(positions_of(among[picked], among), picked)
+        assert torch.equal(KnownRows(among).positions_of(among[picked]), picked)
         among[7] = among[3]  # alike, and taken in their order
-        assert torch.equal(positions_of(among[torch.tensor([3, 9, 7])], among), torch.tensor([3, 9, 7]))
-        assert positions_of(among[:3] + 1, among) is None
-        assert positions_of(among[torch.tensor([9, 9])], among) is None  # a row that is there once only
-        assert positions_of(among[:0], among).shape == (0,)
+        assert torch.equal(KnownRows(among).positions_of(among[torch.tensor([3, 9, 7])]), torch.tensor([3, 9, 7]))
+        assert KnownRows(among).positions_of(among[:3] + 1) is None
+        assert KnownRows(among).positions_of(among[torch.tensor([9, 9])]) is None  # a row that is there once only
+        assert KnownRows(among).positions_of(among[:0]).shape == (0,)
+
+
+def test_experts_that_are_never_called_are_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As under a kernel that computes the mixture from its weights."""
+    model = get_peft_model(mixture(), LoraConfig(r=4, target_modules=r".*experts.*_proj"))
+
+    def fused(self: Mixture, x: Tensor) -> Tensor:
+        e = self.experts[0]
+        weights = [layer.base_layer.weight for layer in (e.gate_proj, e.up_proj, e.down_proj)]
+        return F.linear(F.silu(F.linear(x, weights[0])) * F.linear(x, weights[1]), weights[2])
+
+    monkeypatch.setattr(Mixture, "forward", fused)
+    with pytest.raises(LoraDAError, match="experts.*never seen with a token.*fused kernel"):
+        initialize_lora_da_weights(
+            model, [padded(documents())], LoraDAConfig(samples=4, population_size=100), show_progress=False
+        )

@@ -33,6 +33,7 @@ WAYS = {
     "one pass": Way(),
     "2 segments": Way(cuts=2),
     "a segment for each block": Way(cuts=BLOCKS),
+    "2 segments in 3 parts": Way(cuts=2, parts=3),
     "2 passes": Way(parts=2, row=False),
 }
 ways = pytest.mark.parametrize("way", WAYS)
@@ -120,7 +121,7 @@ def test_while_segments_have_too_many_blocks(way: str, blocks: int, caplog: pyte
     check_goes_on(way, lay, caplog)
 
 
-@pytest.mark.parametrize("layers", [1, 2, 5])
+@pytest.mark.parametrize("layers", [1, 2, 3])
 @ways
 def test_while_too_many_layers_are_watched(way: str, layers: int, caplog: pytest.LogCaptureFixture) -> None:
     check_goes_on(

@@ -140,8 +140,8 @@ def test_borders_need_memory_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None
     at_a_border = sum(rows * columns for rows, columns in (batch.shape for batch in planner.batches)) * 32 * 4
     seen = []
     for room in range(0, 8 * at_a_border, at_a_border // 4):
-        # half of what is free is for the borders
-        monkeypatch.setattr(lora_da.plan, "free_bytes", lambda device, room=room: 2 * room)
+        # a quarter of what is free is for the borders where the sums are on the CPU too
+        monkeypatch.setattr(lora_da.plan, "free_bytes", lambda device, room=room: 4 * room)
         plan = planner(nothing)
         seen.append(plan.cuts)
         assert (plan.cuts - 1) * at_a_border <= plan.cpu_bytes <= room

@@ -122,7 +122,7 @@ def lora_da(
     # G and 1/Y may be as small and as large as they like: D is held in units of their largest entries.
     grad_unit, fisher_unit = statistics.grad.abs().max(), inverse_fisher.max()
     weighted = (statistics.grad / grad_unit).T.to(dtype) * (inverse_fisher / fisher_unit).to(dtype)  # (i, o)
-    direction = -damped_input.solve(weighted)  # D / unit (i, o)
+    direction = damped_input.solve(weighted).neg_()  # D / unit (i, o)
     unit = grad_unit.item() * fisher_unit.item()
     variance /= unit**2
 

@@ -1,0 +1,51 @@
+"""Solving inside a training run: whatever precision the host has set, and where memory runs out."""
+
+import pytest
+import torch
+from models import batches, documents, tiny_llama, with_lora
+
+import lora_da.solve
+from lora_da import LoraDAConfig, LoraDAError, initialize_lora_da_weights
+
+
+def initialised(model) -> dict[str, torch.Tensor]:
+    initialize_lora_da_weights(model, batches(documents(8), 4), LoraDAConfig(samples=8), show_progress=False)
+    return {k: v.clone() for k, v in model.state_dict().items() if "lora_" in k}
+
+
+def test_a_trainers_tf32_and_autocast_end_at_the_solver(monkeypatch: pytest.MonkeyPatch) -> None:
+    matmul = torch.backends.cuda.matmul
+    before, seen = matmul.fp32_precision, []
+    original = lora_da.solve.lora_da
+
+    def spy(*args, **kwargs):
+        seen.append((matmul.fp32_precision, torch.is_autocast_enabled("cpu")))
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(lora_da.solve, "lora_da", spy)
+    try:
+        matmul.fp32_precision = "tf32"
+        with torch.autocast("cpu", torch.bfloat16):
+            initialised(with_lora(tiny_llama()))
+        assert matmul.fp32_precision == "tf32"
+    finally:
+        matmul.fp32_precision = before
+    assert seen and set(seen) == {("ieee", False)}
+
+
+def test_a_layer_that_does_not_fit_in_the_cpus_memory_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*args, **kwargs):
+        raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")
+
+    monkeypatch.setattr(lora_da.solve, "lora_da", full)
+    with pytest.raises(LoraDAError, match=r"layer .*q_proj does not fit in the CPU's memory"):
+        initialised(with_lora(tiny_llama()))
+
+
+def test_other_errors_of_the_solver_are_not_taken_for_that(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*args, **kwargs):
+        raise RuntimeError("something else")
+
+    monkeypatch.setattr(lora_da.solve, "lora_da", broken)
+    with pytest.raises(RuntimeError, match="something else"):
+        initialised(with_lora(tiny_llama()))
