@@ -9,7 +9,7 @@ from typing import Any
 
 from benchmarks.targets import GIB, Target, medians, targets
 
-PARTS = ("forward", "backward", "products", "solve", "copies", "gradient", "fisher")
+PARTS = ("forward", "head", "backward", "products", "solve", "copies", "gradient", "fisher")
 NOT_MEASURED = "not yet measured"
 
 

@@ -51,8 +51,8 @@ def initialize_lora_da_weights(
 
     Args:
         peft_model: a causal language model with a freshly added LoRA adapter, its base quantised or not.
-        dataloader: yields what the model's forward takes, `labels` included. Of a `DataLoader` only the dataset,
-            collator and batch size are used; anything else is iterated over.
+        dataloader: yields what the model's forward takes, `labels` included. Of a `DataLoader` only the dataset and
+            collator are used; anything else is iterated over.
         config: settings; the defaults if None.
         adapter_name: the adapter; the only active one if None.
         show_progress: show a progress bar and print the one line of the report.
