@@ -150,7 +150,8 @@ def _own_rows(
     collate = dataloader.collate_fn
     if getattr(dataloader, "batch_sampler", dataloader) is None:  # the dataset's items are batches already
         return DataLoader(dataset, None, collate_fn=lambda batch: collate(copy.deepcopy(batch))), None, n_rows, "item"
-    return DataLoader(dataset, None, collate_fn=lambda row: row), collate, n_rows, "item"
+    # In batches of one: Axolotl's packing replaces the part of torch that fetches single rows.
+    return DataLoader(dataset, 1, collate_fn=lambda rows: rows[0]), collate, n_rows, "item"
 
 
 def _rows(batch: Any) -> int:
