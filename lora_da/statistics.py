@@ -54,19 +54,14 @@ class InputSums:
         i = x.shape[1]
         if self.sigma_xx_ is None:
             self.sigma_xx_ = torch.zeros(i, i, dtype=_sum_dtype(x), device=x.device)
-        step = -(-i // SYMMETRIC_BLOCKS) if i >= SYMMETRIC_FROM else i
-        for start in range(0, i, step):
-            stop = min(start + step, i)
+        for start, stop in _block_rows(i):
             _add_product(self.sigma_xx_[start:stop, :stop], x[:, start:stop], x[:, :stop])
         self.n_tokens += x.shape[0]
 
     def mean(self) -> Tensor | None:
         """Z, (i, i), in the memory of the sum, which is used up; None where nothing was seen."""
         if self._mean is None and self.sigma_xx_ is not None and self.n_tokens:
-            i = self.sigma_xx_.shape[0]
-            step = -(-i // SYMMETRIC_BLOCKS) if i >= SYMMETRIC_FROM else i
-            for start in range(step, i, step):
-                stop = min(start + step, i)
+            for start, stop in _block_rows(self.sigma_xx_.shape[0]):
                 self.sigma_xx_[:start, start:stop] = self.sigma_xx_[start:stop, :start].T
             self._mean, self.sigma_xx_ = self.sigma_xx_.div_(self.n_tokens), None
         return self._mean
@@ -110,7 +105,7 @@ class LayerSums:
 
 
 def summable(rows: Tensor, computed_in: torch.dtype) -> Tensor:
-    """`rows` in a dtype whose products are summed without loss.
+    """`rows` in the precision that the layer itself has for them, in a dtype whose products are summed in float32.
 
     That is the 16 bit in which the layer itself multiplies on CUDA, where matrix products accumulate and return
     float32 (but for float16 from float32: gradients would underflow); float32 or better elsewhere.
@@ -122,6 +117,12 @@ def summable(rows: Tensor, computed_in: torch.dtype) -> Tensor:
     if rows.device.type == "cuda" and (rows.dtype in HALF or computed_in == torch.bfloat16):
         return rows if rows.dtype in HALF else rows.to(computed_in)
     return rows.to(torch.promote_types(rows.dtype, torch.float32))
+
+
+def _block_rows(i: int) -> list[tuple[int, int]]:
+    """Where the block rows of a symmetric (i, i) sum begin and end."""
+    step = -(-i // SYMMETRIC_BLOCKS) if i >= SYMMETRIC_FROM else i
+    return [(start, min(start + step, i)) for start in range(0, i, step)]
 
 
 def _sum_dtype(x: Tensor) -> torch.dtype:

@@ -1,4 +1,4 @@
-"""What there is to know of a model before its statistics are taken, from one forward of its shortest row."""
+"""What there is to know of a model before its statistics are taken, from running a few dozen tokens through it."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def survey(model: PreTrainedModel, layers: Sequence[AdapterLayer], inputs: Mappi
     Args:
         model: the causal language model inside the PEFT model, in estimation mode.
         layers: those to be served.
-        inputs: what its decoder takes; one short row will do.
+        inputs: what its decoder takes; the beginning of one row will do. It is run three times, block by block at last.
     """
     blocks = find_blocks(model)
     block_of = _block_of(blocks, layers)
