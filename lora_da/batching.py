@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lora_da.tokens import BatchTokens
+from lora_da.tokens import IGNORED, BatchTokens
 
 # Tokens in a batch. Beyond about this many, neither the matrix products nor the dequantisation of a layer's weight,
 # once a batch, get cheaper by the token; and it is what a training step of one long row reads.
@@ -45,6 +45,13 @@ class Batch:
     def n_counted(self) -> int:
         """Tokens that count."""
         return int((self.tokens.document >= 0).sum())
+
+    def idle(self) -> Batch:
+        """The same to run, with nothing in it that counts."""
+        none = torch.full_like(self.tokens.document, -1)
+        targets = torch.full_like(self.tokens.targets, IGNORED)
+        tokens = BatchTokens(targets, none, self.tokens.loss_tokens[:0], 0, self.tokens.boundaries)
+        return Batch(self.inputs, tokens)
 
     def moves_positions(self) -> bool:
         """Whether its rows begin with padding and nothing says where their text does."""
@@ -109,6 +116,19 @@ def divided(batch: Batch, batch_tokens: int) -> Iterator[Batch]:
     for half in halves:
         if half.tokens.n_documents:
             yield from divided(half, batch_tokens)
+
+
+def shared(batches: Sequence[Batch], n: int) -> list[list[Batch]]:
+    """The batches in `n` shares of like size, the largest first; one that none is left for gets one to run idly."""
+    if n == 1:
+        return [list(batches)]
+    each = -(-sum(b.n_positions for b in batches) // n)
+    parts = [part for batch in batches for part in divided(batch, each)]
+    shares: list[list[Batch]] = [[] for _ in range(n)]
+    for part in sorted(parts, key=lambda b: -b.n_positions):
+        min(shares, key=lambda share: sum(b.n_positions for b in share)).append(part)
+    shares.sort(key=lambda share: -sum(b.n_positions for b in share))
+    return [share or [parts[-1].idle()] for share in shares]
 
 
 def by_length(lengths: Sequence[int], batch_tokens: int) -> list[list[int]]:

@@ -77,7 +77,7 @@ def refuse_unsupported(args: TrainingArguments) -> None:
     """Refuse training arguments under which the statistics would not be those of the training loss, or not complete.
 
     Raises:
-        LoraDAError: several processes or GPUs, FSDP, DeepSpeed, preference, reward or RL training, a modified loss.
+        LoraDAError: nn.DataParallel, FSDP, DeepSpeed, preference, reward or RL training, a modified loss.
     """
     trainer = next((c.__name__ for c in type(args).__mro__ if _is_trl_config(c)), "SFTConfig")
     if trainer != "SFTConfig":
@@ -89,10 +89,10 @@ def refuse_unsupported(args: TrainingArguments) -> None:
         raise LoraDAError("FSDP is not supported yet; train in one process, or initialise first and load the adapter")
     if getattr(args, "deepspeed", None) or _truthy("ACCELERATE_USE_DEEPSPEED"):
         raise LoraDAError("DeepSpeed is not supported yet: its fp32 master copies would undo the initialisation")
-    if args.world_size > 1 or args.n_gpu > 1:
+    if args.n_gpu > 1:
         raise LoraDAError(
-            f"training runs on {max(args.world_size, args.n_gpu)} devices, LoRA-DA on one so far; "
-            "launch one process with one visible GPU (CUDA_VISIBLE_DEVICES=0)"
+            f"one process trains on {args.n_gpu} GPUs (nn.DataParallel), which LoRA-DA does not serve; launch one "
+            "process for each (accelerate launch, torchrun), or set CUDA_VISIBLE_DEVICES=0"
         )
     if args.label_smoothing_factor:
         raise LoraDAError(

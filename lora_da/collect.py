@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_da.errors import LoraDAError
+from lora_da.ranks import Ranks
 from lora_da.routing import KnownRows, Routed
 from lora_da.statistics import InputSums, LayerStatistics, LayerSums, summable
 
@@ -57,6 +58,7 @@ class Collector:
         self._last_selected: tuple[Tensor, Tensor] | None = None
         self._inputs = {name: InputSums() for name in self.layers}
         self._sums: dict[str, LayerSums] = {}
+        self._owner: dict[str, int] = {}  # the process that has a layer's sums; missing where there is one only
 
     @contextlib.contextmanager
     def observing(self) -> Iterator[None]:
@@ -79,9 +81,44 @@ class Collector:
             device: where the samples go.
         """
         self._forget_batch()
-        self._n_positions = len(counted)
+        self._n_positions, self._device = len(counted), device
         self._counts = None if bool(counted.all()) else counted.to(device, non_blocking=True)
         self._counted = None if self._counts is None else counted.nonzero().flatten().to(device, non_blocking=True)
+
+    def reduce(self, ranks: Ranks) -> None:
+        """Sum over the processes. Each layer's sums are with one of them then, its owner; counts are with all."""
+        if ranks.size == 1:
+            return
+        seen = {name: (self._reads_like[name], *sums.shape) for name, sums in self._sums.items()}
+        counts = {name: inputs.n_tokens for name, inputs in self._inputs.items()}
+        shapes: dict[str, tuple[str, int, int, torch.dtype]] = {}
+        tokens = dict.fromkeys(self.layers, 0)
+        for others_seen, others_counts, misshapen in ranks.gathered((seen, counts, self.misshapen)):
+            shapes |= others_seen
+            self.misshapen |= misshapen
+            for name, n in others_counts.items():
+                tokens[name] += n
+        costs: dict[str, float] = {}
+        for source, o, i, _ in shapes.values():
+            costs[source] = costs.get(source, i**3) + o * i**2
+        owners = ranks.owners(costs)
+        # in the same order everywhere
+        for name in (name for name in self.layers if name in shapes):
+            source, o, i, dtype = shapes[name]
+            like = torch.empty(0, dtype=dtype, device=self._device)
+            inputs = self._inputs[source]
+            if name == source:
+                inputs.reduce(ranks, owners[source], i, like)
+                inputs.n_tokens = tokens[source]
+            sums = self._sums.pop(name, None) or LayerSums(inputs, name in self.full_fisher)
+            sums.reduce(ranks, owners[source], o, i, like)
+            self._reads_like[name], self._owner[name] = source, owners[source]
+            if owners[source] == ranks.rank:
+                self._sums[name] = sums
+
+    def owner(self, name: str) -> int:
+        """The process that has a layer's statistics."""
+        return self._owner.get(name, 0)
 
     def statistics(self, name: str, n_units: int) -> LayerStatistics | None:
         """Means of one layer, its gradient averaged over `n_units`, once: its sums are used up. None where it was never

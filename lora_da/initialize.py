@@ -9,7 +9,7 @@ import dataclasses
 import logging
 import math
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -19,6 +19,7 @@ from tqdm.auto import tqdm
 
 from lora_da.adapter import Adapter, AdapterLayer, describe_left, find_adapter
 from lora_da.blocks import NotARow
+from lora_da.collect import Collector
 from lora_da.config import LoraDAConfig
 from lora_da.data import InitData, draw
 from lora_da.errors import LoraDAError
@@ -28,6 +29,7 @@ from lora_da.memory import PeakMemory
 from lora_da.methods.lora_da import LoraFactors
 from lora_da.mode import estimation_mode
 from lora_da.plan import Plan, make_plan
+from lora_da.ranks import Ranks
 from lora_da.report import InitReport, LayerReport
 from lora_da.routing import Routed
 from lora_da.solve import LayerSolver
@@ -65,9 +67,10 @@ def initialize_lora_da_weights(
     """
     started = time.perf_counter()
     config = config or LoraDAConfig()
-    adapter = find_adapter(peft_model, adapter_name)
-    check_causal(peft_model.get_base_model())
-    _check_single_process()
+    ranks = Ranks(_device(peft_model))
+    with ranks.together():
+        adapter = find_adapter(peft_model, adapter_name)
+        check_causal(peft_model.get_base_model())
     targeted = len(adapter.layers) + len(adapter.left)
     if not adapter.is_untrained():
         report = InitReport(targeted=targeted, left=adapter.left, skipped="it carries trained weights")
@@ -78,16 +81,17 @@ def initialize_lora_da_weights(
 
     memory = PeakMemory(_device(peft_model))
     with estimation_mode(peft_model):
-        data = draw(dataloader, config.samples, config.seed, config.population_size)
+        data = ranks.from_first(lambda: draw(dataloader, config.samples, config.seed, config.population_size))
         if data.n_samples < config.samples:
             logger.warning("LoRA-DA: the data hold %d samples, %d were asked for", data.n_samples, config.samples)
-        estimate = _estimate(peft_model, adapter, data, config, show_progress)
+        estimate = _estimate(peft_model, adapter, data, config, ranks, show_progress)
     _check_failed(estimate.failed, len(adapter.layers))
     if estimate.left:
         _check_experts(estimate)
         logger.warning(describe_left(estimate.left))
     layers = {a.name: _layer_report(a, estimate) for a in adapter.layers if a.name in estimate.factors}
-    adapter.write({name: (f.lora_A, f.lora_B) for name, f in estimate.factors.items()})
+    with ranks.together():
+        adapter.write({name: (f.lora_A, f.lora_B) for name, f in estimate.factors.items()})
 
     report = InitReport(
         initialized=len(estimate.factors),
@@ -133,46 +137,72 @@ class _Estimate:
     timings: dict[str, float] = dataclasses.field(default_factory=dict)
     loss: float = math.nan
 
+    def add(
+        self, factors: dict[str, LoraFactors], failed: dict[str, str], left: dict[str, str], tokens: dict[str, int]
+    ) -> None:
+        """What one process has solved."""
+        self.factors |= factors
+        self.failed |= failed
+        self.left |= left
+        self.tokens |= tokens
+
 
 def _estimate(
-    peft_model: PeftModel, adapter: Adapter, data: InitData, config: LoraDAConfig, show_progress: bool
+    peft_model: PeftModel,
+    adapter: Adapter,
+    data: InitData,
+    config: LoraDAConfig,
+    ranks: Ranks,
+    show_progress: bool,
 ) -> _Estimate:
     """Collect and solve, one segment of the model after the other, as much of it in a segment as fits in memory."""
     preset, device, model = config.resolved_preset(), _device(peft_model), peft_model.get_base_model()
     full_fisher = frozenset(a.name for a in adapter.layers if a.out_features <= preset.full_fisher_up_to)
-    surveyed = survey(model, adapter.layers, decoder_inputs(model, data.batches[-1].glimpse(), device))
+    with ranks.together():
+        surveyed = survey(model, adapter.layers, decoder_inputs(model, data.batches[-1].glimpse(), device))
     while True:
-        plan = make_plan(surveyed, adapter.layers, full_fisher, data.batches, device, config.memory_budget)
+        plan = make_plan(surveyed, adapter.layers, full_fisher, data.batches, device, config.memory_budget, ranks=ranks)
         if plan.device_bytes > plan.budget:
             logger.warning("LoRA-DA: more memory is needed than there is to plan with: %s", plan.line())
         estimate = _Estimate(plan, full_fisher, surveyed.routed)
         try:
-            _collect_and_solve(estimate, Sweep(model, data, plan, surveyed, preset, full_fisher, device), show_progress)
+            sweep = Sweep(model, data, plan, surveyed, preset, full_fisher, device, ranks)
+            _collect_and_solve(estimate, sweep, ranks, show_progress)
             return estimate
         except NotARow as reason:
             logger.warning("LoRA-DA: not streamed, in several passes instead: %s", reason)
             surveyed = replace(surveyed, row=None, why_not=str(reason))
 
 
-def _collect_and_solve(estimate: _Estimate, sweep: Sweep, show_progress: bool) -> None:
+def _collect_and_solve(estimate: _Estimate, sweep: Sweep, ranks: Ranks, show_progress: bool) -> None:
     title = f"LoRA-DA, {estimate.plan.line()}"
     with tqdm(total=sweep.steps, desc=title, disable=not show_progress, leave=False) as progress:
         for layers, collector in sweep.collected(progress):
-            solver = LayerSolver(collector, sweep.drawn, sweep.preset)
-            for layer in layers:
-                progress.update()
-                if collector.was_passed_by(layer.name):
-                    estimate.left[layer.name] = "an expert that no token of the samples was routed to"
-                    continue
-                with sweep.watch("solve"):
-                    solved = solver.solve(layer)
-                if isinstance(solved, LoraFactors):
-                    estimate.factors[layer.name] = solved
-                    estimate.tokens[layer.name] = collector.n_tokens(layer.name)
-                else:
-                    estimate.failed[layer.name] = solved
-            del collector, solver  # what they hold must be gone before the next segment
+            own = _Estimate(estimate.plan, estimate.full_fisher, estimate.routed)
+            with ranks.together():
+                _solve(own, [a for a in layers if collector.owner(a.name) == ranks.rank], collector, sweep, progress)
+            del collector  # what it holds must be gone before the next segment
+            for part in ranks.gathered((own.factors, own.failed, own.left, own.tokens)):
+                estimate.add(*part)
     estimate.loss, estimate.timings = sweep.loss, sweep.watch.seconds()
+
+
+def _solve(
+    estimate: _Estimate, layers: Sequence[AdapterLayer], collector: Collector, sweep: Sweep, progress: tqdm
+) -> None:
+    solver = LayerSolver(collector, sweep.drawn, sweep.preset)
+    for layer in layers:
+        progress.update()
+        if collector.was_passed_by(layer.name):
+            estimate.left[layer.name] = "an expert that no token of the samples was routed to"
+            continue
+        with sweep.watch("solve"):
+            solved = solver.solve(layer)
+        if isinstance(solved, LoraFactors):
+            estimate.factors[layer.name] = solved
+            estimate.tokens[layer.name] = collector.n_tokens(layer.name)
+        else:
+            estimate.failed[layer.name] = solved
 
 
 def _layer_report(layer: AdapterLayer, estimate: _Estimate) -> LayerReport:
@@ -207,16 +237,6 @@ def _check_experts(estimate: _Estimate) -> None:
             raise LoraDAError(
                 f"layer {name} and all other experts beside it were never seen with a token: their forward is replaced "
                 "(a fused kernel?); switch the kernel off or take them out of target_modules"
-            )
-
-
-def _check_single_process() -> None:
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        n = torch.distributed.get_world_size()
-        if n > 1:
-            raise LoraDAError(
-                f"LoRA-DA runs in one process, this is one of {n}; train on one GPU, or "
-                "initialise first in one process and load the saved adapter"
             )
 
 

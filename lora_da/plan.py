@@ -15,9 +15,10 @@ from itertools import pairwise
 import torch
 
 from lora_da.adapter import AdapterLayer
-from lora_da.batching import Batch
+from lora_da.batching import Batch, shared
 from lora_da.loss import CHUNK
-from lora_da.memory import GIB, free_bytes, used_bytes
+from lora_da.memory import GIB, used_bytes
+from lora_da.ranks import Ranks
 from lora_da.statistics import gradient_bytes, input_bytes
 from lora_da.survey import Survey
 
@@ -94,23 +95,28 @@ def make_plan(
     device: torch.device,
     budget_gib: float | None,
     n_segments: int | None = None,
+    ranks: Ranks | None = None,
 ) -> Plan:
-    """The fewest segments that fit; where single blocks do not, those with the fewest runs.
+    """The fewest segments that fit; where single blocks do not, those with the fewest runs. Every process makes the
+    same: for the largest share of the batches, and the least memory that any of them has.
 
     Args:
         survey: of the model.
         layers: those to be served, in the model's order.
         full_fisher: names of the layers whose output Fisher is kept in full.
-        batches: what is run.
+        batches: what is run, by all processes together.
         device: where the layers are.
         budget_gib: GiB that may be used beside the model; a share of what is free if None.
         n_segments: so many, whether they fit or not; those that fit if None.
+        ranks: the processes.
     """
+    ranks = ranks or Ranks()
+    batches = shared(batches, ranks.size)[0]
     share = CPU_SHARE if device.type == "cpu" else DEVICE_SHARE
-    budget = int(share * free_bytes(device)) if budget_gib is None else int(budget_gib * GIB)
+    budget = int(share * ranks.free_bytes(device)) if budget_gib is None else int(budget_gib * GIB)
     largest, longest = max(b.n_positions for b in batches), max(b.shape[1] for b in batches)
     most = 1 if survey.row is None else len(survey.linear_features)
-    room = (BORDER_SHARE if device.type == "cpu" else CPU_SHARE) * free_bytes(torch.device("cpu"))
+    room = (BORDER_SHARE if device.type == "cpu" else CPU_SHARE) * ranks.free_bytes(torch.device("cpu"))
     while most > 1 and _border_bytes(most - 1, batches, survey, device) > room:
         most -= 1
     needed = _Needed(survey, full_fisher, largest)

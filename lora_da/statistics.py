@@ -9,9 +9,13 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from lora_da.ranks import Ranks
 
 # A symmetric product is made of block rows, each up to the diagonal: 5/8 of the work with four of them. Below this
 # width the smaller matrices cost more than that saves.
@@ -58,6 +62,12 @@ class InputSums:
             _add_product(self.sigma_xx_[start:stop, :stop], x[:, start:stop], x[:, :stop])
         self.n_tokens += x.shape[0]
 
+    def reduce(self, ranks: Ranks, owner: int, i: int, like: Tensor) -> None:
+        """Sum over the processes; whole in `owner` then, and gone elsewhere. `like` has the dtype and device."""
+        sigma_xx_ = like.new_zeros(i, i) if self.sigma_xx_ is None else self.sigma_xx_
+        ranks.sum_to(owner, sigma_xx_)
+        self.sigma_xx_ = sigma_xx_ if ranks.rank == owner else None
+
     def mean(self) -> Tensor | None:
         """Z, (i, i), in the memory of the sum, which is used up; None where nothing was seen."""
         if self._mean is None and self.sigma_xx_ is not None and self.n_tokens:
@@ -76,6 +86,12 @@ class LayerSums:
         self.sigma_dx_: Tensor | None = None  # (o, i)
         self.sigma_dd_: Tensor | None = None  # (o,) or (o, o)
 
+    @property
+    def shape(self) -> tuple[int, int, torch.dtype]:
+        """o, i and the dtype of the sums."""
+        assert self.sigma_dx_ is not None, "nothing was added"
+        return *self.sigma_dx_.shape, self.sigma_dx_.dtype
+
     def add(self, x: Tensor, d: Tensor) -> None:  # x (n, i), d (n, o), in one dtype of `summable`
         o, i = d.shape[1], x.shape[1]
         if self.sigma_dx_ is None or self.sigma_dd_ is None:
@@ -87,6 +103,16 @@ class LayerSums:
         else:
             d = d.to(self.sigma_dd_.dtype)
             self.sigma_dd_ += (d * d).sum(0)
+
+    def reduce(self, ranks: Ranks, owner: int, o: int, i: int, like: Tensor) -> None:
+        """Sum over the processes; whole in `owner` then, and gone elsewhere. `like` has the dtype and device."""
+        if self.sigma_dx_ is None or self.sigma_dd_ is None:
+            self.sigma_dx_ = like.new_zeros(o, i)
+            self.sigma_dd_ = like.new_zeros((o, o) if self.full_fisher else (o,))
+        ranks.sum_to(owner, self.sigma_dx_)
+        ranks.sum_to(owner, self.sigma_dd_)
+        if ranks.rank != owner:
+            self.sigma_dx_ = self.sigma_dd_ = None
 
     def means(self, n_units: float, scale: float = 1.0) -> LayerStatistics | None:
         """The means, in the memory of the sums, which are used up; None where nothing was seen.

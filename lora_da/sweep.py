@@ -14,9 +14,9 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from lora_da.adapter import AdapterLayer
-from lora_da.batching import Batch, divided
+from lora_da.batching import Batch, divided, shared
 from lora_da.blocks import BlockRow, NotARow, check
-from lora_da.borders import Borders
+from lora_da.borders import Border, Borders
 from lora_da.collect import Collector, outputs_with_gradients
 from lora_da.config import Preset
 from lora_da.data import InitData
@@ -26,6 +26,7 @@ from lora_da.loss import backward
 from lora_da.memory import is_out_of_memory
 from lora_da.mode import reentrant_checkpointing, without_checkpointing
 from lora_da.plan import Plan, Segment, split
+from lora_da.ranks import Ranks
 from lora_da.survey import Survey
 from lora_da.timing import Stopwatch
 
@@ -47,6 +48,7 @@ class Sweep:
         preset: whose averaging says what d is the gradient of, one sample's mean loss or one token's loss.
         full_fisher: names of the layers whose output Fisher is kept in full.
         device: where the samples go.
+        ranks: the processes; each runs its share of the samples.
 
     Attributes:
         loss: the mean loss per loss token, once a segment has been collected.
@@ -62,13 +64,19 @@ class Sweep:
         preset: Preset,
         full_fisher: frozenset[str],
         device: torch.device,
+        ranks: Ranks | None = None,
     ) -> None:
         self.drawn, self.preset = data, preset
         self.loss = math.nan
         self.watch = Stopwatch(device)
         self._model, self._survey, self._plan = model, survey, plan
         self._full_fisher, self._device, self._progress = full_fisher, device, tqdm(disable=True)
-        self._batches = [part for batch in data.batches for part in divided(batch, plan.batch_tokens)]
+        self._ranks = ranks or Ranks()
+        own = shared(data.batches, self._ranks.size)[self._ranks.rank]
+        self._batches = [part for batch in own for part in divided(batch, plan.batch_tokens)]
+        if self._ranks.sharded:  # a forward is a collective: all run as many
+            missing = self._ranks.most(len(self._batches)) - len(self._batches)
+            self._batches += [self._batches[-1].idle()] * missing
         self._n_loss_tokens = data.n_loss_tokens
         # Under `samples` a token's loss is weighted by the mean number of loss tokens over its document's own: about 1,
         # so that float16 gradients stay in their range; what remains is part of the scale.
@@ -124,11 +132,13 @@ class Sweep:
             try:
                 self._collect(segment, collector, gradient_below)
             except (RuntimeError, MemoryError) as error:
-                if not is_out_of_memory(error):
+                if not is_out_of_memory(error) or self._ranks.sharded:
                     raise
                 self._progress.update(-self._done)
                 return None
-            if collector.overflowed is None or not collector.overflowed or self._scale <= MIN_LOSS_SCALE:
+            overflowed = collector.overflowed is not None and bool(collector.overflowed)
+            if not self._ranks.any(overflowed) or self._scale <= MIN_LOSS_SCALE:
+                collector.reduce(self._ranks)
                 return collector
             self._scale /= LOSS_SCALE_STEP
             if segment.stop in self._borders.gradients:
@@ -146,27 +156,39 @@ class Sweep:
         cut = contextlib.nullcontext() if whole or row is None else row.only(segment.first, segment.stop)
         reads_inputs = any(self._survey.block_of.get(a.name, 0) == segment.first for a in segment.layers)
         with self._own_activations(segment.first == 0 and reads_inputs), collector.observing(), cut:
-            for number, batch in enumerate(self._batches):
-                collector.reading(batch.tokens.document >= 0, self._device)
-                inputs = self._inputs(batch)
-                hidden = self._hidden(segment.first, number, below is not None or reads_inputs)
-                if is_top:
-                    with contextlib.nullcontext() if whole or row is None else row.given(hidden):
-                        total += self._loss(batch, inputs)
-                else:
-                    self._run(segment, number, hidden, inputs)
-                if below is not None:
-                    if hidden is None or hidden.grad is None:
-                        raise NotARow(f"no gradient reaches what enters block {segment.first}")
-                    collector.look_for_overflow(hidden.grad)
-                    with self.watch("copies"):
-                        below.put(number, hidden.grad)
-                self._progress.update()
-                self._done += 1
+            for number in range(self._ranks.most(len(self._batches))):
+                with self._ranks.together():
+                    if number < len(self._batches):
+                        loss = self._collect_batch(segment, number, collector, reads_inputs, below)
+                        total += 0.0 if loss is None else loss
+                        self._progress.update()
+                        self._done += 1
         if is_top:
-            self._note_loss(total.item())
+            self._note_loss(self._ranks.total(total).item())
         if below is not None:
             self._borders.gradients[segment.first] = below
+
+    def _collect_batch(
+        self, segment: Segment, number: int, collector: Collector, reads_inputs: bool, below: Border | None
+    ) -> Tensor | None:
+        """Run one batch through one segment; the summed loss where that is the topmost."""
+        row, batch, loss = self._survey.row, self._batches[number], None
+        collector.reading(batch.tokens.document >= 0, self._device)
+        inputs = self._inputs(batch)
+        hidden = self._hidden(segment.first, number, below is not None or reads_inputs)
+        if segment.stop == len(self._survey.linear_features):
+            whole = segment.first == 0
+            with contextlib.nullcontext() if whole or row is None else row.given(hidden):
+                loss = self._loss(batch, inputs)
+        else:
+            self._run(segment, number, hidden, inputs)
+        if below is not None:
+            if hidden is None or hidden.grad is None:
+                raise NotARow(f"no gradient reaches what enters block {segment.first}")
+            collector.look_for_overflow(hidden.grad)
+            with self.watch("copies"):
+                below.put(number, hidden.grad)
+        return loss
 
     def _loss(self, batch: Batch, inputs: dict[str, Any]) -> Tensor:
         weights = None
@@ -202,7 +224,7 @@ class Sweep:
             try:
                 return self._lay_once(row, start, borders)
             except (RuntimeError, MemoryError) as error:
-                if not is_out_of_memory(error):
+                if not is_out_of_memory(error) or self._ranks.sharded:
                     raise
             if not self._halve_batches():
                 raise LoraDAError(self._too_large("a forward without gradients"))
@@ -211,13 +233,15 @@ class Sweep:
     def _lay_once(self, row: BlockRow, start: int, borders: list[int]) -> None:
         laid = {border: self._borders.new(len(self._batches)) for border in borders}
         with without_checkpointing(self._model), row.only(start, borders[-1]):
-            for number, batch in enumerate(self._batches):
-                inputs, hidden = self._inputs(batch), self._hidden(start, number, False)
-                with self.watch("forward"):
-                    entered = row.run(hidden, borders, **inputs)
-                with self.watch("copies"):
-                    for border in borders:
-                        laid[border].put(number, entered[border])
+            for number in range(self._ranks.most(len(self._batches))):
+                with self._ranks.together():
+                    if number < len(self._batches):
+                        inputs, hidden = self._inputs(self._batches[number]), self._hidden(start, number, False)
+                        with self.watch("forward"):
+                            entered = row.run(hidden, borders, **inputs)
+                        with self.watch("copies"):
+                            for border in borders:
+                                laid[border].put(number, entered[border])
         self._borders.hidden |= laid
 
     def _smaller(self, segment: Segment, by_layers: bool) -> list[Segment]:
@@ -249,8 +273,10 @@ class Sweep:
         halves = [batch.halves() for batch in self._batches]
         if any(halves):
             self._divide(halves)
-            logger.warning("LoRA-DA: out of memory; goes on with half the rows in a batch")
-        return any(halves)
+        if not self._ranks.any(any(halves)):
+            return False
+        logger.warning("LoRA-DA: out of memory; goes on with half the rows in a batch")
+        return True
 
     def _divide(self, halves: list[tuple[Batch, Batch] | None]) -> None:
         batches: list[Batch] = []

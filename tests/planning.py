@@ -74,8 +74,8 @@ def forced(way: Way) -> Iterator[list[Plan]]:
     """`initialize_lora_da_weights` runs the samples this way; yields the plans that were made, as they are made."""
     plans: list[Plan] = []
 
-    def planned(surveyed: Survey, layers: Sequence[AdapterLayer], *rest: Any) -> Plan:
-        plans.append(way.plan(make_plan(surveyed, layers, *rest), surveyed, layers))
+    def planned(surveyed: Survey, layers: Sequence[AdapterLayer], *rest: Any, **named: Any) -> Plan:
+        plans.append(way.plan(make_plan(surveyed, layers, *rest, **named), surveyed, layers))
         return plans[-1]
 
     with pytest.MonkeyPatch.context() as patch:
