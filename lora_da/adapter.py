@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from lora_da.errors import LoraDAError
+from lora_da.sharded import as_sharded, whole
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ class AdapterLayer:
     @torch.no_grad()
     def weight_norm(self) -> float:
         """‖W‖_F of the base weight; a quantised one is dequantised on its device for the moment this takes."""
-        weight = self.base.weight
+        weight = whole(self.base.weight)
         if get_bnb_param_type(weight):
             weight = dequantize_bnb_weight(weight, state=getattr(self.base, "state", None))
         return torch.linalg.vector_norm(weight, dtype=torch.float32).item()
@@ -75,7 +76,7 @@ class Adapter:
 
     def is_untrained(self) -> bool:
         """True while every lora_B is zero, as PEFT starts it."""
-        return not any(bool(layer.lora_B.any()) for layer in self.layers)
+        return not any(bool(whole(layer.lora_B).any()) for layer in self.layers)
 
     @torch.no_grad()
     def write(self, factors: Mapping[str, tuple[Tensor, Tensor]]) -> None:
@@ -84,8 +85,8 @@ class Adapter:
         before = [(p, p.clone()) for layer in chosen for p in (layer.lora_A, layer.lora_B)]
         try:
             for layer in chosen:
-                layer.lora_A.copy_(factors[layer.name][0])
-                layer.lora_B.copy_(factors[layer.name][1])
+                for parameter, value in zip((layer.lora_A, layer.lora_B), factors[layer.name], strict=True):
+                    parameter.copy_(as_sharded(value, parameter))
         except BaseException:  # an interrupt too
             for parameter, value in before:
                 parameter.copy_(value)

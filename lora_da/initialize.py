@@ -27,11 +27,12 @@ from lora_da.inputs import decoder_inputs
 from lora_da.loss import check_causal
 from lora_da.memory import PeakMemory
 from lora_da.methods.lora_da import LoraFactors
-from lora_da.mode import estimation_mode
+from lora_da.mode import estimation_mode, random_states
 from lora_da.plan import Plan, make_plan
 from lora_da.ranks import Ranks
 from lora_da.report import InitReport, LayerReport
 from lora_da.routing import Routed
+from lora_da.sharded import compute_device, is_sharded, prepared
 from lora_da.solve import LayerSolver
 from lora_da.survey import survey
 from lora_da.sweep import Sweep
@@ -67,7 +68,7 @@ def initialize_lora_da_weights(
     """
     started = time.perf_counter()
     config = config or LoraDAConfig()
-    ranks = Ranks(_device(peft_model))
+    ranks = Ranks(_device(peft_model), is_sharded(peft_model))
     with ranks.together():
         adapter = find_adapter(peft_model, adapter_name)
         check_causal(peft_model.get_base_model())
@@ -80,7 +81,7 @@ def initialize_lora_da_weights(
         logger.warning(describe_left(adapter.left))
 
     memory = PeakMemory(_device(peft_model))
-    with estimation_mode(peft_model):
+    with random_states(), prepared(peft_model, _device(peft_model)), estimation_mode(peft_model):
         data = ranks.from_first(lambda: draw(dataloader, config.samples, config.seed, config.population_size))
         if data.n_samples < config.samples:
             logger.warning("LoRA-DA: the data hold %d samples, %d were asked for", data.n_samples, config.samples)
@@ -242,5 +243,4 @@ def _check_experts(estimate: _Estimate) -> None:
 
 def _device(peft_model: PeftModel) -> torch.device:
     """Where the samples go."""
-    device: torch.device = peft_model.get_base_model().get_input_embeddings().weight.device
-    return device
+    return compute_device(peft_model.get_base_model().get_input_embeddings().weight)

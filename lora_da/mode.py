@@ -26,8 +26,8 @@ def estimation_mode(model: PeftModel) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         stack.enter_context(torch.inference_mode(False))  # whatever the caller has switched off,
         stack.enter_context(torch.enable_grad())  # a backward pass follows
-        stack.enter_context(_random_states())
-        stack.enter_context(_flags(model))
+        stack.enter_context(random_states())
+        stack.enter_context(flags_kept(model))
         stack.enter_context(model.disable_adapter())
         model.requires_grad_(False)  # nobody's .grad is touched: only activations carry gradients
         model.train()
@@ -92,7 +92,8 @@ def _attribute(owner: Any, name: str, value: Any) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _flags(model: nn.Module) -> Iterator[None]:
+def flags_kept(model: nn.Module) -> Iterator[None]:
+    """Modes and `requires_grad` are as they were when the context is left."""
     training = [(module, module.training) for module in model.modules()]
     requires_grad = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     try:
@@ -105,7 +106,8 @@ def _flags(model: nn.Module) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _random_states() -> Iterator[None]:
+def random_states() -> Iterator[None]:
+    """Random states are as they were when the context is left."""
     python, numpy_state = random.getstate(), np.random.get_state()
     try:
         with torch.random.fork_rng(range(torch.cuda.device_count())):

@@ -112,7 +112,7 @@ class Broken(Exception):
     """What a test makes a process raise."""
 
 
-def _fails_in(patch: pytest.MonkeyPatch, owner: Any, method: str, where: int, error: Exception, call: int = 1) -> None:
+def fails_in(patch: pytest.MonkeyPatch, owner: Any, method: str, where: int, error: Exception, call: int = 1) -> None:
     """The n-th call of a method raises in one process."""
     original, calls = getattr(owner, method), [0]
 
@@ -126,13 +126,13 @@ def _fails_in(patch: pytest.MonkeyPatch, owner: Any, method: str, where: int, er
 
 
 FAULTS: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
-    "adapter": lambda p: _fails_in(p, lora_da.initialize, "find_adapter", 1, LoraDAError("broken")),
-    "data": lambda p: _fails_in(p, lora_da.initialize, "draw", 0, Broken("broken")),
-    "survey": lambda p: _fails_in(p, BlockRow, "learn", 1, Broken("broken")),
-    "borders": lambda p: _fails_in(p, Sweep, "_inputs", 1, Broken("broken")),
-    "pass": lambda p: _fails_in(p, Sweep, "_loss", 1, Broken("broken")),
-    "solve": lambda p: _fails_in(p, LayerSolver, "solve", 1, Broken("broken"), call=2),
-    "write": lambda p: _fails_in(p, Adapter, "write", 1, Broken("broken")),
+    "adapter": lambda p: fails_in(p, lora_da.initialize, "find_adapter", 1, LoraDAError("broken")),
+    "data": lambda p: fails_in(p, lora_da.initialize, "draw", 0, Broken("broken")),
+    "survey": lambda p: fails_in(p, BlockRow, "learn", 1, Broken("broken")),
+    "borders": lambda p: fails_in(p, Sweep, "_inputs", 1, Broken("broken")),
+    "pass": lambda p: fails_in(p, Sweep, "_loss", 1, Broken("broken")),
+    "solve": lambda p: fails_in(p, LayerSolver, "solve", 1, Broken("broken"), call=2),
+    "write": lambda p: fails_in(p, Adapter, "write", 1, Broken("broken")),
 }
 
 
@@ -157,7 +157,7 @@ def memory() -> dict[str, Any]:
     found = {}
     for name, method in {"borders": "_hidden", "pass": "_loss", "segment": "_run"}.items():
         with pytest.MonkeyPatch.context() as patch:
-            _fails_in(patch, Sweep, method, 1, torch.OutOfMemoryError("no memory left"))
+            fails_in(patch, Sweep, method, 1, torch.OutOfMemoryError("no memory left"))
             found[name] = initialized(llama(), Way(cuts=2))
     return found
 
@@ -165,6 +165,6 @@ def memory() -> dict[str, Any]:
 def dies(folder: Path) -> None:
     """One process fails, nobody catches it; how long the others stay is what the launcher sees."""
     with process_group(), pytest.MonkeyPatch.context() as patch:
-        _fails_in(patch, Sweep, "_loss", 1, Broken("the fault of one process"))
+        fails_in(patch, Sweep, "_loss", 1, Broken("the fault of one process"))
         (folder / f"began{rank()}").write_text(str(time.time()))
         initialized(llama(), Way())

@@ -1,0 +1,93 @@
+"""Models whose parameters are sharded over the processes (FSDP2): a module's are gathered while it runs.
+
+What the pass calls are parts of the model, its blocks and the modules before and after them, and not the model itself.
+FSDP2 allows that once the whole has run: then each block gathers its own parameters, forward and backward, and only
+what is outside the blocks has to be gathered by us.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from lora_da.blocks import find_blocks
+from lora_da.errors import LoraDAError
+from lora_da.mode import flags_kept
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether a forward pass of the model gathers parameters from other processes.
+
+    Raises:
+        LoraDAError: it is wrapped in FSDP1.
+    """
+    if any(isinstance(module, FullyShardedDataParallel) for module in model.modules()):
+        raise LoraDAError(
+            "the model is wrapped in FSDP1, whose flat parameters hold no layers; set `fsdp_version: 2` in fsdp_config"
+        )
+    return any(isinstance(module, FSDPModule) for module in model.modules())
+
+
+def compute_device(parameter: Tensor) -> torch.device:
+    """Where a layer with this parameter runs: FSDP2 may keep its shard on the CPU."""
+    if isinstance(parameter, DTensor):
+        kind = parameter.device_mesh.device_type
+        return torch.device(kind, torch.accelerator.current_device_index()) if kind != "cpu" else torch.device(kind)
+    return parameter.device
+
+
+def whole(tensor: Any) -> Any:
+    """A tensor gathered from its shards; all processes must ask."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def as_sharded(value: Tensor, parameter: Tensor) -> Tensor:
+    """This process's part of a value that all of them have, to be copied into its parameter."""
+    if not isinstance(parameter, DTensor):
+        return value
+    value = value.to(parameter.to_local().device, parameter.dtype)
+    return distribute_tensor(value, parameter.device_mesh, parameter.placements, src_data_rank=None)
+
+
+def gathered_bytes(model: nn.Module, blocks: Sequence[nn.Module]) -> int:
+    """Bytes gathered at once while the blocks run one after the other: two of them, as FSDP2 reads ahead, and all that
+    is outside them."""
+    inside = {id(p) for block in blocks for p in block.parameters()}
+    outside = sum(_nbytes(p) for p in model.parameters() if id(p) not in inside)
+    largest = max((sum(map(_nbytes, block.parameters())) for block in blocks), default=0)
+    return outside + 2 * largest
+
+
+def _nbytes(parameter: Tensor) -> int:
+    return parameter.numel() * parameter.element_size() if isinstance(parameter, DTensor) else 0
+
+
+@contextlib.contextmanager
+def prepared(model: PeftModel, device: torch.device) -> Iterator[None]:
+    """The model's parts can be called while the context is open. Nothing is done to a model that is not sharded."""
+    if not is_sharded(model):
+        yield
+        return
+    inside = {id(m) for block in find_blocks(model.get_base_model()) for m in block.modules()}
+    outside = [m for m in model.modules() if isinstance(m, FSDPModule) and id(m) not in inside]
+    # FSDP2 is set up by its first forward, which must find the user's `requires_grad`; a 4-bit layer on a CPU must not
+    # be asked to infer before it has been trained.
+    with torch.no_grad(), flags_kept(model):
+        model.train()
+        model(input_ids=torch.ones(1, 2, dtype=torch.long, device=device))
+    try:
+        for module in outside:
+            module.set_reshard_after_backward(False, recurse=False)  # the output layer runs chunk by chunk
+            module.unshard()
+        yield
+    finally:
+        for module in outside:
+            module.set_reshard_after_backward(True, recurse=False)
+            module.reshard()

@@ -1,0 +1,71 @@
+"""FSDP2: parameters sharded over processes are gathered for the pass, written in place, and train on as before."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from many_cases import TIMEOUT, llama
+from planning import Way
+from processes import launch
+from sharded_cases import MODELS, WAYS, initialized
+from torch import nn
+from torch.distributed.fsdp import FullyShardedDataParallel
+from trainers import same_bits, worst_difference
+
+from lora_da import LoraDAError
+from lora_da.sharded import is_sharded
+
+ROUNDING = 1e-3  # sums of float32 in another order, through a solver
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    run = launch(2, "sharded_cases.fsdp2", tmp_path_factory.mktemp("two"))
+    assert run.code == 0, run.output
+    return run.results
+
+
+def check(results: list[dict[str, Any]], truth: dict[str, Any]) -> None:
+    one, other = results
+    assert same_bits(one["adapter"], other["adapter"])
+    assert worst_difference(one["adapter"], truth["adapter"]) < ROUNDING
+    assert one["loss"] == pytest.approx(truth["loss"], rel=1e-5)
+    assert one["same parameters"]
+    # the next training step is that of one process: gradients arrive, and change what they should
+    assert not same_bits(one["adapter"], one["trained"])
+    assert worst_difference(one["trained"], truth["trained"]) < ROUNDING
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model", MODELS)
+def test_a_sharded_model_gets_what_a_whole_one_gets(model: str, two: Any, tmp_path: Path) -> None:
+    check([result[model] for result in two], initialized(MODELS[model](tmp_path), Way(cuts=3)))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", WAYS)
+def test_whatever_the_plan(way: str, two: Any) -> None:
+    check([result[way] for result in two], initialized(llama(), WAYS[way]))
+
+
+@pytest.mark.slow
+def test_the_size_of_the_first_step_is_reported_where_it_can_be_read(two: Any, tmp_path: Path) -> None:
+    for model in ("float32", "nf4 in bytes"):
+        truth = initialized(MODELS[model](tmp_path), Way(cuts=3))["steps"]
+        assert two[0][model]["steps"] == pytest.approx(truth, rel=1e-3)
+
+
+@pytest.mark.slow
+def test_a_process_that_fails_ends_the_others_too(tmp_path: Path) -> None:
+    run = launch(2, "sharded_cases.dies", tmp_path)
+    assert run.code != 0 and run.seconds < TIMEOUT, "somebody waited"
+    assert "the fault of one process" in run.output
+
+
+def test_fsdp1_is_refused() -> None:
+    wrapped = FullyShardedDataParallel.__new__(FullyShardedDataParallel)
+    nn.Module.__init__(wrapped)
+    with pytest.raises(LoraDAError, match="fsdp_version: 2"):
+        is_sharded(nn.Sequential(wrapped))
