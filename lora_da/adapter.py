@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from lora_da.errors import LoraDAError
-from lora_da.sharded import as_sharded, whole
+from lora_da.sharded import copied, put, shape, whole
 
 
 @dataclass(frozen=True)
@@ -37,15 +37,20 @@ class AdapterLayer:
 
     @property
     def rank(self) -> int:
-        return self.lora_A.shape[0]
+        return shape(self.lora_A)[0]
 
     @property
     def in_features(self) -> int:
-        return self.lora_A.shape[1]
+        return shape(self.lora_A)[1]
 
     @property
     def out_features(self) -> int:
-        return self.lora_B.shape[0]
+        return shape(self.lora_B)[0]
+
+    def is_trained(self) -> bool:
+        """Whether lora_B is no longer zero, as PEFT starts it."""
+        with whole(self.lora_B) as lora_B:
+            return bool(lora_B.any())
 
     def can_hold(self, lora_A: Tensor, lora_B: Tensor) -> bool:
         """Whether the factors stay finite in the parameters' dtypes."""
@@ -55,10 +60,10 @@ class AdapterLayer:
     @torch.no_grad()
     def weight_norm(self) -> float:
         """‖W‖_F of the base weight; a quantised one is dequantised on its device for the moment this takes."""
-        weight = whole(self.base.weight)
-        if get_bnb_param_type(weight):
-            weight = dequantize_bnb_weight(weight, state=getattr(self.base, "state", None))
-        return torch.linalg.vector_norm(weight, dtype=torch.float32).item()
+        with whole(self.base.weight) as weight:
+            if get_bnb_param_type(weight):
+                weight = dequantize_bnb_weight(weight, state=getattr(self.base, "state", None))
+            return torch.linalg.vector_norm(weight, dtype=torch.float32).item()
 
     def step_norm(self, lora_A: Tensor, lora_B: Tensor) -> float:
         """‖s·lora_B·lora_A‖_F of factors for this layer, without forming the product."""
@@ -76,20 +81,20 @@ class Adapter:
 
     def is_untrained(self) -> bool:
         """True while every lora_B is zero, as PEFT starts it."""
-        return not any(bool(whole(layer.lora_B).any()) for layer in self.layers)
+        return not any(layer.is_trained() for layer in self.layers)
 
     @torch.no_grad()
     def write(self, factors: Mapping[str, tuple[Tensor, Tensor]]) -> None:
         """Put (lora_A, lora_B) of the named layers into the parameters: in place, in their dtype, all or none."""
         chosen = [layer for layer in self.layers if layer.name in factors]
-        before = [(p, p.clone()) for layer in chosen for p in (layer.lora_A, layer.lora_B)]
+        before = [(p, copied(p)) for layer in chosen for p in (layer.lora_A, layer.lora_B)]
         try:
             for layer in chosen:
                 for parameter, value in zip((layer.lora_A, layer.lora_B), factors[layer.name], strict=True):
-                    parameter.copy_(as_sharded(value, parameter))
+                    put(parameter, value)
         except BaseException:  # an interrupt too
             for parameter, value in before:
-                parameter.copy_(value)
+                put(parameter, value)
             raise
 
 
@@ -180,7 +185,7 @@ def _why_left(module: LoraLayer, name: str, head: nn.Module | None) -> str | Non
 
 def _adapter_layer(path: str, module: LoraLayer, name: str, config: LoraConfig) -> AdapterLayer:
     lora_A, lora_B = module.lora_A[name].weight, module.lora_B[name].weight
-    rank, in_features = lora_A.shape
+    rank, in_features = shape(lora_A)
     # kaiming_uniform(a=√5) draws from ±1/√i, the gaussian init with standard deviation 1/r
     plain_variance = 1 / rank**2 if _is_gaussian(config) else 1 / (3 * in_features)
     return AdapterLayer(path, module.get_base_layer(), lora_A, lora_B, module.scaling[name], plain_variance)

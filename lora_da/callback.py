@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
@@ -18,6 +17,12 @@ from lora_da.initialize import initialize_lora_da_weights, say
 from lora_da.report import InitReport
 
 SUPERVISED_LOSSES = (None, "nll", "chunked_nll")
+# Sizes in accelerate's parallelism_config, and what above 1 they mean.
+NOT_BY_SAMPLES = {
+    "tp_size": "tensor parallelism divides each layer over processes",
+    "cp_size": "context parallelism divides each row over processes",
+    "sp_size": "sequence parallelism divides each row over processes",
+}
 
 
 class LoraDACallback(TrainerCallback):
@@ -77,7 +82,8 @@ def refuse_unsupported(args: TrainingArguments) -> None:
     """Refuse training arguments under which the statistics would not be those of the training loss, or not complete.
 
     Raises:
-        LoraDAError: nn.DataParallel, FSDP, DeepSpeed, preference, reward or RL training, a modified loss.
+        LoraDAError: nn.DataParallel, tensor, context or sequence parallelism, preference, reward or RL training, a
+            modified loss.
     """
     trainer = next((c.__name__ for c in type(args).__mro__ if _is_trl_config(c)), "SFTConfig")
     if trainer != "SFTConfig":
@@ -85,15 +91,12 @@ def refuse_unsupported(args: TrainingArguments) -> None:
             f"{trainer}: LoRA-DA starts the adapter away from the base model, which this training takes as its "
             "reference or does not descend from by the language-model loss; use it for supervised fine-tuning"
         )
-    if getattr(args, "fsdp", None) or _truthy("ACCELERATE_USE_FSDP"):
-        raise LoraDAError("FSDP is not supported yet; train in one process, or initialise first and load the adapter")
-    if getattr(args, "deepspeed", None) or _truthy("ACCELERATE_USE_DEEPSPEED"):
-        raise LoraDAError("DeepSpeed is not supported yet: its fp32 master copies would undo the initialisation")
     if args.n_gpu > 1:
         raise LoraDAError(
             f"one process trains on {args.n_gpu} GPUs (nn.DataParallel), which LoRA-DA does not serve; launch one "
             "process for each (accelerate launch, torchrun), or set CUDA_VISIBLE_DEVICES=0"
         )
+    _check_parallelism(args)
     if args.label_smoothing_factor:
         raise LoraDAError(
             f"label_smoothing_factor={args.label_smoothing_factor}: the model's own loss is not the training loss; "
@@ -109,12 +112,20 @@ def _is_trl_config(cls: type) -> bool:
     )
 
 
-def _truthy(variable: str) -> bool:
-    return os.environ.get(variable, "").lower() in ("1", "true", "yes")
+def _check_parallelism(args: TrainingArguments) -> None:
+    parallelism = getattr(args, "parallelism_config", None)
+    for name, what in NOT_BY_SAMPLES.items():
+        if getattr(parallelism, name, 1) > 1:
+            raise LoraDAError(
+                f"parallelism_config.{name}={getattr(parallelism, name)}: {what}, and LoRA-DA divides the samples over "
+                "the processes only; set it to 1, and use DDP, FSDP2 or DeepSpeed ZeRO"
+            )
 
 
 def _autocast(args: TrainingArguments) -> AbstractContextManager[Any]:
     """Mixed precision as the trainer applies it: its wrapper sits on a forward that the pass does not go through."""
     # Not `args.bf16` and `args.fp16`: `accelerate launch --mixed_precision` sets neither of them.
+    if args.deepspeed_plugin is not None:
+        return contextlib.nullcontext()  # it casts the model instead
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(args.mixed_precision)
     return contextlib.nullcontext() if dtype is None else torch.autocast(args.device.type, dtype)

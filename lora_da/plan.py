@@ -203,7 +203,7 @@ class _Needed:
         # A product before it is added to its sum in float32, and a dequantised weight, forward or backward.
         weight = (4 + self.survey.itemsize) * max((a.in_features * a.out_features for a in segment.layers), default=0)
         head = LOGIT_BYTES * CHUNK * self.survey.vocabulary if stop == len(features) else 0
-        return int(self.batch_tokens * (kept + borders + copies)) + weight + head
+        return int(self.batch_tokens * (kept + borders + copies)) + weight + head + self.survey.gathered_bytes
 
     def solving(self, layers: Sequence[AdapterLayer]) -> int:
         """The damped copy of Z and its factor, D and what it is made of, in float32, of the largest layer."""

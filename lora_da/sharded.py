@@ -1,13 +1,15 @@
-"""Models whose parameters are sharded over the processes (FSDP2): a module's are gathered while it runs.
+"""Models whose parameters are sharded over the processes (FSDP2, DeepSpeed ZeRO-3): a module's are gathered while it
+runs.
 
 What the pass calls are parts of the model, its blocks and the modules before and after them, and not the model itself.
 FSDP2 allows that once the whole has run: then each block gathers its own parameters, forward and backward, and only
-what is outside the blocks has to be gathered by us.
+what is outside the blocks has to be gathered by us. ZeRO-3 gathers for whatever module is called.
 """
 
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -32,7 +34,7 @@ def is_sharded(model: nn.Module) -> bool:
         raise LoraDAError(
             "the model is wrapped in FSDP1, whose flat parameters hold no layers; set `fsdp_version: 2` in fsdp_config"
         )
-    return any(isinstance(module, FSDPModule) for module in model.modules())
+    return any(isinstance(m, FSDPModule) for m in model.modules()) or any(map(_is_zero3, model.parameters()))
 
 
 def compute_device(parameter: Tensor) -> torch.device:
@@ -43,17 +45,56 @@ def compute_device(parameter: Tensor) -> torch.device:
     return parameter.device
 
 
-def whole(tensor: Any) -> Any:
-    """A tensor gathered from its shards; all processes must ask."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+def shape(parameter: Tensor) -> tuple[int, ...]:
+    """Of the whole parameter."""
+    return tuple(getattr(parameter, "ds_shape", parameter.shape))
 
 
-def as_sharded(value: Tensor, parameter: Tensor) -> Tensor:
-    """This process's part of a value that all of them have, to be copied into its parameter."""
-    if not isinstance(parameter, DTensor):
-        return value
-    value = value.to(parameter.to_local().device, parameter.dtype)
-    return distribute_tensor(value, parameter.device_mesh, parameter.placements, src_data_rank=None)
+@contextlib.contextmanager
+def whole(parameter: Any) -> Iterator[Any]:
+    """The parameter gathered from its shards while the context is open; all processes must ask."""
+    if _is_zero3(parameter):
+        from deepspeed.runtime.zero import GatheredParameters
+
+        with GatheredParameters([parameter]):
+            yield parameter
+    else:
+        yield parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
+
+
+@torch.no_grad()
+def copied(parameter: Tensor) -> Tensor:
+    """Its whole value."""
+    with whole(parameter) as value:
+        tensor: Tensor = value.detach().clone()
+        return tensor
+
+
+@torch.no_grad()
+def put(parameter: Tensor, value: Tensor) -> None:
+    """Copy a value that all processes have into a parameter, in place, whatever holds its numbers.
+
+    DeepSpeed trains copies in float32 and writes them over the parameters at each step: they get the value too.
+    """
+    if isinstance(parameter, DTensor):
+        value = value.to(parameter.to_local().device, parameter.dtype)
+        parameter.copy_(distribute_tensor(value, parameter.device_mesh, parameter.placements, src_data_rank=None))
+        return
+    if _is_zero3(parameter):
+        from deepspeed.runtime.zero import GatheredParameters
+
+        with GatheredParameters([parameter], modifier_rank=0):
+            parameter.copy_(value)
+    else:
+        parameter.copy_(value)
+    if _is_zero3(parameter) or hasattr(parameter, "_hp_mapping"):
+        from deepspeed.utils import safe_set_full_fp32_param
+
+        safe_set_full_fp32_param(parameter, value.to(parameter.device, torch.float32))
+
+
+def _is_zero3(parameter: Tensor) -> bool:
+    return hasattr(parameter, "ds_id")
 
 
 def gathered_bytes(model: nn.Module, blocks: Sequence[nn.Module]) -> int:
@@ -66,13 +107,14 @@ def gathered_bytes(model: nn.Module, blocks: Sequence[nn.Module]) -> int:
 
 
 def _nbytes(parameter: Tensor) -> int:
-    return parameter.numel() * parameter.element_size() if isinstance(parameter, DTensor) else 0
+    sharded = isinstance(parameter, DTensor) or _is_zero3(parameter)
+    return math.prod(shape(parameter)) * parameter.element_size() if sharded else 0
 
 
 @contextlib.contextmanager
 def prepared(model: PeftModel, device: torch.device) -> Iterator[None]:
-    """The model's parts can be called while the context is open. Nothing is done to a model that is not sharded."""
-    if not is_sharded(model):
+    """The model's parts can be called while the context is open. Nothing is done but to FSDP2's."""
+    if not any(isinstance(module, FSDPModule) for module in model.modules()):
         yield
         return
     inside = {id(m) for block in find_blocks(model.get_base_model()) for m in block.modules()}

@@ -15,6 +15,7 @@ from lora_da.blocks import BlockRow, NotARow, find_blocks
 from lora_da.collect import Collector
 from lora_da.mode import without_checkpointing
 from lora_da.routing import Routed, find_routed
+from lora_da.sharded import gathered_bytes, shape
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,7 @@ class Survey:
         itemsize: bytes of one of its numbers.
         vocabulary: width of the logits.
         linear_features: inputs and outputs of the linear layers of each block, summed: what it keeps for the backward.
+        gathered_bytes: of the parameters that are gathered from other processes at once.
     """
 
     row: BlockRow | None
@@ -42,6 +44,7 @@ class Survey:
     itemsize: int
     vocabulary: int
     linear_features: tuple[int, ...]
+    gathered_bytes: int = 0
 
 
 def survey(model: PreTrainedModel, layers: Sequence[AdapterLayer], inputs: Mapping[str, Any]) -> Survey:
@@ -63,7 +66,7 @@ def survey(model: PreTrainedModel, layers: Sequence[AdapterLayer], inputs: Mappi
                 hidden = row.learn(**inputs)
             except NotARow as error:
                 why_not = str(error)
-    width = model.get_input_embeddings().weight.shape[-1] if hidden is None else hidden.shape[-1]
+    width = shape(model.get_input_embeddings().weight)[-1] if hidden is None else hidden.shape[-1]
     itemsize = (model.dtype if hidden is None else hidden.dtype).itemsize
     return Survey(
         row=None if why_not else row,
@@ -73,8 +76,9 @@ def survey(model: PreTrainedModel, layers: Sequence[AdapterLayer], inputs: Mappi
         reads_like=collector.shared_inputs(),
         bytes_per_token=width * itemsize,
         itemsize=itemsize,
-        vocabulary=model.get_output_embeddings().weight.shape[0],
+        vocabulary=shape(model.get_output_embeddings().weight)[0],
         linear_features=tuple(map(_linear_features, blocks)) or (_linear_features(model),),
+        gathered_bytes=gathered_bytes(model, blocks),
     )
 
 
