@@ -8,11 +8,12 @@ from dataclasses import dataclass
 import torch
 from peft import LoraConfig, PeftModel
 from peft.tuners.lora.layer import LoraLayer, MultiheadAttention, ParamWrapper
-from peft.utils.integrations import dequantize_bnb_weight, get_bnb_param_type
+from peft.tuners.lora.variants import DoraLinearVariant
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from lora_da.errors import LoraDAError
+from lora_da.weights import row_norms, weight_norm
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,7 @@ class AdapterLayer:
         lora_A: (r, i) parameter. lora_B: (o, r) parameter.
         scaling: s.
         plain_variance: variance of an entry of the lora_A that PEFT draws for this layer.
+        magnitude: DoRA's (o,) parameter m, `y = m ∘ (W + scaling · lora_B lora_A) x / ‖row of that sum‖`; None in LoRA.
     """
 
     name: str
@@ -33,6 +35,7 @@ class AdapterLayer:
     lora_B: nn.Parameter
     scaling: float
     plain_variance: float
+    magnitude: nn.Parameter | None = None
 
     @property
     def rank(self) -> int:
@@ -54,15 +57,25 @@ class AdapterLayer:
     @torch.no_grad()
     def weight_norm(self) -> float:
         """‖W‖_F of the base weight; a quantised one is dequantised on its device for the moment this takes."""
-        weight = self.base.weight
-        if get_bnb_param_type(weight):
-            weight = dequantize_bnb_weight(weight, state=getattr(self.base, "state", None))
-        return torch.linalg.vector_norm(weight, dtype=torch.float32).item()
+        return weight_norm(self.base)
 
     def step_norm(self, lora_A: Tensor, lora_B: Tensor) -> float:
         """‖s·lora_B·lora_A‖_F of factors for this layer, without forming the product."""
         a, b = lora_A.cpu().double(), lora_B.cpu().double()
         return abs(self.scaling) * ((b.T @ b) * (a @ a.T)).sum().clamp_min(0).sqrt().item()
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        """What an initialisation writes."""
+        return [self.lora_A, self.lora_B] + ([] if self.magnitude is None else [self.magnitude])
+
+    def write(self, lora_A: Tensor, lora_B: Tensor) -> None:
+        """Put the factors into the parameters; DoRA's magnitude so that the layer starts at W + scaling·lora_B·lora_A,
+        as plain LoRA does from the same factors."""
+        self.lora_A.copy_(lora_A)
+        self.lora_B.copy_(lora_B)
+        if self.magnitude is not None:
+            self.magnitude.copy_(row_norms(self.base, self.lora_A, self.lora_B, self.scaling))
 
 
 @dataclass(frozen=True)
@@ -81,11 +94,10 @@ class Adapter:
     def write(self, factors: Mapping[str, tuple[Tensor, Tensor]]) -> None:
         """Put (lora_A, lora_B) of the named layers into the parameters: in place, in their dtype, all or none."""
         chosen = [layer for layer in self.layers if layer.name in factors]
-        before = [(p, p.clone()) for layer in chosen for p in (layer.lora_A, layer.lora_B)]
+        before = [(p, p.clone()) for layer in chosen for p in layer.parameters]
         try:
             for layer in chosen:
-                layer.lora_A.copy_(factors[layer.name][0])
-                layer.lora_B.copy_(factors[layer.name][1])
+                layer.write(*factors[layer.name])
         except BaseException:  # an interrupt too
             for parameter, value in before:
                 parameter.copy_(value)
@@ -150,8 +162,6 @@ def _check_config(config: object, name: str) -> None:
         raise LoraDAError(
             f"adapter {name!r} is {type(config).__name__}; LoRA-DA initialises LoRA adapters (LoraConfig)"
         )
-    if config.use_dora:
-        raise LoraDAError("DoRA is not supported yet: set `use_dora=False` (Axolotl: `peft_use_dora: false`)")
     if config.init_lora_weights is not True and not _is_gaussian(config):
         raise LoraDAError(
             f"init_lora_weights={config.init_lora_weights!r} already chooses the start of the adapter; leave it at "
@@ -174,7 +184,7 @@ def _why_left(module: LoraLayer, name: str, head: nn.Module | None) -> str | Non
     if head is not None and head in (module, base):
         return "the language-model head"
     variant = module.lora_variant.get(name)
-    return None if variant is None else type(variant).__name__
+    return None if variant is None or isinstance(variant, DoraLinearVariant) else type(variant).__name__
 
 
 def _adapter_layer(path: str, module: LoraLayer, name: str, config: LoraConfig) -> AdapterLayer:
@@ -182,7 +192,8 @@ def _adapter_layer(path: str, module: LoraLayer, name: str, config: LoraConfig) 
     rank, in_features = lora_A.shape
     # kaiming_uniform(a=√5) draws from ±1/√i, the gaussian init with standard deviation 1/r
     plain_variance = 1 / rank**2 if _is_gaussian(config) else 1 / (3 * in_features)
-    return AdapterLayer(path, module.get_base_layer(), lora_A, lora_B, module.scaling[name], plain_variance)
+    magnitude = module.lora_magnitude_vector[name].weight if name in module.lora_magnitude_vector else None
+    return AdapterLayer(path, module.get_base_layer(), lora_A, lora_B, module.scaling[name], plain_variance, magnitude)
 
 
 def _listed(left: dict[str, str]) -> str:
