@@ -10,10 +10,11 @@ from peft import LoraConfig, PeftModel
 from peft.tuners.lora.layer import LoraLayer, MultiheadAttention, ParamWrapper
 from peft.tuners.lora.variants import DoraLinearVariant
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from lora_da.errors import LoraDAError
 from lora_da.weights import row_norms, weight_norm
+
+SMALLEST = torch.finfo(torch.float32).tiny  # in the place of the norm of an all-zero weight
 
 
 @dataclass(frozen=True)
@@ -55,14 +56,15 @@ class AdapterLayer:
         return all(bool(torch.isfinite(value.to(parameter.dtype)).all()) for value, parameter in pairs)
 
     @torch.no_grad()
-    def weight_norm(self) -> float:
-        """‖W‖_F of the base weight; a quantised one is dequantised on its device for the moment this takes."""
-        return weight_norm(self.base)
+    def relative_step(self, lora_A: Tensor, lora_B: Tensor) -> float | None:
+        """‖s·lora_B·lora_A‖_F / ‖W‖_F of factors for this layer; None where W cannot be read.
 
-    def step_norm(self, lora_A: Tensor, lora_B: Tensor) -> float:
-        """‖s·lora_B·lora_A‖_F of factors for this layer, without forming the product."""
+        A quantised W is dequantised on its device for the moment this takes; the product is not formed.
+        """
+        norm = weight_norm(self.base)
         a, b = lora_A.cpu().double(), lora_B.cpu().double()
-        return abs(self.scaling) * ((b.T @ b) * (a @ a.T)).sum().clamp_min(0).sqrt().item()
+        step = abs(self.scaling) * ((b.T @ b) * (a @ a.T)).sum().clamp_min(0).sqrt().item()
+        return None if norm is None else step / max(norm, SMALLEST)
 
     @property
     def parameters(self) -> list[nn.Parameter]:
@@ -178,8 +180,8 @@ def _why_left(module: LoraLayer, name: str, head: nn.Module | None) -> str | Non
         return "a parameter tensor (target_parameters)"
     if isinstance(module, MultiheadAttention) or name not in module.lora_A:
         return type(module).__name__
-    base = module.get_base_layer()
-    if not isinstance(base, (nn.Linear, Conv1D)):
+    base, pair = module.get_base_layer(), (module.lora_A[name], module.lora_B[name])
+    if not all(isinstance(half, nn.Linear) for half in pair):  # whatever the base is, quantised or not
         return type(base).__name__
     if head is not None and head in (module, base):
         return "the language-model head"

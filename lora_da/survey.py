@@ -12,7 +12,7 @@ from transformers.pytorch_utils import Conv1D
 
 from lora_da.adapter import AdapterLayer
 from lora_da.blocks import BlockRow, NotARow, find_blocks
-from lora_da.collect import Collector
+from lora_da.collect import Collector, gradients_must_pass
 from lora_da.mode import without_checkpointing
 from lora_da.routing import Routed, find_routed
 
@@ -51,13 +51,16 @@ def survey(model: PreTrainedModel, layers: Sequence[AdapterLayer], inputs: Mappi
         model: the causal language model inside the PEFT model, in estimation mode.
         layers: those to be served.
         inputs: what its decoder takes; the beginning of one row will do. It is run three times, block by block at last.
+
+    Raises:
+        LoraDAError: no gradient passes through a layer of the kinds that are targeted.
     """
     blocks = find_blocks(model)
     block_of = _block_of(blocks, layers)
     collector = Collector({layer.name: layer.base for layer in layers})
     row, why_not = BlockRow(model, blocks), _why_not(blocks, layers, block_of)
     hidden: Tensor | None = None
-    with without_checkpointing(model), collector.observing():
+    with without_checkpointing(model), collector.observing(), gradients_must_pass(_like(layers, model, blocks)):
         if not why_not:
             try:
                 hidden = row.learn(**inputs)
@@ -93,12 +96,19 @@ def _why_not(blocks: Sequence[nn.Module], layers: Sequence[AdapterLayer], block_
     return f"its blocks are on several devices ({', '.join(sorted(devices))})" if len(devices) > 1 else ""
 
 
+def _like(layers: Sequence[AdapterLayer], model: nn.Module, blocks: Sequence[nn.Module]) -> dict[str, nn.Module]:
+    """All layers in the blocks of the kinds that are targeted, targeted or not: gradients pass through them all."""
+    kinds, inside = {type(layer.base) for layer in layers}, {id(m) for block in blocks for m in block.modules()}
+    return {name: m for name, m in model.named_modules() if type(m) in kinds and id(m) in inside}
+
+
 def _linear_features(module: nn.Module) -> int:
-    """Summed over layers of one input and output width each, `nn.Linear` and the kinds that take its place."""
+    """Summed over layers of one input and output width each: `nn.Linear` and whatever takes its place, quantised."""
     total = 0
     for layer in module.modules():
-        if isinstance(layer, nn.Linear):
-            total += layer.in_features + layer.out_features
-        elif isinstance(layer, Conv1D):
+        if isinstance(layer, Conv1D):
             total += sum(layer.weight.shape)
+        elif not any(layer.children()):  # PEFT's layer has the widths of the one inside it
+            widths = getattr(layer, "in_features", None), getattr(layer, "out_features", None)
+            total += sum(width for width in widths if isinstance(width, int))
     return total
