@@ -28,6 +28,7 @@ class AdapterLayer:
         scaling: s.
         plain_variance: variance of an entry of the lora_A that PEFT draws for this layer.
         magnitude: DoRA's (o,) parameter m, `y = m ∘ (W + scaling · lora_B lora_A) x / ‖row of that sum‖`; None in LoRA.
+        is_head: whether it is the language-model head, which sees the tokens that carry loss alone.
     """
 
     name: str
@@ -37,6 +38,7 @@ class AdapterLayer:
     scaling: float
     plain_variance: float
     magnitude: nn.Parameter | None = None
+    is_head: bool = False
 
     @property
     def rank(self) -> int:
@@ -128,11 +130,12 @@ def find_adapter(model: PeftModel, adapter_name: str | None = None) -> Adapter:
             continue
         if module.merged:
             raise LoraDAError(f"layer {path} has merged adapters; call `unmerge_adapter()` first")
-        reason = _why_left(module, name, head)
+        is_head = head is not None and head in (module, module.get_base_layer())
+        reason = _why_left(module, name, is_head and _is_tied(path, config))
         if reason is not None:
             left[path] = reason
             continue
-        layer = _adapter_layer(path, module, name, config)
+        layer = _adapter_layer(path, module, name, config, is_head)
         if layer.rank > min(layer.in_features, layer.out_features):
             raise LoraDAError(
                 f"layer {path} is {layer.out_features} × {layer.in_features}, its rank {layer.rank} is above that; "
@@ -175,7 +178,12 @@ def _is_gaussian(config: LoraConfig) -> bool:
     return isinstance(config.init_lora_weights, str) and config.init_lora_weights.lower() == "gaussian"
 
 
-def _why_left(module: LoraLayer, name: str, head: nn.Module | None) -> str | None:
+def _is_tied(path: str, config: LoraConfig) -> bool:
+    """Whether a layer's factors are the embedding's own (`ensure_weight_tying`): one step would be taken twice."""
+    return any(path.endswith(tied) for tied in getattr(config, "target_modules_to_tie", None) or ())
+
+
+def _why_left(module: LoraLayer, name: str, tied: bool) -> str | None:
     if isinstance(module, ParamWrapper):
         return "a parameter tensor (target_parameters)"
     if isinstance(module, MultiheadAttention) or name not in module.lora_A:
@@ -183,19 +191,20 @@ def _why_left(module: LoraLayer, name: str, head: nn.Module | None) -> str | Non
     base, pair = module.get_base_layer(), (module.lora_A[name], module.lora_B[name])
     if not all(isinstance(half, nn.Linear) for half in pair):  # whatever the base is, quantised or not
         return type(base).__name__
-    if head is not None and head in (module, base):
-        return "the language-model head"
+    if tied:
+        return "the language-model head, whose adapter is the embedding's"
     variant = module.lora_variant.get(name)
     return None if variant is None or isinstance(variant, DoraLinearVariant) else type(variant).__name__
 
 
-def _adapter_layer(path: str, module: LoraLayer, name: str, config: LoraConfig) -> AdapterLayer:
+def _adapter_layer(path: str, module: LoraLayer, name: str, config: LoraConfig, is_head: bool) -> AdapterLayer:
     lora_A, lora_B = module.lora_A[name].weight, module.lora_B[name].weight
     rank, in_features = lora_A.shape
     # kaiming_uniform(a=√5) draws from ±1/√i, the gaussian init with standard deviation 1/r
     plain_variance = 1 / rank**2 if _is_gaussian(config) else 1 / (3 * in_features)
     magnitude = module.lora_magnitude_vector[name].weight if name in module.lora_magnitude_vector else None
-    return AdapterLayer(path, module.get_base_layer(), lora_A, lora_B, module.scaling[name], plain_variance, magnitude)
+    base, scaling = module.get_base_layer(), module.scaling[name]
+    return AdapterLayer(path, base, lora_A, lora_B, scaling, plain_variance, magnitude, is_head)
 
 
 def _listed(left: dict[str, str]) -> str:

@@ -33,6 +33,7 @@ class Collector:
         scale: the factor that every d carries.
         timed: a context to compute the products in.
         routed: the layers that are inside an expert and read some of the tokens only.
+        head: the language-model head, which reads what `reading_head` says.
     """
 
     def __init__(
@@ -42,6 +43,7 @@ class Collector:
         scale: float = 1.0,
         timed: Callable[[], AbstractContextManager[None]] = contextlib.nullcontext,
         routed: Mapping[str, Routed] | None = None,
+        head: str | None = None,
     ) -> None:
         self.layers = layers
         self.full_fisher = full_fisher
@@ -50,6 +52,8 @@ class Collector:
         self.scale = scale
         self._timed = timed
         self._routed = routed or {}
+        self._head, self._head_rows = head, 0
+        self._head_weights: Tensor | None = None
         self._mixture_inputs: dict[nn.Module, KnownRows] = {}
         self._expert_positions: dict[nn.Module, Tensor] = {}  # of the tokens that each expert was given last
         self._reads_like: dict[str, str] = {}  # layer → the layer whose input it shares, itself if none
@@ -84,6 +88,15 @@ class Collector:
         self._n_positions = len(counted)
         self._counts = None if bool(counted.all()) else counted.to(device, non_blocking=True)
         self._counted = None if self._counts is None else counted.nonzero().flatten().to(device, non_blocking=True)
+
+    def reading_head(self, n: int, weights: Tensor | None) -> None:
+        """Say what the head's next call reads: `n` tokens that carry loss, and rows behind them that do not count.
+
+        Args:
+            n: tokens.
+            weights: (n,) what each one's loss is still to be multiplied by, its d with it; 1 if None.
+        """
+        self._head_rows, self._head_weights = n, weights
 
     def statistics(self, name: str, n_units: int) -> LayerStatistics | None:
         """Means of one layer, its gradient averaged over `n_units`, once: its sums are used up. None where it was never
@@ -120,7 +133,8 @@ class Collector:
             self._computes_in[name] = _compute_dtype(module, x)
             anchor = torch.empty(0, device=output.device, requires_grad=True)
             chosen = self._chosen(name, x)
-            wrapped: Tensor = _Observe.apply(output, anchor, x.detach(), self._add, (name, chosen))
+            weights = self._head_weights if name == self._head else None
+            wrapped: Tensor = _Observe.apply(output, anchor, x.detach(), self._add, (name, chosen, weights))
             return wrapped
 
         return observe
@@ -143,6 +157,8 @@ class Collector:
 
     def _chosen(self, name: str, x: Tensor) -> Tensor | str | None:
         """Which rows of x (…, i) count: indices, or None for all of them, or `UNKNOWN`."""
+        if name == self._head:
+            return torch.arange(self._head_rows, device=x.device)
         routed = self._routed.get(name)
         if routed is not None and routed.mixture in self._mixture_inputs:
             rows = x.detach().flatten(0, -2)
@@ -165,9 +181,9 @@ class Collector:
         self._last_input = self._last_selected = None
         self._mixture_inputs, self._expert_positions = {}, {}
 
-    def _add(self, call: tuple[str, Tensor | str | None], x: Tensor, d: Tensor) -> None:
+    def _add(self, call: tuple[str, Tensor | str | None, Tensor | None], x: Tensor, d: Tensor) -> None:
         """One call's tokens: x (…, i), d (…, o)."""
-        name, chosen = call
+        name, chosen, weights = call
         if isinstance(chosen, str):
             self.misshapen[name] = tuple(x.shape)
             return
@@ -177,6 +193,8 @@ class Collector:
             self._sums[name] = LayerSums(inputs, name in self.full_fisher)
         with self._timed(), torch.autocast(x.device.type, enabled=False):
             x, d = self._selected(x.detach(), d.detach(), chosen, self._computes_in[name])
+            if weights is not None:
+                d = d * weights.to(d).unsqueeze(1)
             if self._reads_like[name] == name:
                 inputs.add(x)
             self._sums[name].add(x, d)

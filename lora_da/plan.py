@@ -193,10 +193,12 @@ class _Needed:
         if self.survey.row is None:  # the model's own checkpointing stays as it is, so that training's memory suffices
             kept = ACTIVATIONS * self.survey.itemsize * max(features) + self.survey.bytes_per_token * len(features)
         borders = 4 * self.survey.bytes_per_token
-        copies = 4 * max((a.in_features + a.out_features for a in segment.layers), default=0)
+        copies = 4 * max((a.in_features + a.out_features for a in segment.layers if not a.is_head), default=0)
         # A product before it is added to its sum in float32, and a dequantised weight, forward or backward.
         weight = (4 + self.survey.itemsize) * max((a.in_features * a.out_features for a in segment.layers), default=0)
         head = LOGIT_BYTES * CHUNK * self.survey.vocabulary if stop == len(features) else 0
+        if any(a.is_head for a in segment.layers):
+            head *= 2  # d, and its copies to be summed
         return int(self.batch_tokens * (kept + borders + copies)) + weight + head
 
     def solving(self, layers: Sequence[AdapterLayer]) -> int:

@@ -24,7 +24,7 @@ class Survey:
     Args:
         row: the decoder's blocks; None where it cannot be cut into them.
         why_not: the reason then.
-        block_of: the number of the block a layer is in, by layer.
+        block_of: the number of the block a layer is in, by layer; the head runs with the last.
         routed: the layers inside an expert.
         reads_like: the layer whose input a layer shares, by layer; missing for layers that did not run.
         bytes_per_token: of a hidden state between blocks.
@@ -76,14 +76,21 @@ def survey(model: PreTrainedModel, layers: Sequence[AdapterLayer], inputs: Mappi
         reads_like=collector.shared_inputs(),
         bytes_per_token=width * itemsize,
         itemsize=itemsize,
-        vocabulary=model.get_output_embeddings().weight.shape[0],
+        vocabulary=_width(model.get_output_embeddings()),
         linear_features=tuple(map(_linear_features, blocks)) or (_linear_features(model),),
     )
 
 
+def _width(head: Any) -> int:
+    """Of the logits; a quantised head's weight may have any shape."""
+    width = getattr(head, "out_features", None)
+    return width if isinstance(width, int) else int(head.weight.shape[0])
+
+
 def _block_of(blocks: Sequence[nn.Module], layers: Sequence[AdapterLayer]) -> dict[str, int]:
     number_of = {id(module): number for number, block in enumerate(blocks) for module in block.modules()}
-    return {layer.name: number_of[id(layer.base)] for layer in layers if id(layer.base) in number_of}
+    found = {layer.name: number_of[id(layer.base)] for layer in layers if id(layer.base) in number_of}
+    return found | {layer.name: len(blocks) - 1 for layer in layers if layer.is_head and blocks}
 
 
 def _why_not(blocks: Sequence[nn.Module], layers: Sequence[AdapterLayer], block_of: Mapping[str, int]) -> str:

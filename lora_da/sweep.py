@@ -120,6 +120,7 @@ class Sweep:
                 self._scale * (self._mean_tokens or 1.0),
                 timed=lambda: self.watch("products"),
                 routed=self._survey.routed,
+                head=next((layer.name for layer in segment.layers if layer.is_head), None),
             )
             try:
                 self._collect(segment, collector, gradient_below)
@@ -152,7 +153,7 @@ class Sweep:
                 hidden = self._hidden(segment.first, number, below is not None or reads_inputs)
                 if is_top:
                     with contextlib.nullcontext() if whole or row is None else row.given(hidden):
-                        total += self._loss(batch, inputs)
+                        total += self._loss(batch, inputs, collector)
                 else:
                     self._run(segment, number, hidden, inputs)
                 if below is not None:
@@ -168,12 +169,14 @@ class Sweep:
         if below is not None:
             self._borders.gradients[segment.first] = below
 
-    def _loss(self, batch: Batch, inputs: dict[str, Any]) -> Tensor:
+    def _loss(self, batch: Batch, inputs: dict[str, Any], collector: Collector) -> Tensor:
         weights = None
         if self._mean_tokens is not None:
             per_document = torch.nn.functional.pad(self._mean_tokens / batch.tokens.loss_tokens, (0, 1))
             weights = per_document[batch.tokens.document].to(self._device, non_blocking=True)
-        return backward(self._model, inputs, batch.tokens, self._scale, weights, self.watch)
+        return backward(
+            self._model, inputs, batch.tokens, self._scale, weights, self.watch, before_head=collector.reading_head
+        )
 
     def _run(self, segment: Segment, number: int, hidden: Tensor | None, inputs: dict[str, Any]) -> None:
         row = self._survey.row
