@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import starmap
 from typing import Any
 
 from torch import Tensor, nn
@@ -31,6 +32,7 @@ class Survey:
         itemsize: bytes of one of its numbers.
         vocabulary: width of the logits.
         linear_features: inputs and outputs of the linear layers of each block, summed: what it keeps for the backward.
+        kept_weights: numbers in the dense weights of each block that may be kept for the backward beside them.
     """
 
     row: BlockRow | None
@@ -42,6 +44,7 @@ class Survey:
     itemsize: int
     vocabulary: int
     linear_features: tuple[int, ...]
+    kept_weights: tuple[int, ...]
 
 
 def survey(model: PreTrainedModel, layers: Sequence[AdapterLayer], inputs: Mapping[str, Any]) -> Survey:
@@ -66,6 +69,7 @@ def survey(model: PreTrainedModel, layers: Sequence[AdapterLayer], inputs: Mappi
                 hidden = row.learn(**inputs)
             except NotARow as error:
                 why_not = str(error)
+    layers_of = [_widths(block) for block in blocks or [model]]
     width = model.get_input_embeddings().weight.shape[-1] if hidden is None else hidden.shape[-1]
     itemsize = (model.dtype if hidden is None else hidden.dtype).itemsize
     return Survey(
@@ -77,7 +81,8 @@ def survey(model: PreTrainedModel, layers: Sequence[AdapterLayer], inputs: Mappi
         bytes_per_token=width * itemsize,
         itemsize=itemsize,
         vocabulary=_width(model.get_output_embeddings()),
-        linear_features=tuple(map(_linear_features, blocks)) or (_linear_features(model),),
+        linear_features=tuple(sum(map(sum, widths.values())) for widths in layers_of),
+        kept_weights=tuple(sum(starmap(_kept_weight, widths.items())) for widths in layers_of),
     )
 
 
@@ -109,13 +114,20 @@ def _like(layers: Sequence[AdapterLayer], model: nn.Module, blocks: Sequence[nn.
     return {name: m for name, m in model.named_modules() if type(m) in kinds and id(m) in inside}
 
 
-def _linear_features(module: nn.Module) -> int:
-    """Summed over layers of one input and output width each: `nn.Linear` and whatever takes its place, quantised."""
-    total = 0
+def _widths(module: nn.Module) -> dict[nn.Module, tuple[int, int]]:
+    """Inputs and outputs of layers that have one width each: `nn.Linear` and what takes its place, quantised."""
+    found = {}
     for layer in module.modules():
         if isinstance(layer, Conv1D):
-            total += sum(layer.weight.shape)
+            found[layer] = layer.weight.shape[0], layer.weight.shape[1]
         elif not any(layer.children()):  # PEFT's layer has the widths of the one inside it
             widths = getattr(layer, "in_features", None), getattr(layer, "out_features", None)
-            total += sum(width for width in widths if isinstance(width, int))
-    return total
+            if isinstance(widths[0], int) and isinstance(widths[1], int):
+                found[layer] = widths[0], widths[1]
+    return found
+
+
+def _kept_weight(layer: nn.Module, widths: tuple[int, int]) -> int:
+    """Numbers in the dense weight that the backward may hold on to: where a class of its own dequantises and multiplies
+    by plain autograd, as GPTQ's and AWQ's do, each layer's is kept until its backward."""
+    return 0 if isinstance(layer, (nn.Linear, Conv1D)) else widths[0] * widths[1]

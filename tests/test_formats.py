@@ -8,6 +8,7 @@ import pytest
 import torch
 from collecting import PREFIX, collected, documents, llama, padded, worst
 from peft import LoraConfig, PeftModel, get_peft_model
+from planning import surveyed_model
 from torch import nn
 
 from lora_da import LoraDAConfig, LoraDAError, initialize_lora_da_weights
@@ -217,3 +218,35 @@ def test_a_layer_keeps_the_tensors_of_the_mode_it_was_in() -> None:
     assert len(set(before)) == 2
     initialize_lora_da_weights(model, [padded(documents())], LoraDAConfig(samples=4), show_progress=False)
     assert [(layer.held, layer.training) for layer in layers] == before
+
+
+class PlainAutograd(nn.Module):
+    """Dequantises and multiplies, and so keeps its dense weight for the backward, as GPTQ's and AWQ's layers do."""
+
+    def __init__(self, layer: nn.Linear) -> None:
+        super().__init__()
+        self.in_features, self.out_features = layer.in_features, layer.out_features
+        self.register_buffer("packed", layer.weight.detach().half())
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x @ self.packed.to(x.dtype).T
+
+
+def test_dense_weights_that_the_backward_keeps_are_planned_with() -> None:
+    """What autograd saves in one block, counted as it is saved."""
+    quantized, lora = each_linear(PlainAutograd), LoraConfig(r=4, target_modules=["lm_head"])
+    models = [get_peft_model(model, lora) for model in (original(), quantized)]
+    surveys = [surveyed_model(model, [padded(documents())]) for model in models]
+    assert surveys[0].linear_features == surveys[1].linear_features
+    assert surveys[0].kept_weights == (0, 0)
+    saved: list[int] = []
+
+    def note(t: torch.Tensor) -> torch.Tensor:
+        saved.append(t.numel())
+        return t
+
+    for module in quantized.model.layers[0].modules():
+        if isinstance(module, PlainAutograd):
+            with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
+                module(torch.randn(1, module.in_features, requires_grad=True))
+    assert surveys[1].kept_weights == (sum(saved), sum(saved))
