@@ -17,7 +17,6 @@ REFUSED = {
     "fine-tune first and go on from that adapter with lora_model_dir",
     "reward_model": SUPERVISED,
     "process_reward_model": SUPERVISED,
-    "peft_use_dora": "the magnitudes of DoRA are not in the method; unset it",
     "fsdp": WHOLE_LAYERS,
     "fsdp_config": WHOLE_LAYERS,
     "deepspeed": WHOLE_LAYERS,

@@ -8,12 +8,14 @@ from dataclasses import dataclass
 import torch
 from peft import LoraConfig, PeftModel
 from peft.tuners.lora.layer import LoraLayer, MultiheadAttention, ParamWrapper
-from peft.utils.integrations import dequantize_bnb_weight, get_bnb_param_type
+from peft.tuners.lora.variants import DoraLinearVariant
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from lora_da.errors import LoraDAError
 from lora_da.sharded import copied, put, shape, whole
+from lora_da.weights import row_norms, weight_norm
+
+SMALLEST = torch.finfo(torch.float32).tiny  # in the place of the norm of an all-zero weight
 
 
 @dataclass(frozen=True)
@@ -26,6 +28,8 @@ class AdapterLayer:
         lora_A: (r, i) parameter. lora_B: (o, r) parameter.
         scaling: s.
         plain_variance: variance of an entry of the lora_A that PEFT draws for this layer.
+        magnitude: DoRA's (o,) parameter m, `y = m ∘ (W + scaling · lora_B lora_A) x / ‖row of that sum‖`; None in LoRA.
+        is_head: whether it is the language-model head, which sees the tokens that carry loss alone.
     """
 
     name: str
@@ -34,6 +38,8 @@ class AdapterLayer:
     lora_B: nn.Parameter
     scaling: float
     plain_variance: float
+    magnitude: nn.Parameter | None = None
+    is_head: bool = False
 
     @property
     def rank(self) -> int:
@@ -58,17 +64,28 @@ class AdapterLayer:
         return all(bool(torch.isfinite(value.to(parameter.dtype)).all()) for value, parameter in pairs)
 
     @torch.no_grad()
-    def weight_norm(self) -> float:
-        """‖W‖_F of the base weight; a quantised one is dequantised on its device for the moment this takes."""
-        with whole(self.base.weight) as weight:
-            if get_bnb_param_type(weight):
-                weight = dequantize_bnb_weight(weight, state=getattr(self.base, "state", None))
-            return torch.linalg.vector_norm(weight, dtype=torch.float32).item()
+    def relative_step(self, lora_A: Tensor, lora_B: Tensor) -> float | None:
+        """‖s·lora_B·lora_A‖_F / ‖W‖_F of factors for this layer; None where W cannot be read.
 
-    def step_norm(self, lora_A: Tensor, lora_B: Tensor) -> float:
-        """‖s·lora_B·lora_A‖_F of factors for this layer, without forming the product."""
+        A quantised W is dequantised on its device for the moment this takes; the product is not formed.
+        """
+        norm = weight_norm(self.base)
         a, b = lora_A.cpu().double(), lora_B.cpu().double()
-        return abs(self.scaling) * ((b.T @ b) * (a @ a.T)).sum().clamp_min(0).sqrt().item()
+        step = abs(self.scaling) * ((b.T @ b) * (a @ a.T)).sum().clamp_min(0).sqrt().item()
+        return None if norm is None else step / max(norm, SMALLEST)
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        """What an initialisation writes."""
+        return [self.lora_A, self.lora_B] + ([] if self.magnitude is None else [self.magnitude])
+
+    def write(self, lora_A: Tensor, lora_B: Tensor) -> None:
+        """Put the factors into the parameters; DoRA's magnitude so that the layer starts at W + scaling·lora_B·lora_A,
+        as plain LoRA does from the same factors."""
+        put(self.lora_A, lora_A)
+        put(self.lora_B, lora_B)
+        if self.magnitude is not None:
+            put(self.magnitude, row_norms(self.base, copied(self.lora_A), copied(self.lora_B), self.scaling))
 
 
 @dataclass(frozen=True)
@@ -87,11 +104,10 @@ class Adapter:
     def write(self, factors: Mapping[str, tuple[Tensor, Tensor]]) -> None:
         """Put (lora_A, lora_B) of the named layers into the parameters: in place, in their dtype, all or none."""
         chosen = [layer for layer in self.layers if layer.name in factors]
-        before = [(p, copied(p)) for layer in chosen for p in (layer.lora_A, layer.lora_B)]
+        before = [(p, copied(p)) for layer in chosen for p in layer.parameters]
         try:
             for layer in chosen:
-                for parameter, value in zip((layer.lora_A, layer.lora_B), factors[layer.name], strict=True):
-                    put(parameter, value)
+                layer.write(*factors[layer.name])
         except BaseException:  # an interrupt too
             for parameter, value in before:
                 put(parameter, value)
@@ -120,11 +136,12 @@ def find_adapter(model: PeftModel, adapter_name: str | None = None) -> Adapter:
             continue
         if module.merged:
             raise LoraDAError(f"layer {path} has merged adapters; call `unmerge_adapter()` first")
-        reason = _why_left(module, name, head)
+        is_head = head is not None and head in (module, module.get_base_layer())
+        reason = _why_left(module, name, is_head and _is_tied(path, config))
         if reason is not None:
             left[path] = reason
             continue
-        layer = _adapter_layer(path, module, name, config)
+        layer = _adapter_layer(path, module, name, config, is_head)
         if layer.rank > min(layer.in_features, layer.out_features):
             raise LoraDAError(
                 f"layer {path} is {layer.out_features} × {layer.in_features}, its rank {layer.rank} is above that; "
@@ -156,8 +173,6 @@ def _check_config(config: object, name: str) -> None:
         raise LoraDAError(
             f"adapter {name!r} is {type(config).__name__}; LoRA-DA initialises LoRA adapters (LoraConfig)"
         )
-    if config.use_dora:
-        raise LoraDAError("DoRA is not supported yet: set `use_dora=False` (Axolotl: `peft_use_dora: false`)")
     if config.init_lora_weights is not True and not _is_gaussian(config):
         raise LoraDAError(
             f"init_lora_weights={config.init_lora_weights!r} already chooses the start of the adapter; leave it at "
@@ -169,26 +184,33 @@ def _is_gaussian(config: LoraConfig) -> bool:
     return isinstance(config.init_lora_weights, str) and config.init_lora_weights.lower() == "gaussian"
 
 
-def _why_left(module: LoraLayer, name: str, head: nn.Module | None) -> str | None:
+def _is_tied(path: str, config: LoraConfig) -> bool:
+    """Whether a layer's factors are the embedding's own (`ensure_weight_tying`): one step would be taken twice."""
+    return any(path.endswith(tied) for tied in getattr(config, "target_modules_to_tie", None) or ())
+
+
+def _why_left(module: LoraLayer, name: str, tied: bool) -> str | None:
     if isinstance(module, ParamWrapper):
         return "a parameter tensor (target_parameters)"
     if isinstance(module, MultiheadAttention) or name not in module.lora_A:
         return type(module).__name__
-    base = module.get_base_layer()
-    if not isinstance(base, (nn.Linear, Conv1D)):
+    base, pair = module.get_base_layer(), (module.lora_A[name], module.lora_B[name])
+    if not all(isinstance(half, nn.Linear) for half in pair):  # whatever the base is, quantised or not
         return type(base).__name__
-    if head is not None and head in (module, base):
-        return "the language-model head"
+    if tied:
+        return "the language-model head, whose adapter is the embedding's"
     variant = module.lora_variant.get(name)
-    return None if variant is None else type(variant).__name__
+    return None if variant is None or isinstance(variant, DoraLinearVariant) else type(variant).__name__
 
 
-def _adapter_layer(path: str, module: LoraLayer, name: str, config: LoraConfig) -> AdapterLayer:
+def _adapter_layer(path: str, module: LoraLayer, name: str, config: LoraConfig, is_head: bool) -> AdapterLayer:
     lora_A, lora_B = module.lora_A[name].weight, module.lora_B[name].weight
     rank, in_features = shape(lora_A)
     # kaiming_uniform(a=√5) draws from ±1/√i, the gaussian init with standard deviation 1/r
     plain_variance = 1 / rank**2 if _is_gaussian(config) else 1 / (3 * in_features)
-    return AdapterLayer(path, module.get_base_layer(), lora_A, lora_B, module.scaling[name], plain_variance)
+    magnitude = module.lora_magnitude_vector[name].weight if name in module.lora_magnitude_vector else None
+    base, scaling = module.get_base_layer(), module.scaling[name]
+    return AdapterLayer(path, base, lora_A, lora_B, scaling, plain_variance, magnitude, is_head)
 
 
 def _listed(left: dict[str, str]) -> str:

@@ -10,12 +10,14 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lora_da.errors import LoraDAError
+from lora_da.memory import is_out_of_memory
 from lora_da.ranks import Ranks
 from lora_da.routing import KnownRows, Routed
 from lora_da.statistics import InputSums, LayerStatistics, LayerSums, summable
@@ -32,6 +34,7 @@ class Collector:
         scale: the factor that every d carries.
         timed: a context to compute the products in.
         routed: the layers that are inside an expert and read some of the tokens only.
+        head: the language-model head, which reads what `reading_head` says.
     """
 
     def __init__(
@@ -41,6 +44,7 @@ class Collector:
         scale: float = 1.0,
         timed: Callable[[], AbstractContextManager[None]] = contextlib.nullcontext,
         routed: Mapping[str, Routed] | None = None,
+        head: str | None = None,
     ) -> None:
         self.layers = layers
         self.full_fisher = full_fisher
@@ -49,6 +53,8 @@ class Collector:
         self.scale = scale
         self._timed = timed
         self._routed = routed or {}
+        self._head, self._head_rows = head, 0
+        self._head_weights: Tensor | None = None
         self._mixture_inputs: dict[nn.Module, KnownRows] = {}
         self._expert_positions: dict[nn.Module, Tensor] = {}  # of the tokens that each expert was given last
         self._reads_like: dict[str, str] = {}  # layer → the layer whose input it shares, itself if none
@@ -120,6 +126,15 @@ class Collector:
         """The process that has a layer's statistics."""
         return self._owner.get(name, 0)
 
+    def reading_head(self, n: int, weights: Tensor | None) -> None:
+        """Say what the head's next call reads: `n` tokens that carry loss, and rows behind them that do not count.
+
+        Args:
+            n: tokens.
+            weights: (n,) what each one's loss is still to be multiplied by, its d with it; 1 if None.
+        """
+        self._head_rows, self._head_weights = n, weights
+
     def statistics(self, name: str, n_units: int) -> LayerStatistics | None:
         """Means of one layer, its gradient averaged over `n_units`, once: its sums are used up. None where it was never
         observed."""
@@ -147,13 +162,16 @@ class Collector:
             if not torch.is_grad_enabled():
                 return output  # the first forward of a re-entrant checkpoint
             x = args[0]
+            if x.requires_grad and not output.requires_grad:
+                raise _blocked(name, module)
             self._note_sharing(name, x)
             if self._n_positions is None:
                 return output  # only looked at, in a survey
             self._computes_in[name] = _compute_dtype(module, x)
             anchor = torch.empty(0, device=output.device, requires_grad=True)
             chosen = self._chosen(name, x)
-            wrapped: Tensor = _Observe.apply(output, anchor, x.detach(), self._add, (name, chosen))
+            weights = self._head_weights if name == self._head else None
+            wrapped: Tensor = _Observe.apply(output, anchor, x.detach(), self._add, (name, chosen, weights))
             return wrapped
 
         return observe
@@ -176,6 +194,8 @@ class Collector:
 
     def _chosen(self, name: str, x: Tensor) -> Tensor | str | None:
         """Which rows of x (…, i) count: indices, or None for all of them, or `UNKNOWN`."""
+        if name == self._head:
+            return torch.arange(self._head_rows, device=x.device)
         routed = self._routed.get(name)
         if routed is not None and routed.mixture in self._mixture_inputs:
             rows = x.detach().flatten(0, -2)
@@ -198,9 +218,9 @@ class Collector:
         self._last_input = self._last_selected = None
         self._mixture_inputs, self._expert_positions = {}, {}
 
-    def _add(self, call: tuple[str, Tensor | str | None], x: Tensor, d: Tensor) -> None:
+    def _add(self, call: tuple[str, Tensor | str | None, Tensor | None], x: Tensor, d: Tensor) -> None:
         """One call's tokens: x (…, i), d (…, o)."""
-        name, chosen = call
+        name, chosen, weights = call
         if isinstance(chosen, str):
             self.misshapen[name] = tuple(x.shape)
             return
@@ -210,6 +230,8 @@ class Collector:
             self._sums[name] = LayerSums(inputs, name in self.full_fisher)
         with self._timed(), torch.autocast(x.device.type, enabled=False):
             x, d = self._selected(x.detach(), d.detach(), chosen, self._computes_in[name])
+            if weights is not None:
+                d = d * weights.to(d).unsqueeze(1)
             if self._reads_like[name] == name:
                 inputs.add(x)
             self._sums[name].add(x, d)
@@ -224,6 +246,46 @@ class Collector:
             self._last_selected = (x, chosen)  # x is held, so that its memory cannot become another tensor's
         common = torch.promote_types(chosen.dtype, d.dtype)
         return chosen.to(common), d.to(common)
+
+
+@contextlib.contextmanager
+def gradients_must_pass(modules: Mapping[str, nn.Module]) -> Iterator[None]:
+    """While open, layers whose input requires gradients are asked for one: some quantised formats have no backward, and
+    what is below them would see a part of the loss, or nothing.
+
+    Raises:
+        LoraDAError: from the layer's own forward.
+    """
+
+    def check(name: str, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+        if not args or not torch.is_grad_enabled() or not args[0].requires_grad:
+            return
+        if not output.requires_grad:
+            raise _blocked(name, module)
+        try:
+            ones = torch.ones_like(output)
+            (gradient,) = torch.autograd.grad(output, args[0], ones, retain_graph=True, allow_unused=True)
+        except (RuntimeError, NotImplementedError) as error:
+            if is_out_of_memory(error):
+                raise
+            raise _blocked(name, module) from error
+        if gradient is None:
+            raise _blocked(name, module)
+
+    hooks = [module.register_forward_hook(partial(check, name)) for name, module in modules.items()]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _blocked(name: str, module: nn.Module) -> LoraDAError:
+    weight = type(getattr(module, "weight", None)).__name__
+    return LoraDAError(
+        f"no gradient passes through layer {name} ({type(module).__name__}, its weight a {weight}): what is below it "
+        "cannot be estimated, nor trained; load the base in a format or with a kernel that has a backward"
+    )
 
 
 @contextlib.contextmanager

@@ -39,7 +39,6 @@ from lora_da.sweep import Sweep
 
 logger = logging.getLogger(__name__)
 
-SMALLEST = torch.finfo(torch.float32).tiny  # in the place of the norm of an all-zero weight
 MAX_FAILED_SHARE = 0.05  # more layers than this without a solution mean that something is wrong with the model or data
 
 
@@ -217,7 +216,7 @@ def _layer_report(layer: AdapterLayer, estimate: _Estimate) -> LayerReport:
         full_fisher=layer.name in estimate.full_fisher,
         condition=factors.condition,
         residual=factors.residual,
-        relative_step=layer.step_norm(factors.lora_A, factors.lora_B) / max(layer.weight_norm(), SMALLEST),
+        relative_step=layer.relative_step(factors.lora_A, factors.lora_B),
     )
 
 

@@ -54,6 +54,7 @@ def backward(
     scale: float,
     weights: Tensor | None = None,
     timed: Callable[[str], AbstractContextManager[Any]] = contextlib.nullcontext,
+    before_head: Callable[[int, Tensor | None], None] = lambda n, weights: None,
 ) -> Tensor:
     """Backpropagate `scale` times the weighted cross-entropy summed over the batch's counted loss tokens.
 
@@ -64,6 +65,8 @@ def backward(
         scale: factor of the loss.
         weights: (p,) factor of each position's loss, on the model's device; 1 if None.
         timed: a context for each of `forward`, `head` and `backward`.
+        before_head: told before each call of the head how many tokens carry loss in it, the first ones, and the (n,)
+            factors of their losses, which are applied behind the head.
 
     Returns:
         The sum without factor and weights, a scalar on the model's device.
@@ -73,7 +76,7 @@ def backward(
         output = decoder(**batch)
     hidden = output.last_hidden_state  # (rows, columns, h)
     with timed("head"):
-        total, gradient = _head(model, output, tokens, scale, weights)
+        total, gradient = _head(model, output, tokens, scale, weights, before_head)
     if hidden.requires_grad:
         with timed("backward"):
             hidden.backward(gradient.view_as(hidden))
@@ -81,7 +84,12 @@ def backward(
 
 
 def _head(
-    model: PreTrainedModel, output: Any, tokens: BatchTokens, scale: float, weights: Tensor | None
+    model: PreTrainedModel,
+    output: Any,
+    tokens: BatchTokens,
+    scale: float,
+    weights: Tensor | None,
+    before_head: Callable[[int, Tensor | None], None],
 ) -> tuple[Tensor, Tensor]:
     """The summed loss, and the gradient (p, h) of the scaled, weighted loss in the decoder's last hidden state."""
     decoder = model.get_decoder()
@@ -97,6 +105,8 @@ def _head(
         states = torch.cat([chunk, chunk[-1:].detach()]).unsqueeze(0)
         labels = torch.cat([no_label, targets[positions]]).unsqueeze(0)
         answer = type(output)(last_hidden_state=states)
+        own = None if weights is None else weights[positions]
+        before_head(len(positions), own)
         with replaced(decoder, lambda *args, answer=answer, **kwargs: answer), kept_on_device():
             mean = model(input_ids=labels.clamp_min(0), labels=labels).loss
         total += mean.detach().float() * len(positions)
@@ -106,6 +116,6 @@ def _head(
                 f"{type(model).__name__} does not take its hidden states from {type(decoder).__name__}; not supported"
             )
         # A token's loss depends on its own hidden state alone: to weigh this gradient is to weigh the loss.
-        of_chunk = chunk.grad if weights is None else (chunk.grad * weights[positions].unsqueeze(1)).to(chunk.dtype)
+        of_chunk = chunk.grad if own is None else (chunk.grad * own.unsqueeze(1)).to(chunk.dtype)
         gradient[positions] = of_chunk
     return total, gradient

@@ -99,8 +99,11 @@ def flags_kept(model: nn.Module) -> Iterator[None]:
     try:
         yield
     finally:
-        for module, flag in training:
-            module.training = flag
+        for module, flag in training:  # outer modules first: what these set inside them is set again
+            if type(module).train is nn.Module.train:
+                module.training = flag
+            elif module.training != flag:
+                module.train(flag)  # quantised layers that hold other tensors in each mode
         for parameter, flag in requires_grad:
             parameter.requires_grad_(flag)
 

@@ -196,14 +196,19 @@ class _Needed:
         features = self.survey.linear_features
         stop = min(segment.stop, len(features))
         kept = ACTIVATIONS * self.survey.itemsize * sum(features[segment.first : stop])
+        weights = sum(self.survey.kept_weights[segment.first : stop])
         if self.survey.row is None:  # the model's own checkpointing stays as it is, so that training's memory suffices
             kept = ACTIVATIONS * self.survey.itemsize * max(features) + self.survey.bytes_per_token * len(features)
+            weights = max(self.survey.kept_weights)
         borders = 4 * self.survey.bytes_per_token
-        copies = 4 * max((a.in_features + a.out_features for a in segment.layers), default=0)
+        copies = 4 * max((a.in_features + a.out_features for a in segment.layers if not a.is_head), default=0)
         # A product before it is added to its sum in float32, and a dequantised weight, forward or backward.
         weight = (4 + self.survey.itemsize) * max((a.in_features * a.out_features for a in segment.layers), default=0)
         head = LOGIT_BYTES * CHUNK * self.survey.vocabulary if stop == len(features) else 0
-        return int(self.batch_tokens * (kept + borders + copies)) + weight + head + self.survey.gathered_bytes
+        if any(a.is_head for a in segment.layers):
+            head *= 2  # d, and its copies to be summed
+        tokens = int(self.batch_tokens * (kept + borders + copies))
+        return tokens + weight + self.survey.itemsize * weights + head + self.survey.gathered_bytes
 
     def solving(self, layers: Sequence[AdapterLayer]) -> int:
         """The damped copy of Z and its factor, D and what it is made of, in float32, of the largest layer."""

@@ -24,7 +24,7 @@ class LayerReport:
         full_fisher: whether Y was estimated in full or as its diagonal.
         condition: estimated condition number of the damped Z.
         residual: of the eigenpairs, relative to the largest eigenvalue.
-        relative_step: ‖s·BA‖_F / ‖W‖_F as written.
+        relative_step: ‖s·BA‖_F / ‖W‖_F as written; None where the base's format gives no W.
     """
 
     rank: int
@@ -35,7 +35,7 @@ class LayerReport:
     full_fisher: bool
     condition: float
     residual: float
-    relative_step: float
+    relative_step: float | None
 
 
 @dataclass(frozen=True)

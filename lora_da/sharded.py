@@ -37,6 +37,11 @@ def is_sharded(model: nn.Module) -> bool:
     return any(isinstance(m, FSDPModule) for m in model.modules()) or any(map(_is_zero3, model.parameters()))
 
 
+def is_shard(parameter: Any) -> bool:
+    """Whether this process holds a part of a parameter only."""
+    return isinstance(parameter, DTensor) or _is_zero3(parameter)
+
+
 def compute_device(parameter: Tensor) -> torch.device:
     """Where a layer with this parameter runs: FSDP2 may keep its shard on the CPU."""
     if isinstance(parameter, DTensor):
@@ -93,7 +98,7 @@ def put(parameter: Tensor, value: Tensor) -> None:
         safe_set_full_fp32_param(parameter, value.to(parameter.device, torch.float32))
 
 
-def _is_zero3(parameter: Tensor) -> bool:
+def _is_zero3(parameter: Any) -> bool:
     return hasattr(parameter, "ds_id")
 
 
@@ -107,8 +112,7 @@ def gathered_bytes(model: nn.Module, blocks: Sequence[nn.Module]) -> int:
 
 
 def _nbytes(parameter: Tensor) -> int:
-    sharded = isinstance(parameter, DTensor) or _is_zero3(parameter)
-    return math.prod(shape(parameter)) * parameter.element_size() if sharded else 0
+    return math.prod(shape(parameter)) * parameter.element_size() if is_shard(parameter) else 0
 
 
 @contextlib.contextmanager

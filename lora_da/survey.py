@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import starmap
 from typing import Any
 
 from torch import Tensor, nn
@@ -12,7 +13,7 @@ from transformers.pytorch_utils import Conv1D
 
 from lora_da.adapter import AdapterLayer
 from lora_da.blocks import BlockRow, NotARow, find_blocks
-from lora_da.collect import Collector
+from lora_da.collect import Collector, gradients_must_pass
 from lora_da.mode import without_checkpointing
 from lora_da.routing import Routed, find_routed
 from lora_da.sharded import gathered_bytes, shape
@@ -25,7 +26,7 @@ class Survey:
     Args:
         row: the decoder's blocks; None where it cannot be cut into them.
         why_not: the reason then.
-        block_of: the number of the block a layer is in, by layer.
+        block_of: the number of the block a layer is in, by layer; the head runs with the last.
         routed: the layers inside an expert.
         reads_like: the layer whose input a layer shares, by layer; missing for layers that did not run.
         bytes_per_token: of a hidden state between blocks.
@@ -33,6 +34,7 @@ class Survey:
         vocabulary: width of the logits.
         linear_features: inputs and outputs of the linear layers of each block, summed: what it keeps for the backward.
         gathered_bytes: of the parameters that are gathered from other processes at once.
+        kept_weights: numbers in the dense weights of each block that may be kept for the backward beside them.
     """
 
     row: BlockRow | None
@@ -44,6 +46,7 @@ class Survey:
     itemsize: int
     vocabulary: int
     linear_features: tuple[int, ...]
+    kept_weights: tuple[int, ...]
     gathered_bytes: int = 0
 
 
@@ -54,18 +57,22 @@ def survey(model: PreTrainedModel, layers: Sequence[AdapterLayer], inputs: Mappi
         model: the causal language model inside the PEFT model, in estimation mode.
         layers: those to be served.
         inputs: what its decoder takes; the beginning of one row will do. It is run three times, block by block at last.
+
+    Raises:
+        LoraDAError: no gradient passes through a layer of the kinds that are targeted.
     """
     blocks = find_blocks(model)
     block_of = _block_of(blocks, layers)
     collector = Collector({layer.name: layer.base for layer in layers})
     row, why_not = BlockRow(model, blocks), _why_not(blocks, layers, block_of)
     hidden: Tensor | None = None
-    with without_checkpointing(model), collector.observing():
+    with without_checkpointing(model), collector.observing(), gradients_must_pass(_like(layers, model, blocks)):
         if not why_not:
             try:
                 hidden = row.learn(**inputs)
             except NotARow as error:
                 why_not = str(error)
+    layers_of = [_widths(block) for block in blocks or [model]]
     width = shape(model.get_input_embeddings().weight)[-1] if hidden is None else hidden.shape[-1]
     itemsize = (model.dtype if hidden is None else hidden.dtype).itemsize
     return Survey(
@@ -76,15 +83,23 @@ def survey(model: PreTrainedModel, layers: Sequence[AdapterLayer], inputs: Mappi
         reads_like=collector.shared_inputs(),
         bytes_per_token=width * itemsize,
         itemsize=itemsize,
-        vocabulary=shape(model.get_output_embeddings().weight)[0],
-        linear_features=tuple(map(_linear_features, blocks)) or (_linear_features(model),),
+        vocabulary=_width(model.get_output_embeddings()),
+        linear_features=tuple(sum(map(sum, widths.values())) for widths in layers_of),
+        kept_weights=tuple(sum(starmap(_kept_weight, widths.items())) for widths in layers_of),
         gathered_bytes=gathered_bytes(model, blocks),
     )
 
 
+def _width(head: Any) -> int:
+    """Of the logits; a quantised head's weight may have any shape."""
+    width = getattr(head, "out_features", None)
+    return width if isinstance(width, int) else shape(head.weight)[0]
+
+
 def _block_of(blocks: Sequence[nn.Module], layers: Sequence[AdapterLayer]) -> dict[str, int]:
     number_of = {id(module): number for number, block in enumerate(blocks) for module in block.modules()}
-    return {layer.name: number_of[id(layer.base)] for layer in layers if id(layer.base) in number_of}
+    found = {layer.name: number_of[id(layer.base)] for layer in layers if id(layer.base) in number_of}
+    return found | {layer.name: len(blocks) - 1 for layer in layers if layer.is_head and blocks}
 
 
 def _why_not(blocks: Sequence[nn.Module], layers: Sequence[AdapterLayer], block_of: Mapping[str, int]) -> str:
@@ -97,12 +112,26 @@ def _why_not(blocks: Sequence[nn.Module], layers: Sequence[AdapterLayer], block_
     return f"its blocks are on several devices ({', '.join(sorted(devices))})" if len(devices) > 1 else ""
 
 
-def _linear_features(module: nn.Module) -> int:
-    """Summed over layers of one input and output width each, `nn.Linear` and the kinds that take its place."""
-    total = 0
+def _like(layers: Sequence[AdapterLayer], model: nn.Module, blocks: Sequence[nn.Module]) -> dict[str, nn.Module]:
+    """All layers in the blocks of the kinds that are targeted, targeted or not: gradients pass through them all."""
+    kinds, inside = {type(layer.base) for layer in layers}, {id(m) for block in blocks for m in block.modules()}
+    return {name: m for name, m in model.named_modules() if type(m) in kinds and id(m) in inside}
+
+
+def _widths(module: nn.Module) -> dict[nn.Module, tuple[int, int]]:
+    """Inputs and outputs of layers that have one width each: `nn.Linear` and what takes its place, quantised."""
+    found = {}
     for layer in module.modules():
-        if isinstance(layer, nn.Linear):
-            total += layer.in_features + layer.out_features
-        elif isinstance(layer, Conv1D):
-            total += sum(layer.weight.shape)
-    return total
+        if isinstance(layer, Conv1D):
+            found[layer] = shape(layer.weight)[0], shape(layer.weight)[1]
+        elif not any(layer.children()):  # PEFT's layer has the widths of the one inside it
+            widths = getattr(layer, "in_features", None), getattr(layer, "out_features", None)
+            if isinstance(widths[0], int) and isinstance(widths[1], int):
+                found[layer] = widths[0], widths[1]
+    return found
+
+
+def _kept_weight(layer: nn.Module, widths: tuple[int, int]) -> int:
+    """Numbers in the dense weight that the backward may hold on to: where a class of its own dequantises and multiplies
+    by plain autograd, as GPTQ's and AWQ's do, each layer's is kept until its backward."""
+    return 0 if isinstance(layer, (nn.Linear, Conv1D)) else widths[0] * widths[1]

@@ -128,6 +128,7 @@ class Sweep:
                 self._scale * (self._mean_tokens or 1.0),
                 timed=lambda: self.watch("products"),
                 routed=self._survey.routed,
+                head=next((layer.name for layer in segment.layers if layer.is_head), None),
             )
             try:
                 self._collect(segment, collector, gradient_below)
@@ -179,7 +180,7 @@ class Sweep:
         if segment.stop == len(self._survey.linear_features):
             whole = segment.first == 0
             with contextlib.nullcontext() if whole or row is None else row.given(hidden):
-                loss = self._loss(batch, inputs)
+                loss = self._loss(batch, inputs, collector)
         else:
             self._run(segment, number, hidden, inputs)
         if below is not None:
@@ -190,12 +191,14 @@ class Sweep:
                 below.put(number, hidden.grad)
         return loss
 
-    def _loss(self, batch: Batch, inputs: dict[str, Any]) -> Tensor:
+    def _loss(self, batch: Batch, inputs: dict[str, Any], collector: Collector) -> Tensor:
         weights = None
         if self._mean_tokens is not None:
             per_document = torch.nn.functional.pad(self._mean_tokens / batch.tokens.loss_tokens, (0, 1))
             weights = per_document[batch.tokens.document].to(self._device, non_blocking=True)
-        return backward(self._model, inputs, batch.tokens, self._scale, weights, self.watch)
+        return backward(
+            self._model, inputs, batch.tokens, self._scale, weights, self.watch, before_head=collector.reading_head
+        )
 
     def _run(self, segment: Segment, number: int, hidden: Tensor | None, inputs: dict[str, Any]) -> None:
         row = self._survey.row

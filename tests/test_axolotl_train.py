@@ -100,10 +100,10 @@ def quantized_base(folder: Path) -> torch.nn.Module:
     return AutoModelForCausalLM.from_pretrained(folder / "base", quantization_config=four_bit, dtype=torch.float32)
 
 
-def by_peft_call(folder: Path) -> tuple[PeftModel, dict]:
+def by_peft_call(folder: Path, **changes: object) -> tuple[PeftModel, dict]:
     """The adapter that the PEFT call gives on the same samples."""
     rows = documents(ROWS)
-    lora = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM")
+    lora = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM", **changes)
     model = get_peft_model(quantized_base(folder), lora)
     report = initialize_lora_da_weights(
         model, [pad(rows[i : i + 8]) for i in range(0, ROWS, 8)], LoraDAConfig(samples=SAMPLES), show_progress=False
@@ -111,19 +111,22 @@ def by_peft_call(folder: Path) -> tuple[PeftModel, dict]:
     return model, {"samples": report.samples, "tokens": report.tokens, "loss_tokens": report.loss_tokens}
 
 
-@pytest.mark.parametrize("packing", [False, True], ids=["rows", "sample packing"])
-def test_train_starts_from_what_the_peft_call_gives(folder: Path, packing: bool) -> None:
-    name = "packed" if packing else "rows"
-    changes = {"sample_packing": True, "eval_sample_packing": False, "pad_to_sequence_len": True} if packing else {}
-    output = axolotl("train", str(config(folder, name, **changes)))
+PACKED = {"sample_packing": True, "eval_sample_packing": False, "pad_to_sequence_len": True}
+RUNS = {"rows": {}, "packed": PACKED, "dora": {"peft_use_dora": True}}
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_train_starts_from_what_the_peft_call_gives(folder: Path, name: str) -> None:
+    output = axolotl("train", str(config(folder, name, **RUNS[name])))
     assert output.count("LoRA-DA: initialised 14 of 14 layers") == 1
 
     report = json.loads((folder / name / "lora_da_report.json").read_text())
-    model, counted = by_peft_call(folder)
+    model, counted = by_peft_call(folder, use_dora=name == "dora")
     assert {key: report[key] for key in counted} == counted
     assert report["population_size"] == ROWS
     saved = load_peft_weights(folder / name, device="cpu")
-    expected = {k.replace(".default", ""): v for k, v in model.state_dict().items() if "lora_" in k}
+    state = model.state_dict()
+    expected = {k.replace(".default", "").replace("vector.weight", "vector"): state[k] for k in state if "lora_" in k}
     assert saved.keys() == expected.keys()
     for key, value in expected.items():
         assert torch.linalg.norm(saved[key].float() - value) <= SAME * torch.linalg.norm(value), key

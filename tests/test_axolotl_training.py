@@ -60,7 +60,6 @@ def test_the_pass_runs_under_the_trainers_activation_offload():
         ({"fsdp": ["full_shard"]}, "^fsdp is set, .* one process"),
         ({"fsdp_config": {"x": 1}}, "^fsdp_config is set"),
         ({"deepspeed": "zero2.json"}, "^deepspeed is set"),
-        ({"peft_use_dora": True}, "^peft_use_dora is set"),
         ({"peft_init_lora_weights": "pissa"}, "^peft_init_lora_weights is 'pissa'"),
         ({"peft_init_lora_weights": False}, "^peft_init_lora_weights is False"),
         ({"peft": {"loftq_config": {"loftq_bits": 4}}}, r"^peft\.loftq_config is set"),
@@ -78,6 +77,10 @@ def test_what_cannot_be_served_is_refused_in_training_only(keys, message):
 @pytest.mark.parametrize("init", [True, "gaussian"])
 def test_plain_inits_are_served(init):
     assert len(callbacks(load(peft_init_lora_weights=init))) == 1
+
+
+def test_dora_is_served():
+    assert len(callbacks(load(peft_use_dora=True))) == 1
 
 
 def test_a_loss_of_the_trainers_own_is_refused():

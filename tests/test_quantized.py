@@ -129,9 +129,11 @@ def test_base_bits_stay_and_the_adapter_reloads(tmp_path, config: dict) -> None:
     assert reloaded.peft_config["default"].init_lora_weights is True
 
 
-def test_weight_norm_is_that_of_the_dequantised_weight(tmp_path) -> None:
+def test_the_step_is_relative_to_the_dequantised_weight(tmp_path) -> None:
     base = four_bit(tmp_path, "nf4, double")
     dense = dict(twin(base).named_parameters())
     for layer in find_adapter(with_lora(base)).layers:
         name = layer.name.removeprefix("base_model.model.")
-        assert layer.weight_norm() == pytest.approx(dense[f"{name}.weight"].norm().item(), rel=1e-5)
+        a, b = torch.randn(4, layer.in_features), torch.randn(layer.out_features, 4)
+        step = (layer.scaling * b @ a).norm() / dense[f"{name}.weight"].norm()
+        assert layer.relative_step(a, b) == pytest.approx(step.item(), rel=1e-5)

@@ -115,7 +115,6 @@ MODELS = {
         lambda: llama(target_modules=["embed_tokens"]),
         r"adapter 'default' targets no layer .*embed_tokens \(Embedding\); check target_modules",
     ),
-    "DoRA": (lambda: llama(use_dora=True), "DoRA is not supported yet: set `use_dora=False`.*`peft_use_dora: false`"),
     "PiSSA": (lambda: llama(init_lora_weights="pissa"), "init_lora_weights='pissa'.*`peft_init_lora_weights`"),
     "OLoRA": (lambda: llama(init_lora_weights="olora"), "init_lora_weights='olora'.*leave it at True or 'gaussian'"),
     "orthogonal": (lambda: llama(init_lora_weights="orthogonal"), "init_lora_weights='orthogonal'"),
