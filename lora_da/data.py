@@ -59,7 +59,7 @@ def draw(dataloader: Iterable[Mapping[str, Any]], samples: int, seed: int | None
     if population is None and n_rows is None:
         raise LoraDAError(
             "the dataset has no length, so the size of the training population is unknown; set "
-            "`population_size` to the number of documents to be trained on"
+            "`population_size` (Axolotl: `lora_da.population_size`) to the number of documents to be trained on"
         )
     drawn: list[_Drawn] = []
     n_samples, n_found, rows_seen = 0, 0, 0
