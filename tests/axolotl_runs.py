@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +17,7 @@ from typing import Any
 
 import torch
 import yaml
-from models import Document, documents, pad, tiny_llama, with_lora
+from models import Document, documents, tiny_llama, with_lora
 from peft.utils.save_and_load import load_peft_weights
 from torch import Tensor
 from trainers import by_hand, tokenizer
@@ -103,8 +104,11 @@ class Project:
     def base(self) -> PreTrainedModel:
         return AutoModelForCausalLM.from_pretrained(self.folder / "base", dtype=torch.float32)
 
-    def run(self, name: str, command: Callable[[str], None] = train, **changes: Any) -> Run:
-        """Run a command with the settings above and these changes; `None` takes a setting out."""
+    def run(self, name: str, command: Callable[[str], None] = train, forked: bool = True, **changes: Any) -> Run:
+        """Run a command with the settings above and these changes; `None` takes a setting out.
+
+        Not `forked`, its process imports everything itself, in the environment of the moment.
+        """
         settings = {
             **SETTINGS,
             "base_model": str(self.folder / "base"),
@@ -115,7 +119,8 @@ class Project:
         }
         config, log = self.folder / f"{name}.yml", self.folder / f"{name}.log"
         config.write_text(yaml.safe_dump({key: value for key, value in settings.items() if value is not None}))
-        process = _forks.Process(target=_in_process, args=(command, str(config), log))
+        processes = _forks if forked else multiprocessing.get_context("spawn")
+        process = processes.Process(target=_in_process, args=(command, str(config), log))
         process.start()
         process.join(TIMEOUT)
         if process.is_alive():
@@ -149,9 +154,9 @@ class Run:
         return [part.strip().split(" layers from ")[0] for part in parts if part.strip().startswith("LoRA-DA: ")]
 
     def error(self) -> str:
-        """The last line of the traceback."""
+        """What the last traceback ends with."""
         assert not self.succeeded, self.text[-6000:]
-        return self.text.strip().splitlines()[-1]
+        return re.findall(r"^\S+Error: .*", self.text, re.MULTILINE)[-1]
 
     @property
     def steps(self) -> int:
@@ -183,7 +188,3 @@ def _in_process(command: Callable[[str], None], config: Path, log: Path) -> None
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
     command(config)
-
-
-def collated(rows: list[Document], batch_size: int) -> list[dict[str, Tensor]]:
-    return [pad(rows[first : first + batch_size]) for first in range(0, len(rows), batch_size)]
