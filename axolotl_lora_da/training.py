@@ -23,6 +23,14 @@ REFUSED = {
     "tiled_mlp": "it cuts a sequence into pieces that LoRA-DA cannot match to their tokens; unset it",
     "use_eaft": OWN_LOSS,
     "use_dft": OWN_LOSS,
+    "liger_use_token_scaling": OWN_LOSS,  # weighs a token by its own probability
+}
+# Sizes of groups of processes of which each holds a part: of a sequence, of a layer, of the experts. 1 is no group.
+REFUSED_ABOVE_ONE = {
+    "context_parallel_size": "each process would see a part of every sequence; unset it",
+    "sequence_parallel_degree": "each process would see a part of every sequence; unset it",
+    "tensor_parallel_size": "each process would hold a part of every layer; unset it",
+    "expert_parallel_size": "each process would hold some of the experts only; unset it",
 }
 PLAIN_INITS = (None, True, "gaussian")
 # Whose compute_loss leaves the loss to the model. Others (distillation, diffusion) make a loss LoRA-DA never sees.
@@ -41,6 +49,9 @@ def check_training(cfg: Mapping[str, Any], trainer: Any) -> None:
     for key, reason in REFUSED.items():
         if cfg.get(key):
             raise LoraDAError(f"{key} is set, which LoRA-DA cannot serve: {reason}")
+    for key, reason in REFUSED_ABOVE_ONE.items():
+        if (cfg.get(key) or 1) > 1:
+            raise LoraDAError(f"{key} is {cfg[key]}, which LoRA-DA cannot serve: {reason}")
     init = cfg.get("peft_init_lora_weights")
     if init not in PLAIN_INITS:
         raise LoraDAError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Callable, Iterable, Mapping, Sized
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +14,8 @@ from torch.utils.data import DataLoader, IterableDataset, Subset
 from lora_da.batching import BATCH_TOKENS, Batch, by_length, divided
 from lora_da.errors import LoraDAError
 from lora_da.tokens import read_tokens
+
+logger = logging.getLogger(__name__)
 
 Collate = Callable[[list[Any]], Mapping[str, Any]]
 
@@ -59,7 +62,7 @@ def draw(dataloader: Iterable[Mapping[str, Any]], samples: int, seed: int | None
     if population is None and n_rows is None:
         raise LoraDAError(
             "the dataset has no length, so the size of the training population is unknown; set "
-            "`population_size` to the number of documents to be trained on"
+            "`population_size` (Axolotl: `lora_da.population_size`) to the number of documents to be trained on"
         )
     drawn: list[_Drawn] = []
     n_samples, n_found, rows_seen = 0, 0, 0
@@ -110,7 +113,11 @@ def _batched(drawn: list[_Drawn], collate: Collate | None) -> list[Batch]:
 def _collated(members: list[_Drawn], collate: Collate) -> list[Batch]:
     """The rows in one batch; one by one where the collator makes something else of them together: where it cuts what it
     packs, or pads without a mask or from the left, or to a width that nothing here knows how to cut."""
-    inputs = collate([copy.deepcopy(d.row) for d in members])
+    try:
+        inputs = collate([copy.deepcopy(d.row) for d in members])
+    except (ValueError, RuntimeError) as error:  # it took each of them alone, and a loader of single rows asks no more
+        logger.info("LoRA-DA: rows go one by one, the collator does not take them together: %s", error)
+        return [d.batch for d in members]
     together = Batch(inputs, read_tokens(inputs, sum(d.batch.tokens.n_documents for d in members)))
     same_loss = torch.equal(together.tokens.loss_tokens, torch.cat([d.batch.tokens.loss_tokens for d in members]))
     same_tokens = together.n_counted == sum(d.batch.n_counted for d in members)

@@ -218,6 +218,19 @@ def grabbing(rows):
     return {**pad([{**row, "labels": row["input_ids"]} for row in rows]), "labels": torch.tensor(labels)}
 
 
+def test_rows_that_the_collator_takes_only_alone_go_alone():
+    """Axolotl's streamed packing: its loader asks for single rows, and its collator does not pad them."""
+
+    def stack(rows):
+        if len({len(row["input_ids"]) for row in rows}) > 1:
+            raise ValueError("expected sequence of length 12 at dim 1 (got 9)")
+        return pad(rows)
+
+    data = take(loader(batch_size=1, collate=stack), 9)
+    assert seen(data) == ids(DOCUMENTS[:9])
+    assert (data.n_samples, data.population_size) == (9, 30)
+
+
 def test_a_collator_that_writes_into_its_rows_leaves_the_dataset_alone():
     dataset = copy.deepcopy(DOCUMENTS)
     data = take(loader(dataset, collate=grabbing), 9)

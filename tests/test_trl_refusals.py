@@ -1,5 +1,8 @@
 """Training that LoRA-DA does not serve is refused before it begins, by the name of the setting that asks for it."""
 
+import ast
+import importlib
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -39,6 +42,38 @@ def test_supervised_training_in_one_process_is_served(tmp_path, kind):
 def test_preferences_rewards_and_rl_are_refused(tmp_path, name):
     with pytest.raises(LoraDAError, match=f"^{name}: LoRA-DA starts the adapter away from the base model"):
         refuse_unsupported(made(getattr(trl, name), tmp_path))
+
+
+def trls_configs():
+    """Module and name of everything in TRL that descends from `TrainingArguments`, read from its sources."""
+    root = Path(trl.__file__).parent
+    classes = []
+    for path in root.rglob("*.py"):
+        module = ".".join(("trl", *path.relative_to(root).with_suffix("").parts)).removesuffix(".__init__")
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ClassDef):
+                classes.append((module, node.name, {ast.unparse(base).rsplit(".", 1)[-1] for base in node.bases}))
+    names, found = {"TrainingArguments"}, 0
+    while found < len(names):
+        found = len(names)
+        names |= {name for _, name, bases in classes if bases & names}
+    return sorted((module, name) for module, name, bases in classes if bases & names)
+
+
+TRAINERS = [(module, name) for module, name in trls_configs() if name not in ("SFTConfig", "_BaseConfig")]
+
+
+def test_the_list_of_trls_configs_is_whole():
+    assert {"DPO", "KTO", "GRPO", "RLOO", "Reward", "ORPO", "CPO", "GKD"} <= {n.removesuffix("Config") for _, n in TRAINERS}
+    assert ("trl.trainer.sft_config", "SFTConfig") in trls_configs()
+
+
+@pytest.mark.filterwarnings("ignore")  # TRL's of its experimental parts
+@pytest.mark.parametrize(("module", "name"), TRAINERS)
+def test_every_trainer_of_trl_but_sft_is_refused(module, name):
+    kind = getattr(importlib.import_module(module), name)
+    with pytest.raises(LoraDAError, match=f"^{name}: LoRA-DA starts .* use it for supervised fine-tuning$"):
+        refuse_unsupported(kind.__new__(kind))  # by what it is, before anything is read from it
 
 
 def test_a_users_own_config_is_judged_by_trls(tmp_path):

@@ -1,0 +1,188 @@
+"""Axolotl's features beside LoRA-DA, each trained for real: the adapter at step 0 is that of the PEFT call."""
+
+from __future__ import annotations
+
+import pytest
+
+pytest.importorskip("axolotl", reason="Axolotl is not installed")
+
+import json
+
+import torch
+from axolotl_runs import LAYERS, ROWS, SAME, SAMPLES, Project, difference, preprocess
+from models import documents, tiny_gpt2
+from safetensors.torch import load_file
+from trainers import sentences
+
+pytestmark = [pytest.mark.axolotl, pytest.mark.slow, pytest.mark.filterwarnings("default")]
+
+STARTED = [f"LoRA-DA: initialised {LAYERS} of {LAYERS}"]
+HALF = LAYERS // 2
+PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory):
+    return Project(tmp_path_factory.mktemp("axolotl"))
+
+
+@pytest.fixture(scope="module")
+def expected(project):
+    return project.by_hand()
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"loraplus_lr_ratio": 16.0, "group_by_length": True},
+        {"neftune_noise_alpha": 5.0, "lora_dropout": 0.3},
+        {"gradient_checkpointing": True},
+        {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}},
+        {"gradient_checkpointing": True, "selective_checkpointing": True},
+        {"curriculum_sampling": True, "include_tkps": True, "dataset_exact_deduplication": True},
+        {"save_first_step": True, "save_strategy": "steps", "loss_watchdog_threshold": 100.0},
+        {"torch_compile": True, "torch_compile_backend": "eager"},
+        {"chunked_cross_entropy": True},
+    ],
+    ids=" ".join,
+)
+def test_what_leaves_the_loss_alone_changes_nothing(project, expected, changes, request):
+    run = project.run(request.node.callspec.id.replace(" ", "-"), **changes)
+    assert run.lines() == STARTED
+    assert run.steps == 1
+    assert difference(run.adapter(), expected) < SAME
+    assert run.report["population_size"] == ROWS
+
+
+@pytest.mark.parametrize(
+    ("changes", "lora", "layers"),
+    [
+        (
+            {"peft_layers_to_transform": [1]},
+            {"layers_to_transform": [1], "target_modules": PROJECTIONS},
+            HALF,
+        ),
+        (
+            {"lora_target_linear": None, "lora_target_modules": ["q_proj", "down_proj"]},
+            {"target_modules": ["q_proj", "down_proj"]},
+            4,
+        ),
+        (
+            {"peft_use_rslora": True, "lora_rank_pattern": {"q_proj": 2}, "lora_alpha_pattern": {"o_proj": 3}},
+            {"use_rslora": True, "rank_pattern": {"q_proj": 2}, "alpha_pattern": {"o_proj": 3}},
+            LAYERS,
+        ),
+        ({"peft_init_lora_weights": "gaussian"}, {"init_lora_weights": "gaussian"}, LAYERS),
+        (
+            {"peft_layer_replication": [[0, 2], [1, 2]]},
+            {"layer_replication": [[0, 2], [1, 2]]},
+            LAYERS + HALF,
+        ),
+    ],
+    ids=["peft_layers_to_transform", "lora_target_modules", "patterns", "gaussian", "peft_layer_replication"],
+)
+def test_the_adapters_shape(project, changes, lora, layers, request):
+    run = project.run(request.node.callspec.id, **changes)
+    assert run.lines() == [f"LoRA-DA: initialised {layers} of {layers}"]
+    assert difference(run.adapter(), project.by_hand(**lora)) < SAME
+
+
+def test_modules_to_save_are_trained_beside_the_adapter(project, expected):
+    run = project.run("to_save", lora_modules_to_save=["embed_tokens", "lm_head"])
+    assert run.lines() == STARTED
+    assert difference(run.adapter(), expected) < SAME
+    saved = load_file(run.output / "adapter_model.safetensors")
+    base = project.base().state_dict()
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        (copy,) = [value for key, value in saved.items() if key.endswith(name)]
+        assert torch.equal(copy, base[name]), f"{name} was changed before the first step"
+
+
+def test_the_head_is_left_and_named(project):
+    run = project.run("head", lora_target_linear=None, lora_target_modules=["q_proj", "lm_head"])
+    assert run.lines() == ["LoRA-DA: initialised 2 of 3"]
+    assert "cannot serve 1 targeted layers, which keep PEFT's init: base_model.model.lm_head" in run.text
+    assert not next(value for name, value in run.adapter().items() if "lm_head.lora_B" in name).any()
+
+
+def test_fan_in_fan_out(tmp_path):
+    """GPT-2's layers hold their weights the other way round."""
+    project = Project(tmp_path, tiny_gpt2())
+    targets = ["c_attn", "c_proj", "c_fc"]
+    run = project.run("gpt2", lora_target_linear=None, lora_target_modules=targets, lora_fan_in_fan_out=True)
+    assert run.lines() == ["LoRA-DA: initialised 8 of 8"]
+    assert difference(run.adapter(), project.by_hand(target_modules=targets, fan_in_fan_out=True)) < SAME
+
+
+def test_the_validation_set_is_held_back(project, expected):
+    run = project.run("validated", val_set_size=0.5, eval_strategy="steps", eval_steps=1)
+    assert run.lines() == STARTED
+    assert "'eval_loss'" in run.text
+    held = ROWS // 2
+    assert (run.report["samples"], run.report["population_size"]) == (held, held)
+    assert difference(run.adapter(), project.by_hand(documents(ROWS)[:held])) < SAME
+    assert difference(run.adapter(), expected) > 100 * SAME
+
+
+def test_preprocessed_data_are_trained_on(project, expected):
+    prepared = {"dataset_prepared_path": str(project.folder / "preprocessed")}
+    first = project.run("preprocessed", preprocess, **prepared)
+    assert first.lines() == [] and "Success! Preprocessed data path" in first.text
+    run = project.run("from_prepared", **prepared)
+    assert "Loading prepared dataset from disk" in run.text
+    assert run.lines() == STARTED
+    assert difference(run.adapter(), expected) < SAME
+
+
+def test_several_datasets_are_one_population(project):
+    parts = [documents(10, seed=1), documents(20, seed=2)]
+    entries = [project.rows(f"part{n}", rows) for n, rows in enumerate(parts)]
+    run = project.run("several", datasets=entries)
+    assert run.lines() == STARTED
+    assert run.report["population_size"] == 30
+    assert difference(run.adapter(), project.by_hand(parts[0] + parts[1])) < SAME
+
+
+@pytest.fixture(scope="module")
+def texts(project):
+    """Streams are tokenised on the way: Axolotl takes no rows of tokens there."""
+    path = project.folder / "texts.jsonl"
+    path.write_text("".join(json.dumps({"text": " ".join(words)}) + "\n" for words in sentences(ROWS)))
+    return {"path": str(path), "ds_type": "json", "type": "completion"}
+
+
+@pytest.fixture(scope="module")
+def whole(project, texts):
+    """All texts, trained on as an ordinary dataset."""
+    run = project.run("whole", lora_da={"samples": ROWS}, datasets=[texts])
+    assert run.lines() == STARTED
+    return run
+
+
+def test_a_stream_needs_its_length(project, texts):
+    run = project.run("endless", datasets=[texts], streaming=True)
+    assert "the dataset has no length" in run.error() and "(Axolotl: `lora_da.population_size`)" in run.error()
+    assert run.steps == 0
+
+
+BLOCK = {"samples": ROWS, "population_size": ROWS}
+
+
+def test_a_stream_with_its_length_is_served(project, texts, whole):
+    run = project.run("streamed", lora_da=BLOCK, datasets=[texts], streaming=True)
+    assert run.lines() == STARTED
+    assert run.report["samples"] == run.report["population_size"] == ROWS
+    assert difference(run.adapter(), whole.adapter()) < SAME
+
+
+@pytest.mark.parametrize("data", ["datasets", "pretraining_dataset"])
+def test_a_packed_stream_is_served(project, texts, whole, data):
+    """Its rows differ in length and are never collated with each other by the trainer."""
+    packing = {"sample_packing": True, "sequence_len": 32, "pad_to_sequence_len": True, "pad_to_multiple_of": None}
+    source = {"path": "json", "data_files": texts["path"], "split": "train", "type": "completion"}
+    keys = {"datasets": None, data: [source], "streaming": True if data == "datasets" else None}
+    run = project.run(f"packed-{data}", lora_da=BLOCK, **packing, **keys)
+    assert run.lines() == STARTED
+    assert run.report["sample_unit"].startswith("document")
+    assert run.report["samples"] == ROWS
+    assert difference(run.adapter(), whole.adapter()) < SAME

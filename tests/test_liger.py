@@ -1,0 +1,75 @@
+"""Liger's kernels, its fused head that returns a loss and no logits included, run on the CPU by Triton's interpreter."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("axolotl", reason="Axolotl is not installed")
+pytest.importorskip("liger_kernel", reason="Liger is not installed")
+
+from axolotl_runs import LAYERS, ROWS, SAME, SAMPLES, Project, difference, train
+from datasets import Dataset
+from models import documents
+from trainers import base, sft
+
+from axolotl_lora_da.bare_name import PLUGIN
+from lora_da import LoraDAConfig
+from trl_integration import LoraDAInitializer
+
+pytestmark = [pytest.mark.axolotl, pytest.mark.slow, pytest.mark.filterwarnings("default")]
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory):
+    return Project(tmp_path_factory.mktemp("liger"))
+
+
+def interpreted(config: str) -> None:
+    """`axolotl train` under Triton's interpreter, which lacks one function of the GPU's library."""
+    _lend_rsqrt()
+    train(config)
+
+
+def _lend_rsqrt() -> None:
+    import triton.language as language
+    from triton.language.extra import libdevice
+
+    libdevice.rsqrt = lambda x: 1 / language.sqrt(x)
+
+
+def sft_interpreted(config: str) -> None:
+    """TRL's trainer with `use_liger_kernel`, on the same rows."""
+    folder = Path(config).parent
+    _lend_rsqrt()
+    trainer = sft(
+        base(folder / "base"),
+        Dataset.from_list(documents(ROWS)),
+        Path(config).with_suffix(""),
+        LoraDAInitializer(LoraDAConfig(samples=SAMPLES)),
+        use_liger_kernel=True,
+        bf16=False,
+        learning_rate=0.0,
+    )
+    trainer.train()
+    trainer.save_model()
+
+
+@pytest.mark.parametrize("head", ["liger_fused_linear_cross_entropy", "liger_cross_entropy"])
+def test_axolotls_liger_plugin(project, head, monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")  # read when Triton is imported
+    flags = {"liger_rope": True, "liger_rms_norm": True, "liger_glu_activation": True, head: True}
+    plugins = [PLUGIN, "axolotl.integrations.liger.LigerPlugin"]
+    run = project.run(head, interpreted, forked=False, plugins=plugins, **flags)
+    assert run.lines() == [f"LoRA-DA: initialised {LAYERS} of {LAYERS}"]
+    assert run.steps == 1
+    assert difference(run.adapter(), project.by_hand()) < SAME
+
+
+def test_trls_use_liger_kernel(project, monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    run = project.run("trl", sft_interpreted, forked=False)
+    assert run.lines() == [f"LoRA-DA: initialised {LAYERS} of {LAYERS}"]
+    assert run.steps == 1
+    assert difference(run.adapter(), project.by_hand()) < SAME
