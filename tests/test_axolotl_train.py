@@ -111,6 +111,7 @@ def by_peft_call(folder: Path) -> tuple[PeftModel, dict]:
     return model, {"samples": report.samples, "tokens": report.tokens, "loss_tokens": report.loss_tokens}
 
 
+@pytest.mark.compat("axolotl-0.19", "axolotl-packing", "axolotl-qlora")
 @pytest.mark.parametrize("packing", [False, True], ids=["rows", "sample packing"])
 def test_train_starts_from_what_the_peft_call_gives(folder: Path, packing: bool) -> None:
     name = "packed" if packing else "rows"
@@ -129,6 +130,7 @@ def test_train_starts_from_what_the_peft_call_gives(folder: Path, packing: bool)
         assert torch.linalg.norm(saved[key].float() - value) <= SAME * torch.linalg.norm(value), key
 
 
+@pytest.mark.compat("axolotl-qlora")
 @pytest.mark.parametrize("adapter", ["lora", "qlora"])
 def test_the_adapter_is_plain_and_merges(folder: Path, adapter: str) -> None:
     """`axolotl merge-lora` by its memory-efficient path, with the plugin still named."""
