@@ -1,4 +1,4 @@
-# make demo, make test, make test-fast, make lint: each sets up what it needs, once.
+# make demo, make test, make test-fast, make lint, make table: each sets up what it needs, once.
 
 PYTHON ?= python3
 # First and by itself, so that no other package chooses another build of it.
@@ -11,7 +11,7 @@ export AXOLOTL_DO_NOT_TRACK ?= 1
 # Threads that spin while they wait are several times slower where another process wants a core.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: demo test test-fast lint clean
+.PHONY: demo test test-fast lint table clean
 .DELETE_ON_ERROR:
 
 demo: $(AXOLOTL)/.ready
@@ -29,6 +29,10 @@ lint: $(AXOLOTL)/.ready
 	$(AXOLOTL)/bin/ruff check .
 	$(AXOLOTL)/bin/ruff format --check .
 	$(AXOLOTL)/bin/mypy
+
+# What works with what, as the tests' markers say, into the README.
+table:
+	$(PYTHON) tests/table.py
 
 clean:
 	rm -rf .venv demo

@@ -53,7 +53,7 @@ class LayerSolver:
             # whatever the trainer has set for its own products
             with full_float32(), torch.autocast(statistics.grad.device.type, enabled=False):
                 factors = self._factors(layer, statistics)
-        except UnsolvableLayer as error:
+        except (UnsolvableLayer, torch.linalg.LinAlgError) as error:  # the latter where LAPACK does not converge
             return str(error)
         if not layer.can_hold(factors.lora_A, factors.lora_B):
             return f"its solution overflows {layer.lora_A.dtype}; keep adapters in float32 or set a larger gamma"

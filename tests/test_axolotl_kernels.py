@@ -85,6 +85,7 @@ def fired(model: nn.Module) -> Counter:
     return counts
 
 
+@pytest.mark.compat("axolotl-kernels")
 def test_hooks_fire_once_for_every_lora_layer_and_the_kernels_come_back(fused):
     model = fused(*KERNELS)
     before = bound(model)

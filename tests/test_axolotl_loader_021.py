@@ -61,6 +61,7 @@ def test_installed_but_not_named_nothing_happens(run):
     assert "passed over" not in out
 
 
+@pytest.mark.compat("axolotl-0.21-loader")
 @pytest.mark.parametrize("name", ["lora_da", "axolotl_lora_da.LoraDAPlugin", "axolotl_lora_da:LoraDAPlugin"])
 def test_each_name_starts_the_plugin_once(run, name):
     run(

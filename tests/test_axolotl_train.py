@@ -115,6 +115,7 @@ PACKED = {"sample_packing": True, "eval_sample_packing": False, "pad_to_sequence
 RUNS = {"rows": {}, "packed": PACKED, "dora": {"peft_use_dora": True}}
 
 
+@pytest.mark.compat("axolotl-0.19", "axolotl-packing", "axolotl-qlora")
 @pytest.mark.parametrize("name", RUNS)
 def test_train_starts_from_what_the_peft_call_gives(folder: Path, name: str) -> None:
     output = axolotl("train", str(config(folder, name, **RUNS[name])))
@@ -132,6 +133,7 @@ def test_train_starts_from_what_the_peft_call_gives(folder: Path, name: str) -> 
         assert torch.linalg.norm(saved[key].float() - value) <= SAME * torch.linalg.norm(value), key
 
 
+@pytest.mark.compat("axolotl-qlora")
 @pytest.mark.parametrize("adapter", ["lora", "qlora"])
 def test_the_adapter_is_plain_and_merges(folder: Path, adapter: str) -> None:
     """`axolotl merge-lora` by its memory-efficient path, with the plugin still named."""

@@ -30,6 +30,7 @@ def test_the_callback_gets_the_settings():
     assert callback.config == LoraDAConfig()
 
 
+@pytest.mark.compat("axolotl-offload")
 def test_the_pass_runs_under_the_trainers_activation_offload():
     import torch
 
@@ -49,6 +50,7 @@ def test_the_pass_runs_under_the_trainers_activation_offload():
     assert entered == ["in", "out"] * 2
 
 
+@pytest.mark.refused("axolotl-rl", "axolotl-losses", "other-init")
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
@@ -83,6 +85,7 @@ def test_dora_is_served():
     assert len(callbacks(load(peft_use_dora=True))) == 1
 
 
+@pytest.mark.refused("axolotl-losses")
 def test_a_loss_of_the_trainers_own_is_refused():
     from axolotl.core.trainers.base import AxolotlTrainer
 

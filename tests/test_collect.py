@@ -35,6 +35,7 @@ def oracle(model: nn.Module, rows: list, averaging: str = "tokens") -> dict:
     return oracle_statistics(model, rows, linear_names(model), averaging)
 
 
+@pytest.mark.compat("float32", "lora", "conv1d")
 @pytest.mark.parametrize("averaging", ["samples", "tokens"])
 @pytest.mark.parametrize("build", [llama, gpt2])
 def test_equal_to_the_oracle(build, averaging: str) -> None:
@@ -194,6 +195,7 @@ def test_dropout_in_train_mode_is_off_for_the_statistics() -> None:
         assert torch.equal(model(ids).logits, model(ids).logits)
 
 
+@pytest.mark.compat("float16")
 @pytest.mark.parametrize("scale_overflows", [False, True])
 def test_float16_is_scaled_and_unscaled(scale_overflows: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """float16 statistics are float32's within float16's precision; an overflow starts anew with a lower scale."""

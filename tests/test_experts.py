@@ -93,6 +93,7 @@ def off(ours: dict, other: dict[str, dict[str, Tensor]]) -> float:
     return max(distance(getattr(ours[name], field), value) for name, fs in other.items() for field, value in fs.items())
 
 
+@pytest.mark.compat("experts")
 @pytest.mark.parametrize("averaging", ["samples", "tokens"])
 @pytest.mark.parametrize("reentrant", [None, True, False])
 @pytest.mark.parametrize(
@@ -129,6 +130,7 @@ def test_a_wrong_choice_of_tokens_shows(monkeypatch: pytest.MonkeyPatch) -> None
     assert worst(collected(with_lora(base), [padded(rows)]), right) > 1e-2
 
 
+@pytest.mark.compat("experts")
 def test_an_expert_without_tokens_keeps_pefts_init_and_is_named(caplog: pytest.LogCaptureFixture) -> None:
     model = with_lora(mixture(closed=2))
     before = {name: p.clone() for name, p in model.named_parameters() if "lora_" in name}

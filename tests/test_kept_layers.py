@@ -110,6 +110,7 @@ class WithConvolution(nn.Module):
         return nn.functional.silu(self.conv(x.transpose(1, 2)).transpose(1, 2))
 
 
+@pytest.mark.compat("embeddings", "lm-head", "convolutions")
 def test_layers_of_other_kinds(caplog, capsys):
     """An embedding and a convolution: one warning names them, the rest is initialised, the head with it."""
     base = tiny_llama()
@@ -130,6 +131,7 @@ def test_layers_of_other_kinds(caplog, capsys):
     assert "initialised 5 of 7 layers" in capsys.readouterr().out
 
 
+@pytest.mark.compat("tied-weights")
 def test_a_tied_head(caplog):
     """Where the head shares the embedding's adapter, both are left alone."""
     base = tiny_llama(tie_word_embeddings=True)
@@ -144,6 +146,7 @@ def test_a_tied_head(caplog):
     assert report.initialized == 2 and len(warnings_of(caplog)) == 1
 
 
+@pytest.mark.compat("target-parameters")
 def test_expert_tensors(caplog):
     """Experts that are parameter tensors are named; the attention beside them is initialised."""
     model = with_lora(

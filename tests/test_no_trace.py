@@ -108,6 +108,7 @@ def test_a_quantised_base(width, tmp_path):
     assert differences(before, picture(model)) == expected_changes(report)
 
 
+@pytest.mark.compat("several-adapters")
 def test_other_adapters_do_not_change():
     """Nor do they matter: a trained, active adapter stays both, and what is initialised is the base's own start."""
     model, alone = (with_lora(tiny_llama()) for _ in range(2))
@@ -193,6 +194,7 @@ def test_a_changed_peft_config_would_be_seen():
     assert differences(before, model_picture(model)) == ["peft_config[default]"]
 
 
+@pytest.mark.compat("gaussian", "rslora", "reload")
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
 @pytest.mark.parametrize("start", [True, "gaussian"])
 def test_the_saved_adapter_is_a_plain_one(kind, start, tmp_path):

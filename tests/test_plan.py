@@ -158,6 +158,7 @@ def test_without_a_budget_half_of_what_is_free(free: int, monkeypatch: pytest.Mo
     assert planner(None).budget == free // 2
 
 
+@pytest.mark.compat("unknown-architecture")
 def test_an_unknown_architecture_is_run_in_passes() -> None:
     planner = Planner(row=None, why_not="its decoder has no list of blocks")
     assert planner(PLENTY).line().startswith("one pass, ")

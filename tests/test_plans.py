@@ -51,6 +51,7 @@ def truth(name: str, averaging: str) -> dict[str, OracleStatistics]:
     return oracle_statistics(base_of(name), ROWS, names, averaging)
 
 
+@pytest.mark.compat("llama")
 @pytest.mark.parametrize("reentrant", [None, True, False], ids=["kept", "re-entrant", "not re-entrant"])
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("way", WAYS)
@@ -64,6 +65,7 @@ def test_every_plan_gives_the_oracles_statistics(way: str, layout: str, reentran
         assert {s.n_tokens for s in ours.values()} == {sum(LENGTHS)}
 
 
+@pytest.mark.compat("mistral", "qwen2", "qwen3", "gemma2", "gemma3", "phi3", "gpt2", "gpt-neox", "mixtral", "qwen-moe")
 @pytest.mark.parametrize("layout", ["padded", "packed"])
 @pytest.mark.parametrize("way", ["one pass", "a segment for each block", "3 passes"])
 @pytest.mark.parametrize("name", [name for name in ARCHITECTURES if name != LLAMA.name])

@@ -62,6 +62,7 @@ def bits(model: nn.Module) -> dict[str, torch.Tensor]:
     return {k: v.clone() for k, v in model.state_dict().items() if isinstance(v, torch.Tensor)}
 
 
+@pytest.mark.compat("nf4", "fp4", "double-quantisation", "quant-storage")
 @pytest.mark.parametrize("kind", FOUR_BIT)
 @pytest.mark.parametrize("layout", [lambda rows: [padded(rows)], lambda rows: [packed(rows)]], ids=["padded", "packed"])
 def test_four_bit_equals_its_dequantised_twin(tmp_path, kind: str, layout) -> None:
@@ -72,6 +73,7 @@ def test_four_bit_equals_its_dequantised_twin(tmp_path, kind: str, layout) -> No
     assert worst(ours, unquantised) > 100 * SAME  # quantisation moves the statistics: the twin was needed
 
 
+@pytest.mark.compat("bfloat16", "float16")
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_four_bit_in_low_precision_is_as_close_as_its_twin(tmp_path, dtype: torch.dtype) -> None:
     """Both are compared with the twin in float32: the quantised layer adds no error of its own."""
@@ -101,6 +103,7 @@ def test_int8_layer_collects_exactly_what_passes_through_it() -> None:
     assert distance(results[0].grad, d.flatten(0, 1).T @ x.flatten(0, 1)) <= 1e-6
 
 
+@pytest.mark.compat("int8")
 def test_int8_model_is_close_to_its_twin(tmp_path) -> None:
     base = quantized(tmp_path, load_in_8bit=True)
     batches = [padded(documents())]
@@ -108,6 +111,7 @@ def test_int8_model_is_close_to_its_twin(tmp_path) -> None:
     assert worst(with_forward, collected(with_lora(twin(base)), batches)) <= 0.1  # int8 activations: 1/127 a layer
 
 
+@pytest.mark.compat("reload")
 @pytest.mark.parametrize("config", [{"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}, {"load_in_8bit": True}])
 def test_base_bits_stay_and_the_adapter_reloads(tmp_path, config: dict) -> None:
     """The saved adapter is a plain one: on a freshly loaded original base it gives identical logits."""

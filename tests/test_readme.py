@@ -31,6 +31,7 @@ def collate(features: list[dict]) -> dict[str, torch.Tensor]:
     return padded([{k: torch.tensor(f[k]) for k in ("input_ids", "labels")} for f in features])
 
 
+@pytest.mark.compat("peft-call")
 def test_peft_snippet_runs() -> None:
     loader = torch.utils.data.DataLoader(rows(), batch_size=2, collate_fn=collate)
     names = {"peft_model": with_lora(llama()), "dataloader": loader}

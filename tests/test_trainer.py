@@ -38,6 +38,7 @@ def lines(capsys):
     return [line for line in capsys.readouterr().out.splitlines() if line.startswith("LoRA-DA")]
 
 
+@pytest.mark.compat("trainer", "autocast", "checkpointing")
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("args", [{}, {"bf16": True, "gradient_checkpointing": True}], ids=["float32", "bf16"])
 def test_the_adapter_is_that_of_the_peft_call(folder, tmp_path, kind, args, capsys):
@@ -85,6 +86,7 @@ class Stream(IterableDataset):
         return iter(documents(20))
 
 
+@pytest.mark.compat("streams")
 def test_a_stream_is_read_from_its_start_and_trained_on_from_its_start(folder, tmp_path, model):
     with pytest.raises(LoraDAError, match="set `population_size`"):
         plain(model, Stream(), tmp_path, LoraDAInitializer(CONFIG)).train()
@@ -95,6 +97,7 @@ def test_a_stream_is_read_from_its_start_and_trained_on_from_its_start(folder, t
     assert [row[:4] for row in trainer.seen[0]] == [row["input_ids"][:4] for row in documents(4)]
 
 
+@pytest.mark.compat("resumed")
 def test_a_resumed_run_is_left_alone(folder, tmp_path, capsys):
     args = {"max_steps": 3, "save_strategy": "steps", "save_steps": 1}
     whole = plain(with_lora(base(folder)), documents(20), tmp_path, LoraDAInitializer(CONFIG), **args)
@@ -111,6 +114,7 @@ def test_a_resumed_run_is_left_alone(folder, tmp_path, capsys):
     assert saved["initialized"] == LAYERS, "the report of the first start was lost"
 
 
+@pytest.mark.compat("second-train")
 @pytest.mark.parametrize("make", [plain, sft])
 def test_a_second_train_goes_on_from_the_first(tmp_path, model, make, capsys):
     from datasets import Dataset as Rows
@@ -126,6 +130,7 @@ def test_a_second_train_goes_on_from_the_first(tmp_path, model, make, capsys):
     assert left == "LoRA-DA: left the adapter as it is: it carries trained weights"
 
 
+@pytest.mark.compat("trained-adapter")
 def test_a_trained_adapter_is_left_alone(tmp_path, model, capsys):
     last = [parameter for name, parameter in model.named_parameters() if "lora_B" in name][-1]
     last.data[0, 0] = 1e-3
@@ -149,6 +154,7 @@ class OutOfMemoryOnce:
             raise torch.OutOfMemoryError("CUDA out of memory.")
 
 
+@pytest.mark.compat("find-batch-size")
 @pytest.mark.parametrize("where", ["in the pass", "in the step"])
 def test_auto_find_batch_size_starts_the_adapter_once(folder, tmp_path, model, where, capsys):
     gpu, first = OutOfMemoryOnce(), FirstStep()

@@ -30,6 +30,7 @@ def rows():
     return Dataset.from_list(documents(20))
 
 
+@pytest.mark.compat("newest", "sft", "float32", "bfloat16", "nf4", "int8")
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_the_adapter_is_that_of_the_peft_call(folder, tmp_path, rows, kind, dtype):
@@ -87,6 +88,7 @@ def test_a_model_that_is_a_peft_model_already(folder, tmp_path, rows):
     assert same_bits(first.adapter, by_hand(base(folder), trainer.train_dataset, CONFIG))
 
 
+@pytest.mark.compat("modules-to-save")
 def test_new_tokens_and_their_head_are_trained_beside_the_adapter(folder, tmp_path, rows):
     """As TRL sets it up where a chat template brings tokens of its own."""
     first = FirstStep()

@@ -74,6 +74,7 @@ def counted(report):
     return report.samples, report.tokens, report.loss_tokens
 
 
+@pytest.mark.compat("completion-only")
 @pytest.mark.parametrize(
     ("data", "args"),
     [(prompts_and_completions, {}), (conversations, {"assistant_only_loss": True})],
@@ -104,6 +105,7 @@ def test_what_padding_holds_changes_nothing(folder, tmp_path):
     assert same_bits(*adapters)
 
 
+@pytest.mark.compat("trl-packing")
 @pytest.mark.parametrize(
     "packing",
     [{"packing": True, "max_length": 32}, {"padding_free": True, "max_length": None}],
@@ -153,6 +155,7 @@ def test_rows_of_wrapped_packing_are_samples(folder, tmp_path):
     assert same_bits(adapter, by_hand(base(folder), rows, CONFIG))
 
 
+@pytest.mark.compat("streams")
 def test_a_stream_needs_its_length(folder, tmp_path):
     rows = Dataset.from_list(documents(COUNT))
     first = FirstStep()

@@ -49,6 +49,7 @@ def first_adapter(model, rows, tmp_path, **args):
     return first.adapter
 
 
+@pytest.mark.compat("checkpointing")
 @pytest.mark.parametrize("kind", ["unquantised", "4-bit"])
 @pytest.mark.parametrize(
     "args",
@@ -65,6 +66,7 @@ def test_checkpointing_changes_nothing(folder, tmp_path, rows, kind, args):
     assert same_bits(found, by_hand(base(folder, kind), rows, CONFIG))
 
 
+@pytest.mark.compat("autocast")
 def test_the_pass_runs_in_the_trainers_precision(folder, tmp_path, rows, monkeypatch):
     full, mixed = (by_hand(base(folder), rows, CONFIG, bf16=bf16) for bf16 in (False, True))
     assert not same_bits(full, mixed)
@@ -74,12 +76,14 @@ def test_the_pass_runs_in_the_trainers_precision(folder, tmp_path, rows, monkeyp
     assert same_bits(first_adapter(base(folder), rows, tmp_path, bf16=False), mixed)
 
 
+@pytest.mark.compat("neftune")
 @pytest.mark.parametrize("alpha", [5, 5.0])
 def test_neftune_noise_is_off(folder, tmp_path, rows, alpha):
     found = first_adapter(base(folder), rows, tmp_path, neftune_noise_alpha=alpha)
     assert same_bits(found, by_hand(base(folder), rows, CONFIG))
 
 
+@pytest.mark.compat("neftune")
 def test_dropout_is_off(folder, tmp_path, rows):
     found = first_adapter(base(folder, attention_dropout=0.5), rows, tmp_path)
     assert same_bits(found, by_hand(base(folder), rows, CONFIG))
@@ -95,6 +99,7 @@ class StopAtFirstStep(FirstStep):
         raise Stop
 
 
+@pytest.mark.compat("compile")
 @pytest.mark.parametrize("backend", ["inductor", "eager"])
 @COMPILING
 def test_torch_compile_changes_nothing(folder, tmp_path, rows, backend):
@@ -168,6 +173,7 @@ def test_trls_default_head_gives_the_same_loss_and_adapter(folder, tmp_path, row
     assert initializer.report.loss == pytest.approx(sum(losses) / len(losses), rel=1e-5)
 
 
+@pytest.mark.compat("offload")
 def test_the_pass_runs_under_trls_activation_offloading(folder, tmp_path, rows, monkeypatch):
     """TRL's own context refuses a pass that leaves something behind. The CPU plays the accelerator it needs."""
     from trl.models import activation_offloading as trl_offloading

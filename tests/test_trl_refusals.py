@@ -38,6 +38,7 @@ def test_supervised_training_in_one_process_is_served(tmp_path, kind):
     refuse_unsupported(SimpleNamespace(**NO_DISTRIBUTION))
 
 
+@pytest.mark.refused("preferences", "reward")
 @pytest.mark.parametrize("name", ["DPOConfig", "KTOConfig", "GRPOConfig", "RLOOConfig", "RewardConfig"])
 def test_preferences_rewards_and_rl_are_refused(tmp_path, name):
     with pytest.raises(LoraDAError, match=f"^{name}: LoRA-DA starts the adapter away from the base model"):
@@ -88,6 +89,7 @@ def test_a_users_own_config_is_judged_by_trls(tmp_path):
         refuse_unsupported(made(MyDPO, tmp_path))
 
 
+@pytest.mark.refused("label-smoothing", "other-losses")
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
@@ -100,6 +102,7 @@ def test_another_loss_is_refused(tmp_path, keys, message):
         refuse_unsupported(made(SFTConfig, tmp_path, **keys))
 
 
+@pytest.mark.refused("ddp-2", "ddp-4", "fsdp2", "fsdp1", "zero-1", "zero-2", "zero-3", "data-parallel")
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
