@@ -15,6 +15,7 @@ from typing import Any
 
 from lora_da.config import PRESETS, LoraDAConfig
 from lora_da.errors import LoraDAError
+from lora_da.files import read_rows
 
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 
@@ -76,22 +77,22 @@ def _config(asked: argparse.Namespace) -> LoraDAConfig:
 
 
 def _export(asked: argparse.Namespace, config: LoraDAConfig) -> None:
-    _tell("loading torch and transformers")
+    # What can be wrong is looked at before the next slow step.
+    rows = read_rows(asked.data)
+    _tell(f"{len(rows):,} rows; loading torch and transformers")
     import torch
     from torch.utils.data import DataLoader
     from transformers import AutoTokenizer
 
     from lora_da.export import check_output, export_initial_adapter
-    from lora_da.rows import TokenizedRows, collate, read_rows
+    from lora_da.rows import TokenizedRows, collate
 
-    # What can be wrong is looked at before the model is loaded.
     device = _device(asked.device)
     check_output(asked.output, asked.overwrite)
-    rows = read_rows(asked.data)
     with _naming("--model", asked.model):
         tokenizer = AutoTokenizer.from_pretrained(asked.model)
     data = TokenizedRows(rows, tokenizer, asked.max_length)
-    _tell(f"{len(data):,} rows; loading {asked.model} on {device}")
+    _tell(f"loading {asked.model} on {device}")
     with _naming("--model", asked.model):
         model = _model(asked, device)
     torch.manual_seed(0)  # what keeps PEFT's random init is the same every time
