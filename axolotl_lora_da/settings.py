@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
@@ -15,6 +16,9 @@ BLOCK = "lora_da"
 # Share of letters in common from which a key is taken for a slip of the block's name: with one letter missing, added,
 # changed or two swapped it is 0.83 and more; for `lora_r`, `lora_alpha` and the bare `lora` it is 0.80 and less.
 SLIP = 0.82
+
+# In the type of an option that takes a number; elsewhere text that looks like one is text, such as a folder's name.
+NUMBER = re.compile(r"\b(int|float)\b")
 
 
 def read_settings(cfg: Mapping[str, Any]) -> LoraDAConfig:
@@ -37,7 +41,8 @@ def read_settings(cfg: Mapping[str, Any]) -> LoraDAConfig:
                 f"{BLOCK}.{key} is not an option of LoRA-DA; the nearest is {BLOCK}.{nearest}. "
                 f"The options are {', '.join(options)}"
             )
-    return LoraDAConfig(**{key: _number(value) for key, value in block.items()})
+    numbers = {field.name for field in fields(LoraDAConfig) if NUMBER.search(str(field.type))}
+    return LoraDAConfig(**{key: _number(value) if key in numbers else value for key, value in block.items()})
 
 
 def _check_block_name(cfg: Mapping[str, Any]) -> None:

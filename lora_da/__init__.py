@@ -11,16 +11,25 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from lora_da.config import LoraDAConfig
     from lora_da.errors import LoraDAError
+    from lora_da.export import export_initial_adapter
     from lora_da.initialize import initialize_lora_da_weights
     from lora_da.report import InitReport
 
 __version__ = "0.1.0"
-__all__ = ["InitReport", "LoraDAConfig", "LoraDAError", "__version__", "initialize_lora_da_weights"]
+__all__ = [
+    "InitReport",
+    "LoraDAConfig",
+    "LoraDAError",
+    "__version__",
+    "export_initial_adapter",
+    "initialize_lora_da_weights",
+]
 
 _HOMES = {
     "LoraDAConfig": "lora_da.config",
     "LoraDAError": "lora_da.errors",
     "InitReport": "lora_da.report",
+    "export_initial_adapter": "lora_da.export",
     "initialize_lora_da_weights": "lora_da.initialize",
 }
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel
@@ -152,6 +153,26 @@ def find_adapter(model: PeftModel, adapter_name: str | None = None) -> Adapter:
         kinds = f": {_listed(left)}" if left else ""
         raise LoraDAError(f"adapter {name!r} targets no layer that LoRA-DA can initialise{kinds}; check target_modules")
     return Adapter(name, layers, left)
+
+
+def stored_base(model: PeftModel) -> dict[str, Any]:
+    """What the base is made of, adapters left out, by name and as it is stored; nothing is copied.
+
+    That is what its `state_dict` holds, a quantised weight's scales included, the same before and after a first
+    forward, and the buffers that are not saved.
+
+    Raises:
+        LoraDAError: bitsandbytes has repacked a weight for inference.
+    """
+    base = model.get_base_model()
+    for name, parameter in base.named_parameters():
+        # Its `state_dict` would unpack the weight, in place; and no gradient passes through a packed one.
+        if getattr(getattr(parameter, "quant_state", None), "packing_format_for_cpu", False):
+            raise LoraDAError(f"bitsandbytes has repacked {name} for CPU inference; load the model anew")
+    lora = [module for module in model.modules() if isinstance(module, LoraLayer)]
+    factors = {id(p) for m in lora for held in m.adapter_layer_names for p in getattr(m, held).parameters()}
+    found = {**dict(base.named_buffers()), **base.state_dict(keep_vars=True)}
+    return {name: value for name, value in found.items() if id(value) not in factors}
 
 
 def _adapter_name(model: PeftModel, asked: str | None) -> str:

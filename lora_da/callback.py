@@ -64,7 +64,8 @@ class LoraDACallback(TrainerCallback):
         refuse_unsupported(args)
         if state.global_step > 0:
             self.report = InitReport(skipped=f"training resumes at step {state.global_step}")
-            say(self.report.line())
+            if state.is_world_process_zero:
+                say(self.report.line())
             return
         with _autocast(args), self.around(args, model):
             self.report = initialize_lora_da_weights(

@@ -79,6 +79,7 @@ class LoraDAConfig:
         full_fisher_up_to: widest layer output for which Y is estimated in full and not only its diagonal.
         memory_budget: GiB that may be used on the layers' device beside the model; what does not fit at once is
             streamed. 85 % of what is free on a GPU, half of it on a CPU, unless given.
+        cache_dir: a folder for the solved factors: a later run on the same base, data and settings starts from them.
 
     Raises:
         LoraDAError: a value is out of its range; the message names the field.
@@ -96,6 +97,7 @@ class LoraDAConfig:
     gamma: float | None = None
     full_fisher_up_to: int | None = None
     memory_budget: float | None = None
+    cache_dir: str | None = None
 
     def __post_init__(self) -> None:
         _one_of("preset", self.preset, tuple(PRESETS))
@@ -109,6 +111,8 @@ class LoraDAConfig:
         _number("gamma", self.gamma, 0, exclusive=True)
         _number("full_fisher_up_to", self.full_fisher_up_to, 0, whole=True)
         _number("memory_budget", self.memory_budget, 0, exclusive=True)
+        if self.cache_dir is not None and not (isinstance(self.cache_dir, str) and self.cache_dir.strip()):
+            raise LoraDAError(f"lora_da.cache_dir is {self.cache_dir!r}; set the path of a folder, as text")
 
     def resolved_preset(self) -> Preset:
         """The preset with this config's own numbers in place of the preset's."""

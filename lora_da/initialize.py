@@ -1,5 +1,7 @@
 """The story: draw the samples; plan; for each segment of the model collect its statistics and solve; write the factors.
 
+What an earlier run has solved for the same model, data and settings is taken from the cache where the user keeps one.
+
 Nothing is written before everything is solved, so an error or an interrupt leaves the model as it was.
 """
 
@@ -19,10 +21,12 @@ from tqdm.auto import tqdm
 
 from lora_da.adapter import Adapter, AdapterLayer, describe_left, find_adapter
 from lora_da.blocks import NotARow
+from lora_da.cache import CacheEntry, Solution, cache_folder
 from lora_da.collect import Collector
 from lora_da.config import LoraDAConfig
 from lora_da.data import InitData, draw
 from lora_da.errors import LoraDAError
+from lora_da.fingerprint import fingerprint
 from lora_da.inputs import decoder_inputs
 from lora_da.loss import check_causal
 from lora_da.memory import PeakMemory
@@ -57,7 +61,10 @@ def initialize_lora_da_weights(
             collator are used; anything else is iterated over.
         config: settings; the defaults if None.
         adapter_name: the adapter; the only active one if None.
-        show_progress: show a progress bar and print the one line of the report.
+        show_progress: show a progress bar and print the one line of the report, in the first process.
+
+    In several processes (torch.distributed is initialised) all of them call this, each with its own replica or shard of
+    the model; the data are those of the first.
 
     Returns:
         What was done, per layer. `report.skipped` is set, and nothing was changed, if the adapter was trained already.
@@ -68,46 +75,43 @@ def initialize_lora_da_weights(
     started = time.perf_counter()
     config = config or LoraDAConfig()
     ranks = Ranks(_device(peft_model), is_sharded(peft_model))
+    show_progress = show_progress and ranks.rank == 0
     with ranks.together():
         adapter = find_adapter(peft_model, adapter_name)
         check_causal(peft_model.get_base_model())
     targeted = len(adapter.layers) + len(adapter.left)
     if not adapter.is_untrained():
         report = InitReport(targeted=targeted, left=adapter.left, skipped="it carries trained weights")
-        say(report.line())
+        if ranks.rank == 0:
+            say(report.line())
         return report
     if adapter.left:
         logger.warning(describe_left(adapter.left))
 
     memory = PeakMemory(_device(peft_model))
+    with ranks.together():
+        folder = None if config.cache_dir is None else cache_folder(config.cache_dir)
     with random_states(), prepared(peft_model, _device(peft_model)), estimation_mode(peft_model):
         data = ranks.from_first(lambda: draw(dataloader, config.samples, config.seed, config.population_size))
         if data.n_samples < config.samples:
             logger.warning("LoRA-DA: the data hold %d samples, %d were asked for", data.n_samples, config.samples)
-        estimate = _estimate(peft_model, adapter, data, config, ranks, show_progress)
-    _check_failed(estimate.failed, len(adapter.layers))
-    if estimate.left:
-        _check_experts(estimate)
-        logger.warning(describe_left(estimate.left))
-    layers = {a.name: _layer_report(a, estimate) for a in adapter.layers if a.name in estimate.factors}
+        solution = entry = None
+        if folder is not None:
+            with ranks.together():
+                key = fingerprint(peft_model, adapter, data, config)
+            entry = CacheEntry(folder, ranks.common(key))
+            solution = ranks.from_first(lambda: entry.load(adapter.layers))
+        if solution is None:
+            estimate = _estimate(peft_model, adapter, data, config, ranks, show_progress)
+            solution = _solution(estimate, adapter, data)
+            if entry is not None and ranks.rank == 0:
+                entry.store(solution)
+    _warn_of_kept(solution.report, adapter)
     with ranks.together():
-        adapter.write({name: (f.lora_A, f.lora_B) for name, f in estimate.factors.items()})
+        adapter.write(solution.factors)
 
-    report = InitReport(
-        initialized=len(estimate.factors),
-        targeted=targeted,
-        failed=estimate.failed,
-        left=adapter.left | estimate.left,
-        samples=data.n_samples,
-        sample_unit=data.unit,
-        tokens=data.n_tokens,
-        loss_tokens=data.n_loss_tokens,
-        population_size=data.population_size,
-        loss=estimate.loss,
-        plan=estimate.plan.line(),
-        forecast={"device": estimate.plan.used + estimate.plan.device_bytes, "cpu": estimate.plan.cpu_bytes},
-        timings=estimate.timings,
-        layers=layers,
+    report = replace(
+        solution.report,
         settings={**dataclasses.asdict(config), **dataclasses.asdict(config.resolved_preset())},
         seconds=time.perf_counter() - started,
         peak_memory_gib=memory.gib(),
@@ -205,6 +209,30 @@ def _solve(
             estimate.failed[layer.name] = solved
 
 
+def _solution(estimate: _Estimate, adapter: Adapter, data: InitData) -> Solution:
+    """The factors and the report of an estimate that is good enough to be written."""
+    _check_failed(estimate.failed, len(adapter.layers))
+    if estimate.left:
+        _check_experts(estimate)
+    report = InitReport(
+        initialized=len(estimate.factors),
+        targeted=len(adapter.layers) + len(adapter.left),
+        failed=estimate.failed,
+        left=adapter.left | estimate.left,
+        samples=data.n_samples,
+        sample_unit=data.unit,
+        tokens=data.n_tokens,
+        loss_tokens=data.n_loss_tokens,
+        population_size=data.population_size,
+        loss=estimate.loss,
+        plan=estimate.plan.line(),
+        forecast={"device": estimate.plan.used + estimate.plan.device_bytes, "cpu": estimate.plan.cpu_bytes},
+        timings=estimate.timings,
+        layers={a.name: _layer_report(a, estimate) for a in adapter.layers if a.name in estimate.factors},
+    )
+    return Solution({name: (f.lora_A, f.lora_B) for name, f in estimate.factors.items()}, report)
+
+
 def _layer_report(layer: AdapterLayer, estimate: _Estimate) -> LayerReport:
     factors = estimate.factors[layer.name]
     return LayerReport(
@@ -221,12 +249,19 @@ def _layer_report(layer: AdapterLayer, estimate: _Estimate) -> LayerReport:
 
 
 def _check_failed(failed: dict[str, str], n_layers: int) -> None:
-    if not failed:
-        return
-    name, reason = next(iter(failed.items()))
     if len(failed) > MAX_FAILED_SHARE * n_layers:
+        name, reason = next(iter(failed.items()))
         raise LoraDAError(f"{len(failed)} of {n_layers} layers have no solution; {name}: {reason}")
-    logger.warning("LoRA-DA: %d layers keep PEFT's init; %s: %s", len(failed), name, reason)
+
+
+def _warn_of_kept(report: InitReport, adapter: Adapter) -> None:
+    """Of the layers that could not be solved, and of those left since, beside what the adapter itself has named."""
+    if report.failed:
+        name, reason = next(iter(report.failed.items()))
+        logger.warning("LoRA-DA: %d layers keep PEFT's init; %s: %s", len(report.failed), name, reason)
+    left = {name: reason for name, reason in report.left.items() if name not in adapter.left}
+    if left:
+        logger.warning(describe_left(left))
 
 
 def _check_experts(estimate: _Estimate) -> None:

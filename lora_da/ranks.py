@@ -6,6 +6,7 @@ Everything here is torch.distributed on its default group. One process alone tak
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeVar
@@ -84,6 +85,11 @@ class Ranks:
             values = [None] * self.size
             dist.all_gather_object(values, value)
         return values
+
+    def common(self, key: str) -> str:
+        """One key for all: their own where they have the same, another for each list of them."""
+        keys = self.gathered(key)
+        return key if len(set(keys)) == 1 else hashlib.sha256("".join(keys).encode()).hexdigest()
 
     def any(self, flag: bool) -> bool:
         """Whether it is true in any process."""

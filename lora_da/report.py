@@ -53,6 +53,7 @@ class InitReport:
         plan: how the samples were run through the model, with the memory that was forecast.
         forecast: bytes planned with: `device` (used before, and beside that), `cpu` (hidden states at borders).
         timings: seconds by what they were spent on.
+        from_cache: the factors were solved by an earlier run, which loss, plan, forecast and timings are of.
         settings: preset and numbers used.
         layers: per initialised layer.
     """
@@ -76,6 +77,7 @@ class InitReport:
     settings: dict[str, Any] = dataclasses.field(default_factory=dict)
     layers: dict[str, LayerReport] = dataclasses.field(default_factory=dict)
     skipped: str | None = None
+    from_cache: bool = False
 
     def line(self) -> str:
         """The one line a user sees."""
@@ -85,7 +87,8 @@ class InitReport:
         return (
             f"LoRA-DA: initialised {self.initialized} of {self.targeted} layers{failed} from {self.samples} samples, "
             f"{self.tokens:,} tokens in {self.seconds:.1f} s, "
-            f"peak {self.memory_of} memory {self.peak_memory_gib:.1f} GiB; {self.plan}"
+            f"peak {self.memory_of} memory {self.peak_memory_gib:.1f} GiB; "
+            f"{'from the cache' if self.from_cache else self.plan}"
         )
 
     def save(self, folder: str | os.PathLike[str]) -> Path:

@@ -42,6 +42,13 @@ def is_shard(parameter: Any) -> bool:
     return isinstance(parameter, DTensor) or _is_zero3(parameter)
 
 
+def held(parameter: Any) -> Any:
+    """What this process holds of a parameter."""
+    if _is_zero3(parameter):
+        return parameter.ds_tensor
+    return parameter.to_local() if isinstance(parameter, DTensor) else parameter
+
+
 def compute_device(parameter: Tensor) -> torch.device:
     """Where a layer with this parameter runs: FSDP2 may keep its shard on the CPU."""
     if isinstance(parameter, DTensor):

@@ -14,6 +14,7 @@ from axolotl.utils.config import validate_config
 from axolotl_host import callbacks, fresh_manager, load, raw  # noqa: F401
 
 from axolotl_lora_da.bare_name import PLUGIN
+from axolotl_lora_da.settings import read_settings
 from lora_da.errors import LoraDAError
 
 pytestmark = [
@@ -39,6 +40,13 @@ def test_the_block_reaches_the_validated_config():
 
 def test_yaml_numbers_without_a_dot_are_numbers():
     assert load(lora_da={"damping": "1e-3"}).lora_da.damping == 1e-3
+
+
+@pytest.mark.parametrize("path", ["1e5", "nan", "12", "./cache", "~/cache"])
+def test_a_folder_stays_text_whatever_it_looks_like(path):
+    loaded = load(lora_da={"cache_dir": path, "damping": "1e-3"})
+    assert loaded.lora_da["cache_dir"] == path
+    assert read_settings(loaded).cache_dir == path and read_settings(loaded).damping == 1e-3
 
 
 def test_a_validated_config_can_be_loaded_again():
@@ -115,6 +123,7 @@ def test_a_block_that_is_no_mapping(block):
         ({"preset": "fast"}, r"^lora_da\.preset is 'fast'; set one of default, reference, paper"),
         ({"gamma": "much"}, r"^lora_da\.gamma is 'much'"),
         ({"damping": "nan"}, r"^lora_da\.damping is nan"),
+        ({"cache_dir": 3}, r"^lora_da\.cache_dir is 3; set the path of a folder, as text"),
     ],
 )
 def test_values_are_checked_at_config_load(block, message):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 
 import pytest
 
@@ -20,6 +21,7 @@ BAD_SETTINGS = [
     ("gamma", [0, 0.0, -1, float("inf"), "1024"]),
     ("full_fisher_up_to", [-1, 4096.0, "all"]),
     ("memory_budget", [0, -1.0, float("nan"), "2GB"]),
+    ("cache_dir", ["", " ", 3, True, Path("folder")]),
 ]
 
 

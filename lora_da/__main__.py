@@ -1,0 +1,165 @@
+"""`python -m lora_da`: the initial adapter for any trainer that starts from a saved one.
+
+Nothing heavy is imported before the arguments are known to be right.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib.util
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from lora_da.config import PRESETS, LoraDAConfig
+from lora_da.errors import LoraDAError
+from lora_da.files import read_rows
+
+DTYPES = ("auto", "bfloat16", "float16", "float32")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command; 0 if the adapter was saved, 1 after a sentence that says why not."""
+    asked = _parse(arguments)
+    try:
+        _export(asked, _config(asked))
+    except LoraDAError as error:
+        print(f"lora_da: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        "python -m lora_da",
+        description="Start a LoRA adapter from data (LoRA-DA, arXiv 2510.24561) and save it as an ordinary PEFT "
+        "adapter, to be trained by any trainer that starts from a saved one.",
+        epilog="Rows hold `messages` (or ShareGPT's `conversations`), `prompt` and `completion`, `instruction` "
+        "(`input`) and `output`, `question` and `answer`, or `text`. Loss is on the answers, on all of a `text`.",
+    )
+    parser.add_argument("--model", required=True, help="folder or hub name of a causal language model")
+    parser.add_argument(
+        "--data", required=True, type=Path, help=".json, .jsonl or .parquet file, or a folder of datasets.save_to_disk"
+    )
+    parser.add_argument("--output", required=True, type=Path, help="folder for the adapter and lora_da_report.json")
+    parser.add_argument("--overwrite", action="store_true", help="write into a folder that is not empty")
+    parser.add_argument("--rank", type=int, default=16, help="r of the adapter (default: %(default)s)")
+    parser.add_argument("--alpha", type=int, help="lora_alpha (default: twice the rank)")
+    parser.add_argument(
+        "--target-modules", nargs="+", metavar="NAME", help="names of layers (default: all linear ones but the head)"
+    )
+    quantised = parser.add_mutually_exclusive_group()
+    quantised.add_argument("--load-in-4bit", action="store_true", help="bitsandbytes nf4, double quantisation (QLoRA)")
+    quantised.add_argument("--load-in-8bit", action="store_true", help="bitsandbytes LLM.int8")
+    parser.add_argument("--samples", type=int, default=256, help="rows to estimate on (default: %(default)s)")
+    parser.add_argument("--max-length", type=int, default=2048, help="tokens of a row at most (default: %(default)s)")
+    parser.add_argument("--preset", choices=tuple(PRESETS), default="default", help="default: %(default)s")
+    parser.add_argument("--cache-dir", help="folder for solved factors: the same command then starts from them")
+    parser.add_argument("--device", help="cpu, cuda, cuda:1 … (default: cuda if there is one)")
+    parser.add_argument("--dtype", choices=DTYPES, default="auto", help="of the model (default: as it is stored)")
+    return parser.parse_args(arguments)
+
+
+def _config(asked: argparse.Namespace) -> LoraDAConfig:
+    """The settings, and everything about the command that can be judged without a model.
+
+    Raises:
+        LoraDAError: a number is out of its range, a package is missing.
+    """
+    for name in ("rank", "max_length", "samples"):
+        if getattr(asked, name) < 1:
+            raise LoraDAError(f"--{name.replace('_', '-')} is {getattr(asked, name)}; set at least 1")
+    if (asked.load_in_4bit or asked.load_in_8bit) and importlib.util.find_spec("bitsandbytes") is None:
+        raise LoraDAError("--load-in-4bit and --load-in-8bit need bitsandbytes; run: pip install bitsandbytes")
+    return LoraDAConfig(preset=asked.preset, samples=asked.samples, cache_dir=asked.cache_dir)
+
+
+def _export(asked: argparse.Namespace, config: LoraDAConfig) -> None:
+    # What can be wrong is looked at before the next slow step.
+    rows = read_rows(asked.data)
+    _tell(f"{len(rows):,} rows; loading torch and transformers")
+    import torch
+    from torch.utils.data import DataLoader
+    from transformers import AutoTokenizer
+
+    from lora_da.export import check_output, export_initial_adapter
+    from lora_da.rows import TokenizedRows, collate
+
+    device = _device(asked.device)
+    check_output(asked.output, asked.overwrite)
+    with _naming("--model", asked.model):
+        tokenizer = AutoTokenizer.from_pretrained(asked.model)
+    data = TokenizedRows(rows, tokenizer, asked.max_length)
+    _tell(f"loading {asked.model} on {device}")
+    with _naming("--model", asked.model):
+        model = _model(asked, device)
+    torch.manual_seed(0)  # what keeps PEFT's random init is the same every time
+    with _naming("--target-modules", " ".join(asked.target_modules or ["all-linear"])):
+        peft_model = _with_adapter(model, asked)
+    loader = DataLoader(data, collate_fn=collate)
+    export_initial_adapter(peft_model, loader, asked.output, config, overwrite=asked.overwrite)
+    _tell(f"saved in {asked.output}")
+
+
+@contextlib.contextmanager
+def _naming(option: str, value: str) -> Iterator[None]:
+    """What transformers and PEFT raise for a wrong value, with the option that it was given by."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        raise LoraDAError(f"{option} {value}: {error}") from error
+
+
+def _device(name: str | None) -> str:
+    import torch
+
+    if name is None:
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise LoraDAError(f"--device is {name!r}; set cpu, cuda, or cuda:1 for the second GPU") from error
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        there = f"{torch.cuda.device_count()} CUDA GPUs" if torch.cuda.is_available() else "no CUDA GPU"
+        raise LoraDAError(f"--device is {name!r}, and torch {torch.__version__} sees {there} here; set another, or cpu")
+    return name
+
+
+def _model(asked: argparse.Namespace, device: str) -> Any:
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
+
+    options: dict[str, Any] = {"device_map": {"": device}, "dtype": asked.dtype}
+    if asked.load_in_4bit:
+        stored = AutoConfig.from_pretrained(asked.model).dtype or torch.float32
+        options["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=stored if asked.dtype == "auto" else getattr(torch, asked.dtype),
+        )
+    if asked.load_in_8bit:
+        options["quantization_config"] = BitsAndBytesConfig(load_in_8bit=True)
+    return AutoModelForCausalLM.from_pretrained(asked.model, **options)
+
+
+def _with_adapter(model: Any, asked: argparse.Namespace) -> Any:
+    from peft import LoraConfig, get_peft_model
+
+    lora = LoraConfig(
+        r=asked.rank,
+        lora_alpha=2 * asked.rank if asked.alpha is None else asked.alpha,
+        target_modules=asked.target_modules or "all-linear",
+        task_type="CAUSAL_LM",
+    )
+    return get_peft_model(model, lora)
+
+
+def _tell(what: str) -> None:
+    print(f"lora_da: {what}", file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
