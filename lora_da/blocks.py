@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from lora_da.forwards import kept_on_device, replaced
 from lora_da.memory import is_out_of_memory
@@ -28,10 +27,10 @@ class NotARow(Exception):
     """The decoder's blocks do not make up a row in which each depends on the one before alone; the message says why."""
 
 
-def find_blocks(model: PreTrainedModel) -> list[nn.Module]:
-    """The decoder's blocks, lowest first: its longest list of modules that is not inside another; none if unknown."""
+def find_blocks(decoder: nn.Module) -> list[nn.Module]:
+    """A decoder's blocks, lowest first: its longest list of modules that is not inside another; none if unknown."""
     lists: list[tuple[str, nn.ModuleList]] = []
-    for name, module in model.get_decoder().named_modules():
+    for name, module in decoder.named_modules():
         if isinstance(module, nn.ModuleList) and not any(name.startswith(outer + ".") for outer, _ in lists):
             lists.append((name, module))
     return list(max((m for _, m in lists), key=len, default=[]))
@@ -41,12 +40,12 @@ class BlockRow:
     """Runs some blocks of a decoder.
 
     Args:
-        model: the causal language model.
-        blocks: `find_blocks` of it.
+        decoder: what makes hidden states of a batch's inputs; what a model has before its decoder may be part of it.
+        blocks: its blocks.
     """
 
-    def __init__(self, model: PreTrainedModel, blocks: Sequence[nn.Module]) -> None:
-        self._decoder, self._blocks = model.get_decoder(), blocks
+    def __init__(self, decoder: nn.Module, blocks: Sequence[nn.Module]) -> None:
+        self._decoder, self._blocks = decoder, blocks
         self._beside: list[int | None] = [None] * len(blocks)  # what a tuple holds beside the hidden state
         self._leaves: list[Tensor] | None = None  # while learning: what entered each block so far, cut from its graph
         self._first, self._stop = 0, len(blocks)

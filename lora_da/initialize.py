@@ -22,8 +22,6 @@ from lora_da.blocks import NotARow
 from lora_da.config import LoraDAConfig
 from lora_da.data import InitData, draw
 from lora_da.errors import LoraDAError
-from lora_da.inputs import decoder_inputs
-from lora_da.loss import check_causal
 from lora_da.memory import PeakMemory
 from lora_da.methods.lora_da import LoraFactors
 from lora_da.mode import estimation_mode
@@ -33,6 +31,7 @@ from lora_da.routing import Routed
 from lora_da.solve import LayerSolver
 from lora_da.survey import survey
 from lora_da.sweep import Sweep
+from lora_da.tasks import Task, find_task
 
 logger = logging.getLogger(__name__)
 
@@ -50,7 +49,8 @@ def initialize_lora_da_weights(
     """Start a LoRA adapter from data (LoRA-DA, arXiv 2510.24561), in place.
 
     Args:
-        peft_model: a causal language model with a freshly added LoRA adapter, its base quantised or not.
+        peft_model: a causal language model, or a classifier of sequences or tokens, with a freshly added LoRA adapter,
+            its base quantised or not.
         dataloader: yields what the model's forward takes, `labels` included. Of a `DataLoader` only the dataset and
             collator are used; anything else is iterated over.
         config: settings; the defaults if None.
@@ -66,7 +66,7 @@ def initialize_lora_da_weights(
     started = time.perf_counter()
     config = config or LoraDAConfig()
     adapter = find_adapter(peft_model, adapter_name)
-    check_causal(peft_model.get_base_model())
+    task = find_task(peft_model.get_base_model())
     _check_single_process()
     targeted = len(adapter.layers) + len(adapter.left)
     if not adapter.is_untrained():
@@ -78,10 +78,10 @@ def initialize_lora_da_weights(
 
     memory = PeakMemory(_device(peft_model))
     with estimation_mode(peft_model):
-        data = draw(dataloader, config.samples, config.seed, config.population_size)
+        data = draw(dataloader, config.samples, config.seed, config.population_size, task.read)
         if data.n_samples < config.samples:
             logger.warning("LoRA-DA: the data hold %d samples, %d were asked for", data.n_samples, config.samples)
-        estimate = _estimate(peft_model, adapter, data, config, show_progress)
+        estimate = _estimate(task, adapter, data, config, _device(peft_model), show_progress)
     _check_failed(estimate.failed, len(adapter.layers))
     if estimate.left:
         _check_experts(estimate)
@@ -135,19 +135,19 @@ class _Estimate:
 
 
 def _estimate(
-    peft_model: PeftModel, adapter: Adapter, data: InitData, config: LoraDAConfig, show_progress: bool
+    task: Task, adapter: Adapter, data: InitData, config: LoraDAConfig, device: torch.device, show_progress: bool
 ) -> _Estimate:
     """Collect and solve, one segment of the model after the other, as much of it in a segment as fits in memory."""
-    preset, device, model = config.resolved_preset(), _device(peft_model), peft_model.get_base_model()
+    preset = config.resolved_preset()
     full_fisher = frozenset(a.name for a in adapter.layers if a.out_features <= preset.full_fisher_up_to)
-    surveyed = survey(model, adapter.layers, decoder_inputs(model, data.batches[-1].glimpse(), device))
+    surveyed = survey(task, adapter.layers, task.inputs(data.batches[-1].glimpse(), device))
     while True:
         plan = make_plan(surveyed, adapter.layers, full_fisher, data.batches, device, config.memory_budget)
         if plan.device_bytes > plan.budget:
             logger.warning("LoRA-DA: more memory is needed than there is to plan with: %s", plan.line())
         estimate = _Estimate(plan, full_fisher, surveyed.routed)
         try:
-            _collect_and_solve(estimate, Sweep(model, data, plan, surveyed, preset, full_fisher, device), show_progress)
+            _collect_and_solve(estimate, Sweep(task, data, plan, surveyed, preset, full_fisher, device), show_progress)
             return estimate
         except NotARow as reason:
             logger.warning("LoRA-DA: not streamed, in several passes instead: %s", reason)

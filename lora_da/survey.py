@@ -7,14 +7,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from lora_da.adapter import AdapterLayer
-from lora_da.blocks import BlockRow, NotARow, find_blocks
+from lora_da.blocks import BlockRow, NotARow
 from lora_da.collect import Collector
 from lora_da.mode import without_checkpointing
 from lora_da.routing import Routed, find_routed
+from lora_da.tasks import Task
 
 
 @dataclass(frozen=True)
@@ -44,18 +44,18 @@ class Survey:
     linear_features: tuple[int, ...]
 
 
-def survey(model: PreTrainedModel, layers: Sequence[AdapterLayer], inputs: Mapping[str, Any]) -> Survey:
+def survey(task: Task, layers: Sequence[AdapterLayer], inputs: Mapping[str, Any]) -> Survey:
     """Look at a model.
 
     Args:
-        model: the causal language model inside the PEFT model, in estimation mode.
+        task: its model in estimation mode.
         layers: those to be served.
-        inputs: what its decoder takes; the beginning of one row will do. It is run three times, block by block at last.
+        inputs: what its body takes; the beginning of one row will do. It is run three times, block by block at last.
     """
-    blocks = find_blocks(model)
+    model, blocks = task.model, task.blocks
     block_of = _block_of(blocks, layers)
     collector = Collector({layer.name: layer.base for layer in layers})
-    row, why_not = BlockRow(model, blocks), _why_not(blocks, layers, block_of)
+    row, why_not = BlockRow(task.body, blocks), task.why_not_a_row or _why_not(blocks, layers, block_of)
     hidden: Tensor | None = None
     with without_checkpointing(model), collector.observing():
         if not why_not:
@@ -73,7 +73,7 @@ def survey(model: PreTrainedModel, layers: Sequence[AdapterLayer], inputs: Mappi
         reads_like=collector.shared_inputs(),
         bytes_per_token=width * itemsize,
         itemsize=itemsize,
-        vocabulary=model.get_output_embeddings().weight.shape[0],
+        vocabulary=task.n_logits,
         linear_features=tuple(map(_linear_features, blocks)) or (_linear_features(model),),
     )
 

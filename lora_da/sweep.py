@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from tqdm import tqdm
-from transformers import PreTrainedModel
 
 from lora_da.adapter import AdapterLayer
 from lora_da.batching import Batch, divided
@@ -21,12 +20,11 @@ from lora_da.collect import Collector, outputs_with_gradients
 from lora_da.config import Preset
 from lora_da.data import InitData
 from lora_da.errors import LoraDAError
-from lora_da.inputs import decoder_inputs
-from lora_da.loss import backward
 from lora_da.memory import is_out_of_memory
 from lora_da.mode import reentrant_checkpointing, without_checkpointing
 from lora_da.plan import Plan, Segment, split
 from lora_da.survey import Survey
+from lora_da.tasks import Task
 from lora_da.timing import Stopwatch
 
 logger = logging.getLogger(__name__)
@@ -40,7 +38,7 @@ class Sweep:
     """Takes the statistics of a model's layers, segment by segment, the last first.
 
     Args:
-        model: the causal language model inside the PEFT model, in estimation mode.
+        task: its model in estimation mode.
         data: the init samples.
         plan: what to run.
         survey: of the model; its row is what is cut.
@@ -55,7 +53,7 @@ class Sweep:
 
     def __init__(
         self,
-        model: PreTrainedModel,
+        task: Task,
         data: InitData,
         plan: Plan,
         survey: Survey,
@@ -66,7 +64,7 @@ class Sweep:
         self.drawn, self.preset = data, preset
         self.loss = math.nan
         self.watch = Stopwatch(device)
-        self._model, self._survey, self._plan = model, survey, plan
+        self._task, self._model, self._survey, self._plan = task, task.model, survey, plan
         self._full_fisher, self._device, self._progress = full_fisher, device, tqdm(disable=True)
         self._batches = [part for batch in data.batches for part in divided(batch, plan.batch_tokens)]
         self._n_loss_tokens = data.n_loss_tokens
@@ -74,7 +72,7 @@ class Sweep:
         # so that float16 gradients stay in their range; what remains is part of the scale.
         self._mean_tokens = data.n_loss_tokens / data.n_samples if preset.averaging == "samples" else None
         self._scale = LOSS_SCALE
-        self._reentrant = survey.row is None and reentrant_checkpointing(model)
+        self._reentrant = survey.row is None and reentrant_checkpointing(task.model)
         self._borders = Borders(device)
 
     @property
@@ -120,6 +118,7 @@ class Sweep:
                 self._scale * (self._mean_tokens or 1.0),
                 timed=lambda: self.watch("products"),
                 routed=self._survey.routed,
+                streams=self._task.streams,
             )
             try:
                 self._collect(segment, collector, gradient_below)
@@ -147,7 +146,7 @@ class Sweep:
         reads_inputs = any(self._survey.block_of.get(a.name, 0) == segment.first for a in segment.layers)
         with self._own_activations(segment.first == 0 and reads_inputs), collector.observing(), cut:
             for number, batch in enumerate(self._batches):
-                collector.reading(batch.tokens.document >= 0, self._device)
+                collector.reading(batch.tokens.document >= 0, self._device, batch.others())
                 inputs = self._inputs(batch)
                 hidden = self._hidden(segment.first, number, below is not None or reads_inputs)
                 if is_top:
@@ -173,7 +172,7 @@ class Sweep:
         if self._mean_tokens is not None:
             per_document = torch.nn.functional.pad(self._mean_tokens / batch.tokens.loss_tokens, (0, 1))
             weights = per_document[batch.tokens.document].to(self._device, non_blocking=True)
-        return backward(self._model, inputs, batch.tokens, self._scale, weights, self.watch)
+        return self._task.backward(batch, inputs, self._scale, weights, self.watch)
 
     def _run(self, segment: Segment, number: int, hidden: Tensor | None, inputs: dict[str, Any]) -> None:
         row = self._survey.row
@@ -270,7 +269,7 @@ class Sweep:
             )
 
     def _inputs(self, batch: Batch) -> dict[str, Any]:
-        return decoder_inputs(self._model, batch, self._device)
+        return self._task.inputs(batch, self._device)
 
     @contextlib.contextmanager
     def _own_activations(self, inputs_with_gradients: bool) -> Iterator[None]:
@@ -283,5 +282,6 @@ class Sweep:
             if self._survey.row is not None:
                 stack.enter_context(without_checkpointing(self._model))
             if inputs_with_gradients or self._reentrant:
-                stack.enter_context(outputs_with_gradients(self._model.get_input_embeddings()))
+                for module in self._task.embeddings:
+                    stack.enter_context(outputs_with_gradients(module))
             yield

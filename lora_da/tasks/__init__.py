@@ -1,0 +1,41 @@
+"""The kinds of training that a model's statistics can be taken for."""
+
+from __future__ import annotations
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from lora_da.errors import LoraDAError
+from lora_da.tasks.causal import Causal
+from lora_da.tasks.classification import SequenceClassification, TokenClassification
+from lora_da.tasks.task import Task
+
+__all__ = ["Task", "find_task"]
+
+CAUSAL_LOSSES = ("ForCausalLM", "ForConditionalGeneration", None)
+SUPPORTED = "LoRA-DA supports causal language models, and classifiers of sequences and tokens"
+
+
+def find_task(model: nn.Module) -> Task:
+    """What a model is trained for.
+
+    Args:
+        model: inside the PEFT model.
+
+    Raises:
+        LoraDAError: no transformers model, or one that is trained for something else.
+    """
+    name = type(model).__name__
+    if not isinstance(model, PreTrainedModel):
+        raise LoraDAError(f"{name} is not a transformers model; LoRA-DA reads the loss of one")
+    if getattr(model.config, "is_encoder_decoder", False):
+        raise LoraDAError(f"{name} is an encoder-decoder; {SUPPORTED}")
+    if model.loss_type == "ForSequenceClassification":
+        return SequenceClassification(model)
+    if model.loss_type == "ForTokenClassification":
+        return TokenClassification(model)
+    if model.get_output_embeddings() is None:
+        raise LoraDAError(f"{name} has no language-model head; {SUPPORTED}")
+    if model.loss_type not in CAUSAL_LOSSES:
+        raise LoraDAError(f"{name} trains with {model.loss_type}; {SUPPORTED}")
+    return Causal(model)
