@@ -41,7 +41,7 @@ class Batch:
     @property
     def shape(self) -> tuple[int, int]:
         """Rows and columns."""
-        return self.tokens.rows, len(self.tokens.document) // max(1, self.tokens.rows)
+        return self.tokens.rows, self._columns
 
     @property
     def n_positions(self) -> int:
@@ -82,7 +82,7 @@ class Batch:
 
     def halves(self) -> tuple[Batch, Batch] | None:
         """The upper and the lower half of its rows, trimmed; None where it cannot be divided."""
-        rows, together = self.shape[0], self.rows_of_document
+        rows, together = self.tokens.rows, self.rows_of_document
         if rows < 2 * together or not self._is_known():
             return None
         middle = rows // together // 2 * together
@@ -108,26 +108,36 @@ class Batch:
 
     def _counted(self) -> Tensor:
         """(rows, columns) bool."""
-        return (self.tokens.document >= 0).view(self.shape)
+        return (self.tokens.document >= 0).view(self.tokens.rows, self._columns)
+
+    @property
+    def _columns(self) -> int:
+        """Of `tokens`."""
+        return len(self.tokens.document) // max(1, self.tokens.rows)
+
+    def _columns_of(self, name: str) -> int:
+        """Of an input by token."""
+        return self._columns
+
+    def _positions(self) -> Tensor:
+        """(rows, columns), numbered as in `tokens`."""
+        return torch.arange(len(self.tokens.document)).view(self.tokens.rows, self._columns)
 
     def _cut(self, length: int) -> Batch:
         """The first columns."""
-        rows, columns = self.shape
-        if length >= columns or not self._is_known():
+        if length >= self._columns or not self._is_known():
             return self
         inputs = {
             k: v[:, :length] if isinstance(v, Tensor) and k not in self.by_row else v
             for k, v in self._model_inputs.items()
         }
-        kept = torch.arange(rows * columns).view(rows, columns)[:, :length].flatten()
-        return replace(self, inputs=inputs, tokens=_selected(self.tokens, kept, rows))
+        tokens = selected(self.tokens, self._positions()[:, :length], self.tokens.rows)
+        return replace(self, inputs=inputs, tokens=tokens)
 
     def _rows(self, numbers: Tensor) -> Batch:
         """Some of the rows."""
-        rows, columns = self.shape
-        inputs = {k: v[numbers] if _has_rows(v, rows) else v for k, v in self._model_inputs.items()}
-        kept = torch.arange(rows * columns).view(rows, columns)[numbers].flatten()
-        return replace(self, inputs=inputs, tokens=_selected(self.tokens, kept, len(numbers)))
+        inputs = {k: v[numbers] if _has_rows(v, self.tokens.rows) else v for k, v in self._model_inputs.items()}
+        return replace(self, inputs=inputs, tokens=selected(self.tokens, self._positions()[numbers], len(numbers)))
 
     def _is_known(self) -> bool:
         """Whether every input is known to be cut by rows, and by columns or not at all."""
@@ -139,8 +149,9 @@ class Batch:
         if NOT_TEXT.match(name):
             return False  # images may have the shape of tokens
         if name in self.by_row:
-            return _has_rows(value, self.shape[0])
-        return value.shape in (self.shape, (1, self.shape[1]))
+            return _has_rows(value, self.tokens.rows)
+        columns = self._columns_of(name)
+        return value.shape in ((self.tokens.rows, columns), (1, columns))
 
     @property
     def _model_inputs(self) -> dict[str, Any]:
@@ -179,8 +190,9 @@ def _has_rows(value: Any, rows: int) -> bool:
     return isinstance(value, Tensor) and value.dim() > 0 and value.shape[0] == rows
 
 
-def _selected(tokens: BatchTokens, positions: Tensor, rows: int) -> BatchTokens:
-    """The tokens at some positions, their documents numbered anew."""
+def selected(tokens: BatchTokens, positions: Tensor, rows: int) -> BatchTokens:
+    """The tokens at some positions (rows, columns), their documents numbered anew."""
+    positions = positions.flatten()
     document = tokens.document[positions]
     kept = document[document >= 0].unique()
     number = torch.full((tokens.n_documents + 1,), -1)  # the last entry maps -1 to itself

@@ -69,7 +69,7 @@ def survey(task: Task, layers: Sequence[AdapterLayer], inputs: Mapping[str, Any]
         row=None if why_not else row,
         why_not=why_not,
         block_of=block_of,
-        routed=find_routed(blocks, {layer.name: layer.base for layer in layers}),
+        routed=find_routed(blocks if task.has_experts else [], {layer.name: layer.base for layer in layers}),
         reads_like=collector.shared_inputs(),
         bytes_per_token=width * itemsize,
         itemsize=itemsize,

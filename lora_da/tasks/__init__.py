@@ -8,12 +8,16 @@ from transformers import PreTrainedModel
 from lora_da.errors import LoraDAError
 from lora_da.tasks.causal import Causal
 from lora_da.tasks.classification import SequenceClassification, TokenClassification
+from lora_da.tasks.seq2seq import Seq2Seq
 from lora_da.tasks.task import Task
 
 __all__ = ["Task", "find_task"]
 
-CAUSAL_LOSSES = ("ForCausalLM", "ForConditionalGeneration", None)
-SUPPORTED = "LoRA-DA supports causal language models, and classifiers of sequences and tokens"
+LANGUAGE_MODEL_LOSSES = ("ForCausalLM", "ForConditionalGeneration", None)
+SUPPORTED = (
+    "LoRA-DA supports causal and sequence-to-sequence language models, and classifiers of sequences and tokens that "
+    "are no encoder-decoders"
+)
 
 
 def find_task(model: nn.Module) -> Task:
@@ -28,14 +32,13 @@ def find_task(model: nn.Module) -> Task:
     name = type(model).__name__
     if not isinstance(model, PreTrainedModel):
         raise LoraDAError(f"{name} is not a transformers model; LoRA-DA reads the loss of one")
-    if getattr(model.config, "is_encoder_decoder", False):
-        raise LoraDAError(f"{name} is an encoder-decoder; {SUPPORTED}")
-    if model.loss_type == "ForSequenceClassification":
+    is_encoder_decoder = getattr(model.config, "is_encoder_decoder", False)
+    if model.loss_type == "ForSequenceClassification" and not is_encoder_decoder:
         return SequenceClassification(model)
-    if model.loss_type == "ForTokenClassification":
+    if model.loss_type == "ForTokenClassification" and not is_encoder_decoder:
         return TokenClassification(model)
     if model.get_output_embeddings() is None:
         raise LoraDAError(f"{name} has no language-model head; {SUPPORTED}")
-    if model.loss_type not in CAUSAL_LOSSES:
+    if model.loss_type not in LANGUAGE_MODEL_LOSSES:
         raise LoraDAError(f"{name} trains with {model.loss_type}; {SUPPORTED}")
-    return Causal(model)
+    return Seq2Seq(model) if is_encoder_decoder else Causal(model)

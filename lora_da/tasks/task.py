@@ -32,9 +32,11 @@ class Task(ABC):
         blocks: of the decoder, lowest first.
         streams: where the layers are that read other than the tokens of the loss.
         why_not_a_row: why the blocks cannot be run without each other; empty if that is to be tried.
+        has_experts: whether a list of modules inside a block is one of experts.
     """
 
     why_not_a_row = ""
+    has_experts = True
     streams = Streams()
 
     def __init__(self, model: PreTrainedModel, body: nn.Module, decoder: nn.Module | None = None) -> None:
