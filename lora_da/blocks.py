@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lora_da.batching import NOT_TEXT
 from lora_da.forwards import kept_on_device, replaced
 from lora_da.memory import is_out_of_memory
 
@@ -70,8 +71,7 @@ class BlockRow:
         finally:
             self._leaves = None
         with torch.no_grad():
-            if isinstance(inputs.get("input_ids"), Tensor):
-                self._decoder(**{**inputs, "input_ids": inputs["input_ids"].flip(-1) // 2})
+            self._decoder(**_other_than(inputs))
             for number in reversed(range(len(self))):  # what a block leaves would be fresh again for those above it
                 self._check_alone(number, entered[number], entered[number + 1], inputs)
         return last
@@ -177,6 +177,18 @@ class BlockRow:
             earlier = [other for other, gradient in enumerate(found) if gradient is not None]
             if earlier:
                 raise NotARow(f"block {number} reads something of block {earlier[0]} past the hidden state between")
+
+
+def _other_than(inputs: dict[str, Any]) -> dict[str, Any]:
+    """Inputs of the same shapes: other tokens, or other images, for which the tokens say where they are."""
+    images = {k: v.flip(-1) / 2 for k, v in inputs.items() if NOT_TEXT.match(k) and _is_floating(v)}
+    if images or not isinstance(inputs.get("input_ids"), Tensor):
+        return {**inputs, **images}
+    return {**inputs, "input_ids": inputs["input_ids"].flip(-1) // 2}
+
+
+def _is_floating(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point()
 
 
 def check(again: Tensor, before: Tensor) -> None:

@@ -31,7 +31,7 @@ from lora_da.routing import Routed
 from lora_da.solve import LayerSolver
 from lora_da.survey import survey
 from lora_da.sweep import Sweep
-from lora_da.tasks import Task, find_task
+from lora_da.tasks import RewardLoss, Task, find_task
 
 logger = logging.getLogger(__name__)
 
@@ -45,17 +45,19 @@ def initialize_lora_da_weights(
     config: LoraDAConfig | None = None,
     adapter_name: str | None = None,
     show_progress: bool = True,
+    reward: RewardLoss | None = None,
 ) -> InitReport:
     """Start a LoRA adapter from data (LoRA-DA, arXiv 2510.24561), in place.
 
     Args:
-        peft_model: a causal language model, or a classifier of sequences or tokens, with a freshly added LoRA adapter,
-            its base quantised or not.
+        peft_model: a causal or sequence-to-sequence language model, with or without images, or a classifier of
+            sequences or tokens, with a freshly added LoRA adapter, its base quantised or not.
         dataloader: yields what the model's forward takes, `labels` included. Of a `DataLoader` only the dataset and
             collator are used; anything else is iterated over.
         config: settings; the defaults if None.
         adapter_name: the adapter; the only active one if None.
         show_progress: show a progress bar and print the one line of the report.
+        reward: the loss of a reward model that is trained on pairs: a batch holds the chosen rows, then the rejected.
 
     Returns:
         What was done, per layer. `report.skipped` is set, and nothing was changed, if the adapter was trained already.
@@ -66,7 +68,7 @@ def initialize_lora_da_weights(
     started = time.perf_counter()
     config = config or LoraDAConfig()
     adapter = find_adapter(peft_model, adapter_name)
-    task = find_task(peft_model.get_base_model())
+    task = find_task(peft_model.get_base_model(), reward)
     _check_single_process()
     targeted = len(adapter.layers) + len(adapter.left)
     if not adapter.is_untrained():
