@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from classifiers import adapted, classifier, texts
+from classifiers import adapted, classifier
 from collecting import worst
 from dequantized import dequantized, four_bit
 from models import tiny_llama, with_lora
 from picture import differences, picture
 from planning import CPU, PLENTY, WAYS
+from rewards import CENTER, in_batches, losses, pad, pairs, reward_model
 from task_oracle import statistics_of
 from torch.utils.data import DataLoader
 from tqdm import tqdm
@@ -24,41 +25,6 @@ from lora_da.sweep import Sweep
 from lora_da.tasks import RewardLoss, find_task
 
 FLOAT32 = 2e-5  # float32 model and sums against the float64 oracle
-CENTER = 0.3
-
-
-def reward_model(kind="Llama", **config):
-    return classifier(kind, num_labels=1, **config)
-
-
-def pairs(count=7, margins=False):
-    chosen, rejected = texts(count, 1), texts(count, 2)
-    margin = torch.linspace(-1, 2, count)
-    return [
-        {"chosen": c, "rejected": r, **({"margin": m} if margins else {})}
-        for c, r, m in zip(chosen, rejected, margin, strict=True)
-    ]
-
-
-def pad(batch, extra=0):
-    """As TRL's collator: the chosen rows, then the rejected ones."""
-    rows = [row["chosen"] for row in batch] + [row["rejected"] for row in batch]
-    ids = torch.nn.utils.rnn.pad_sequence([*rows, torch.zeros(max(map(len, rows)) + extra).long()], True)[:-1]
-    margin = {"margin": torch.stack([row["margin"] for row in batch])} if "margin" in batch[0] else {}
-    return {"input_ids": ids, "attention_mask": (ids > 0).long(), **margin}
-
-
-def in_batches(found, size, extra=0):
-    return [pad(found[first : first + size], extra) for first in range(0, len(found), size)]
-
-
-def losses(center):
-    def of(twin, pair):
-        chosen, rejected = (twin(input_ids=pair[name][None]).logits[0, 0] for name in ("chosen", "rejected"))
-        ahead = chosen - rejected - (pair["margin"].double() if "margin" in pair else 0)
-        return (torch.log1p(torch.exp(-ahead)) + center * (chosen + rejected) ** 2)[None]
-
-    return of
 
 
 def collected(model, batches, center=None, way=WAYS["one pass"], averaging="tokens"):
