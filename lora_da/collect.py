@@ -176,8 +176,9 @@ class Collector:
         """What x (…, i) of a layer is made of."""
         if any(_same_memory(x, hidden) for hidden in self._handed_over):
             return ENCODER
-        if ROWS in self._others and x.dim() == 2:
-            return ROWS
+        if ROWS in self._others and x.dim() == 2 and name not in self._routed:
+            # Some layers read all tokens in one list; where a row is one token, that is the same.
+            return TOKENS if len(x) == self._n_positions else ROWS
         return self._stream_of.get(name, UNKNOWN)
 
     def _note_encoded(self, _encoder: nn.Module, _args: tuple[Any, ...], output: Any) -> None:

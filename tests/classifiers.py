@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 import transformers
-from architectures import BLOCKS, COMMON, SIZES
+from architectures import ARCHITECTURES, BLOCKS, COMMON, SIZES
 from models import IGNORED, VOCABULARY, seeded, with_lora
 from peft import PeftModel
 from task_oracle import Unit, cross_entropy
@@ -19,6 +19,7 @@ ENCODER = {**{k: v for k, v in SIZES.items() if k != "num_key_value_heads"}, "cl
 MODELS: dict[str, dict[str, Any]] = {
     "Llama": SIZES,
     "GPT2": {**COMMON, "n_embd": 32, "n_layer": BLOCKS, "n_head": 4, "n_positions": 256},
+    "Qwen2Moe": ARCHITECTURES["Qwen2Moe"].config,
     "Bert": ENCODER,
     "Roberta": ENCODER,
     "ModernBert": {**ENCODER, "local_attention": 4, "global_attn_every_n_layers": 2},

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from classifiers import HEADS, LINEAR, K, adapted, classifier, in_batches, losses, number, pad, several, single, tagged
@@ -67,6 +69,35 @@ def test_every_way_of_running(kind, head, way):
     model = adapted(classifier(kind, head), target_modules=LINEAR[kind])
     oracle = statistics_of(classifier(kind, head), rows, losses, targets(model), "samples")
     assert worst(collected_by(model, in_batches(rows, 3), WAYS[way], "samples"), oracle) < FLOAT32
+
+
+@pytest.mark.parametrize("size", [1, 4])
+def test_layers_that_read_all_tokens_in_one_list(size):
+    """A shared expert's rows are the tokens of all rows, not the rows."""
+    rows = single()
+    targets_of = ["q_proj", "gate_proj", "up_proj", "down_proj"]
+    model = adapted(classifier("Qwen2Moe"), target_modules=targets_of)
+    assert any("shared_expert" in name for name in targets(model))
+    oracle = statistics_of(classifier("Qwen2Moe"), rows, losses, targets(model), "tokens")
+    assert worst(collected_by(model, in_batches(rows, size)), oracle) < FLOAT32
+
+
+@pytest.mark.parametrize(("head", "make"), [("Sequence", single), ("Sequence", several), ("Token", tagged)])
+def test_a_batch_in_which_nothing_counts_adds_nothing(head, make):
+    """As one of several processes may have to run it beside the others."""
+    task = find_task(classifier("Llama", head))
+    batch = task.read(pad(make(3)), 100)
+    nothing = replace(
+        batch.tokens,
+        targets=torch.full_like(batch.tokens.targets, -100),
+        document=torch.full_like(batch.tokens.document, -1),
+        loss_tokens=batch.tokens.loss_tokens[:0],
+    )
+    batch = replace(batch, tokens=nothing)
+    total = task.backward(batch, task.inputs(batch, torch.device("cpu")), 1.0)
+    assert total == 0
+    gradients = [p.grad for p in task.model.parameters() if p.grad is not None]
+    assert gradients and all(not gradient.any() for gradient in gradients)
 
 
 def test_a_pooler_is_served_with_one_vector_a_row():

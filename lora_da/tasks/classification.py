@@ -37,16 +37,23 @@ class _Classification(Task):
     ) -> Tensor:
         """The pass over a batch of `n` labels that count; weights (…, 1) fit the logits."""
         with timed("forward"):
-            output = self.model(**inputs, labels=labels)
+            output = self.model(**inputs, labels=labels if n else None)  # the mean over no label is not a number
         with timed("head"):
-            # A label's loss depends on its own logits alone: to weigh this gradient is to weigh the loss.
-            (gradient,) = torch.autograd.grad(output.loss * (n * scale), output.logits, allow_unused=True)
-        if gradient is None:
-            raise LoraDAError(f"the loss of {type(self.model).__name__} is not made of its logits; not supported")
+            gradient = self._of_logits(output, n * scale) if n else torch.zeros_like(output.logits)
         if output.logits.requires_grad:
             with timed("backward"):
                 output.logits.backward(gradient if weights is None else (gradient * weights).to(gradient.dtype))
-        return output.loss.detach().float() * n
+        return output.loss.detach().float() * n if n else output.logits.new_zeros((), dtype=torch.float32)
+
+    def _of_logits(self, output: Any, factor: float) -> Tensor:
+        """The gradient of `factor` times the loss in the logits. A label's loss depends on its own logits alone: to
+        weigh this gradient is to weigh the loss."""
+        gradient = None
+        if output.loss is not None:
+            (gradient,) = torch.autograd.grad(output.loss * factor, output.logits, allow_unused=True)
+        if gradient is None:
+            raise LoraDAError(f"{type(self.model).__name__} returns no loss that is made of its logits; not supported")
+        return gradient
 
 
 class SequenceClassification(_Classification):
@@ -83,7 +90,7 @@ class SequenceClassification(_Classification):
     ) -> Tensor:
         labels = batch.inputs["labels"].to(inputs["input_ids"].device)
         # One loss token in every document: however they are averaged, all weights are 1.
-        return self._backward(inputs, labels, len(labels), scale, None, timed)
+        return self._backward(inputs, labels, batch.tokens.n_documents, scale, None, timed)
 
     def _is_single_label(self, labels: Tensor) -> bool:
         """As transformers decides it where the config does not."""

@@ -79,9 +79,10 @@ class Reward(SequenceClassification):
             ahead = chosen - rejected
             if batch.inputs.get("margin") is not None:
                 ahead = ahead - batch.inputs["margin"][::2].to(ahead.device)
-            total = -torch.nn.functional.logsigmoid(ahead).sum()
+            of_pairs = -torch.nn.functional.logsigmoid(ahead)
             if self._loss.center_coefficient is not None:
-                total = total + self._loss.center_coefficient * (chosen + rejected).square().sum()
+                of_pairs = of_pairs + self._loss.center_coefficient * (chosen + rejected).square()
+            total = of_pairs[: batch.tokens.n_documents].sum()  # all of them, or none
         if total.requires_grad:
             with timed("backward"):
                 (total * scale).backward()
