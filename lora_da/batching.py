@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from lora_da.errors import LoraDAError
+from lora_da.streams import ROWS
 from lora_da.tokens import IGNORED, BatchTokens
 
 # Tokens in a batch. Beyond about this many, neither the matrix products nor the dequantisation of a layer's weight,
 # once a batch, get cheaper by the token; and it is what a training step of one long row reads.
 BATCH_TOKENS = 2048
 GLIMPSE = 64  # tokens of a row that a model is surveyed with
+NOT_TEXT = re.compile(r"pixel_|image_|video_|audio_|input_features|input_values")
 NOT_FOR_THE_MODEL = ("seq_lengths", "num_items_in_batch")  # read by trainers and by `tokens`, and done with then
 
 
@@ -25,16 +29,19 @@ class Batch:
     Args:
         inputs: the collator's output.
         tokens: the counted tokens.
+        by_row: names of inputs that hold a value or a vector for each row, not for each token.
+        rows_of_document: rows that stay together, beside each other.
     """
 
     inputs: Mapping[str, Any]
     tokens: BatchTokens
+    by_row: frozenset[str] = frozenset()
+    rows_of_document: int = 1
 
     @property
     def shape(self) -> tuple[int, int]:
         """Rows and columns."""
-        rows, columns = self.inputs["labels"].shape
-        return rows, columns
+        return self.tokens.rows, self._columns
 
     @property
     def n_positions(self) -> int:
@@ -46,12 +53,20 @@ class Batch:
         """Tokens that count."""
         return int((self.tokens.document >= 0).sum())
 
+    def others(self) -> dict[str, Tensor]:
+        """Of what layers read other than these tokens, which counts: (n,) bool by stream."""
+        return {ROWS: self._counted().any(1)} if self.by_row else {}
+
     def idle(self) -> Batch:
         """The same to run, with nothing in it that counts."""
-        none = torch.full_like(self.tokens.document, -1)
-        targets = torch.full_like(self.tokens.targets, IGNORED)
-        tokens = BatchTokens(targets, none, self.tokens.loss_tokens[:0], 0, self.tokens.boundaries)
-        return Batch(self.inputs, tokens)
+        tokens = replace(
+            self.tokens,
+            targets=torch.full_like(self.tokens.targets, IGNORED),
+            document=torch.full_like(self.tokens.document, -1),
+            loss_tokens=self.tokens.loss_tokens[:0],
+            n_found=0,
+        )
+        return replace(self, tokens=tokens)
 
     def moves_positions(self) -> bool:
         """Whether its rows begin with padding and nothing says where their text does."""
@@ -61,11 +76,11 @@ class Batch:
     @property
     def length(self) -> int:
         """Columns up to the last token that counts; 1 at least."""
-        counted = (self.tokens.document >= 0).view(self.shape).any(0).nonzero()
+        counted = self._counted().any(0).nonzero()
         return int(counted[-1]) + 1 if len(counted) else 1
 
     def glimpse(self) -> Batch:
-        """Its last row, and of that as many tokens as tell how a model is built; all of it where it cannot be cut."""
+        """Its last document, and of that as many tokens as tell how a model is built; all where it cannot be cut."""
         halves = self.halves()
         return self._cut(GLIMPSE) if halves is None else halves[1].glimpse()
 
@@ -76,34 +91,82 @@ class Batch:
         """
         return self._cut(self.length)
 
+    def halves(self) -> tuple[Batch, Batch] | None:
+        """The upper and the lower half of its rows, trimmed; None where it cannot be divided."""
+        rows, together = self.tokens.rows, self.rows_of_document
+        if rows < 2 * together or not self._is_known():
+            return None
+        middle = rows // together // 2 * together
+        numbers = torch.arange(rows)
+        return self._rows(numbers[:middle]).trimmed(), self._rows(numbers[middle:]).trimmed()
+
+    def counted_rows(self) -> Batch:
+        """Its rows with a token that counts.
+
+        Raises:
+            LoraDAError: it holds others, and inputs of shapes unknown here.
+        """
+        counted = self._counted().any(1)
+        if bool(counted.all()):
+            return self
+        if not self._is_known():
+            raise LoraDAError(
+                f"rows without a label, or beyond the number of samples, cannot be left out of a batch of "
+                f"{', '.join(self._model_inputs)}; let the batches be made by a DataLoader with a collator"
+            )
+        kept = self._rows(counted.nonzero().flatten())
+        return replace(kept, tokens=replace(kept.tokens, n_found=self.tokens.n_found))
+
+    def _counted(self) -> Tensor:
+        """(rows, columns) bool."""
+        return (self.tokens.document >= 0).view(self.tokens.rows, self._columns)
+
+    @property
+    def _columns(self) -> int:
+        """Of `tokens`."""
+        return len(self.tokens.document) // max(1, self.tokens.rows)
+
+    def _columns_of(self, name: str) -> int:
+        """Of an input by token."""
+        return self._columns
+
+    def _positions(self) -> Tensor:
+        """(rows, columns), numbered as in `tokens`."""
+        return torch.arange(len(self.tokens.document)).view(self.tokens.rows, self._columns)
+
     def _cut(self, length: int) -> Batch:
         """The first columns."""
-        rows, columns = self.shape
-        if length >= columns or not self._is_by_token():
+        if length >= self._columns or not self._is_known():
             return self
-        inputs = {k: v[:, :length] if isinstance(v, Tensor) else v for k, v in self._model_inputs.items()}
-        kept = torch.arange(rows * columns).view(rows, columns)[:, :length].flatten()
-        return Batch(inputs, _selected(self.tokens, kept))
+        inputs = {
+            k: v[:, :length] if isinstance(v, Tensor) and k not in self.by_row else v
+            for k, v in self._model_inputs.items()
+        }
+        tokens = selected(self.tokens, self._positions()[:, :length], self.tokens.rows)
+        return replace(self, inputs=inputs, tokens=tokens)
 
-    def _is_by_token(self) -> bool:
-        rows, columns = self.shape
-        return all(_is_by_token(v, rows, columns) for v in self._model_inputs.values())
+    def _rows(self, numbers: Tensor) -> Batch:
+        """Some of the rows."""
+        inputs = {k: v[numbers] if _has_rows(v, self.tokens.rows) else v for k, v in self._model_inputs.items()}
+        return replace(self, inputs=inputs, tokens=selected(self.tokens, self._positions()[numbers], len(numbers)))
+
+    def _is_known(self) -> bool:
+        """Whether every input is known to be cut by rows, and by columns or not at all."""
+        return all(self._is_known_input(k, v) for k, v in self._model_inputs.items())
+
+    def _is_known_input(self, name: str, value: Any) -> bool:
+        if not isinstance(value, Tensor):
+            return value is None or isinstance(value, (bool, int, float, str))
+        if NOT_TEXT.match(name):
+            return False  # images may have the shape of tokens
+        if name in self.by_row:
+            return _has_rows(value, self.tokens.rows)
+        columns = self._columns_of(name)
+        return value.shape in ((self.tokens.rows, columns), (1, columns))
 
     @property
     def _model_inputs(self) -> dict[str, Any]:
         return {k: v for k, v in self.inputs.items() if k not in NOT_FOR_THE_MODEL}
-
-    def halves(self) -> tuple[Batch, Batch] | None:
-        """The upper and the lower half of its rows, trimmed; None where it cannot be divided."""
-        rows, columns = self.shape
-        if rows < 2 or not self._is_by_token():
-            return None
-        positions = torch.arange(rows * columns).view(rows, columns)
-        parts = []
-        for part in (slice(0, rows // 2), slice(rows // 2, rows)):
-            inputs = {k: v[part] if _has_rows(v, rows) else v for k, v in self._model_inputs.items()}
-            parts.append(Batch(inputs, _selected(self.tokens, positions[part].flatten())).trimmed())
-        return parts[0], parts[1]
 
 
 def divided(batch: Batch, batch_tokens: int) -> Iterator[Batch]:
@@ -147,23 +210,17 @@ def by_length(lengths: Sequence[int], batch_tokens: int) -> list[list[int]]:
     return groups
 
 
-def _is_by_token(value: Any, rows: int, columns: int) -> bool:
-    """Whether a value is known to be cut by columns: (rows, columns), (1, columns), or no tensor and no list."""
-    if isinstance(value, Tensor):
-        return value.shape in ((rows, columns), (1, columns))
-    return value is None or isinstance(value, (bool, int, float, str))
-
-
 def _has_rows(value: Any, rows: int) -> bool:
-    return isinstance(value, Tensor) and value.shape[0] == rows
+    return isinstance(value, Tensor) and value.dim() > 0 and value.shape[0] == rows
 
 
-def _selected(tokens: BatchTokens, positions: Tensor) -> BatchTokens:
-    """The tokens at some positions, their documents numbered anew."""
+def selected(tokens: BatchTokens, positions: Tensor, rows: int) -> BatchTokens:
+    """The tokens at some positions (rows, columns), their documents numbered anew."""
+    positions = positions.flatten()
     document = tokens.document[positions]
     kept = document[document >= 0].unique()
     number = torch.full((tokens.n_documents + 1,), -1)  # the last entry maps -1 to itself
     number[kept] = torch.arange(len(kept))
     return BatchTokens(
-        tokens.targets[positions], number[document], tokens.loss_tokens[kept], len(kept), tokens.boundaries
+        tokens.targets[positions], number[document], tokens.loss_tokens[kept], len(kept), tokens.boundaries, rows
     )

@@ -15,8 +15,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
+from lora_da.batching import NOT_TEXT
 from lora_da.forwards import kept_on_device, replaced
 from lora_da.memory import is_out_of_memory
 
@@ -28,10 +28,10 @@ class NotARow(Exception):
     """The decoder's blocks do not make up a row in which each depends on the one before alone; the message says why."""
 
 
-def find_blocks(model: PreTrainedModel) -> list[nn.Module]:
-    """The decoder's blocks, lowest first: its longest list of modules that is not inside another; none if unknown."""
+def find_blocks(decoder: nn.Module) -> list[nn.Module]:
+    """A decoder's blocks, lowest first: its longest list of modules that is not inside another; none if unknown."""
     lists: list[tuple[str, nn.ModuleList]] = []
-    for name, module in model.get_decoder().named_modules():
+    for name, module in decoder.named_modules():
         if isinstance(module, nn.ModuleList) and not any(name.startswith(outer + ".") for outer, _ in lists):
             lists.append((name, module))
     return list(max((m for _, m in lists), key=len, default=[]))
@@ -41,12 +41,12 @@ class BlockRow:
     """Runs some blocks of a decoder.
 
     Args:
-        model: the causal language model.
-        blocks: `find_blocks` of it.
+        decoder: what makes hidden states of a batch's inputs; what a model has before its decoder may be part of it.
+        blocks: its blocks.
     """
 
-    def __init__(self, model: PreTrainedModel, blocks: Sequence[nn.Module]) -> None:
-        self._decoder, self._blocks = model.get_decoder(), blocks
+    def __init__(self, decoder: nn.Module, blocks: Sequence[nn.Module]) -> None:
+        self._decoder, self._blocks = decoder, blocks
         self._beside: list[int | None] = [None] * len(blocks)  # what a tuple holds beside the hidden state
         self._leaves: list[Tensor] | None = None  # while learning: what entered each block so far, cut from its graph
         self._first, self._stop = 0, len(blocks)
@@ -71,8 +71,7 @@ class BlockRow:
         finally:
             self._leaves = None
         with torch.no_grad():
-            if isinstance(inputs.get("input_ids"), Tensor):
-                self._decoder(**{**inputs, "input_ids": inputs["input_ids"].flip(-1) // 2})
+            self._decoder(**_other_than(inputs))
             for number in reversed(range(len(self))):  # what a block leaves would be fresh again for those above it
                 self._check_alone(number, entered[number], entered[number + 1], inputs)
         return last
@@ -178,6 +177,18 @@ class BlockRow:
             earlier = [other for other, gradient in enumerate(found) if gradient is not None]
             if earlier:
                 raise NotARow(f"block {number} reads something of block {earlier[0]} past the hidden state between")
+
+
+def _other_than(inputs: dict[str, Any]) -> dict[str, Any]:
+    """Inputs of the same shapes: other tokens, or other images, for which the tokens say where they are."""
+    images = {k: v.flip(-1) / 2 for k, v in inputs.items() if NOT_TEXT.match(k) and _is_floating(v)}
+    if images or not isinstance(inputs.get("input_ids"), Tensor):
+        return {**inputs, **images}
+    return {**inputs, "input_ids": inputs["input_ids"].flip(-1) // 2}
+
+
+def _is_floating(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point()
 
 
 def check(again: Tensor, before: Tensor) -> None:

@@ -15,6 +15,7 @@ from lora_da.config import LoraDAConfig
 from lora_da.errors import LoraDAError
 from lora_da.initialize import initialize_lora_da_weights, say
 from lora_da.report import InitReport
+from lora_da.tasks import RewardLoss
 
 SUPERVISED_LOSSES = (None, "nll", "chunked_nll")
 # Sizes in accelerate's parallelism_config, and what above 1 they mean.
@@ -69,7 +70,11 @@ class LoraDACallback(TrainerCallback):
             return
         with _autocast(args), self.around(args, model):
             self.report = initialize_lora_da_weights(
-                model, train_dataloader, self.config, show_progress=state.is_world_process_zero
+                model,
+                train_dataloader,
+                self.config,
+                show_progress=state.is_world_process_zero,
+                reward=_reward_loss(args),
             )
         if self.report.skipped is None and state.is_world_process_zero:
             self.report.save(args.output_dir)
@@ -83,14 +88,15 @@ def refuse_unsupported(args: TrainingArguments) -> None:
     """Refuse training arguments under which the statistics would not be those of the training loss, or not complete.
 
     Raises:
-        LoraDAError: nn.DataParallel, tensor, context or sequence parallelism, preference, reward or RL training, a
-            modified loss.
+        LoraDAError: nn.DataParallel, tensor, context or sequence parallelism, preference or RL training, a modified
+            loss.
     """
-    trainer = next((c.__name__ for c in type(args).__mro__ if _is_trl_config(c)), "SFTConfig")
-    if trainer != "SFTConfig":
+    trainer = _trl_config(args)
+    if trainer not in (None, "SFTConfig", "RewardConfig"):
         raise LoraDAError(
             f"{trainer}: LoRA-DA starts the adapter away from the base model, which this training takes as its "
-            "reference or does not descend from by the language-model loss; use it for supervised fine-tuning"
+            "reference (with the adapter disabled it would differ from the policy at step 0) or descends from by a "
+            "loss that LoRA-DA does not estimate; use it for supervised fine-tuning or reward models"
         )
     if args.n_gpu > 1:
         raise LoraDAError(
@@ -105,6 +111,17 @@ def refuse_unsupported(args: TrainingArguments) -> None:
         )
     if getattr(args, "loss_type", None) not in SUPERVISED_LOSSES:
         raise LoraDAError(f"loss_type={args.loss_type!r}: LoRA-DA estimates the cross-entropy's gradient; set 'nll'")
+
+
+def _reward_loss(args: TrainingArguments) -> RewardLoss | None:
+    if _trl_config(args) != "RewardConfig":
+        return None
+    return RewardLoss(getattr(args, "center_rewards_coefficient", None))
+
+
+def _trl_config(args: TrainingArguments) -> str | None:
+    """The name of the config of TRL's that these arguments are, or are made of; None if they are none."""
+    return next((c.__name__ for c in type(args).__mro__ if _is_trl_config(c)), None)
 
 
 def _is_trl_config(cls: type) -> bool:

@@ -21,6 +21,7 @@ from lora_da.memory import is_out_of_memory
 from lora_da.ranks import Ranks
 from lora_da.routing import KnownRows, Routed
 from lora_da.statistics import InputSums, LayerStatistics, LayerSums, summable
+from lora_da.streams import ENCODER, ROWS, TOKENS, Streams
 
 UNKNOWN = "unknown"  # instead of the rows of an input that count
 
@@ -35,6 +36,7 @@ class Collector:
         timed: a context to compute the products in.
         routed: the layers that are inside an expert and read some of the tokens only.
         head: the language-model head, which reads what `reading_head` says.
+        streams: where the layers are that read other than the tokens of the loss.
     """
 
     def __init__(
@@ -45,6 +47,7 @@ class Collector:
         timed: Callable[[], AbstractContextManager[None]] = contextlib.nullcontext,
         routed: Mapping[str, Routed] | None = None,
         head: str | None = None,
+        streams: Streams | None = None,
     ) -> None:
         self.layers = layers
         self.full_fisher = full_fisher
@@ -55,11 +58,16 @@ class Collector:
         self._routed = routed or {}
         self._head, self._head_rows = head, 0
         self._head_weights: Tensor | None = None
+        self._streams = streams or Streams()
+        self._stream_of = self._streams.of(layers)
+        # the encoder's hidden states, as it returned them and as its reader got them
+        self._handed_over: list[Tensor] = []
         self._mixture_inputs: dict[nn.Module, KnownRows] = {}
         self._expert_positions: dict[nn.Module, Tensor] = {}  # of the tokens that each expert was given last
         self._reads_like: dict[str, str] = {}  # layer → the layer whose input it shares, itself if none
         self._computes_in: dict[str, torch.dtype] = {}  # layer → the dtype it casts its input to
         self._n_positions: int | None = None
+        self._others: dict[str, tuple[int, Tensor]] = {}  # of other streams: positions, and which of them count
         self._last_input: tuple[Tensor, str] | None = None
         self._last_selected: tuple[Tensor, Tensor] | None = None
         self._inputs = {name: InputSums() for name in self.layers}
@@ -72,6 +80,10 @@ class Collector:
         hooks = [layer.register_forward_hook(self._hook(name)) for name, layer in self.layers.items()]
         mixtures = {routed.mixture for routed in self._routed.values()}
         hooks += [m.register_forward_pre_hook(self._note_mixture, with_kwargs=True) for m in mixtures]
+        if ENCODER in self._streams.within:
+            hooks.append(self._streams.within[ENCODER].register_forward_hook(self._note_encoded))
+            reader = self._streams.within[TOKENS]
+            hooks.append(reader.register_forward_pre_hook(self._note_handed_over, with_kwargs=True))
         try:
             yield
         finally:
@@ -79,17 +91,22 @@ class Collector:
                 hook.remove()
             self._forget_batch()
 
-    def reading(self, counted: Tensor, device: torch.device) -> None:
+    def reading(self, counted: Tensor, device: torch.device, others: Mapping[str, Tensor] | None = None) -> None:
         """Say which tokens the next forward reads.
 
         Args:
             counted: (p,) bool, the positions that count; d is zero at the others.
             device: where the samples go.
+            others: the same of streams other than `TOKENS`, each with a number of positions of its own.
         """
         self._forget_batch()
         self._n_positions, self._device = len(counted), device
         self._counts = None if bool(counted.all()) else counted.to(device, non_blocking=True)
         self._counted = None if self._counts is None else counted.nonzero().flatten().to(device, non_blocking=True)
+        self._others = {
+            stream: (counts.numel(), counts.flatten().nonzero().flatten().to(device, non_blocking=True))
+            for stream, counts in (others or {}).items()
+        }
 
     def reduce(self, ranks: Ranks) -> None:
         """Sum over the processes. Each layer's sums are with one of them then, its owner; counts are with all."""
@@ -207,7 +224,26 @@ class Collector:
             if positions is not None and len(positions) == len(rows):
                 counts = self._counts
                 return None if counts is None else counts.to(positions.device)[positions].nonzero().flatten()
-        return self._counted if x.shape[:-1].numel() == self._n_positions else UNKNOWN
+        stream = self._stream(name, x)
+        known = (self._n_positions, self._counted) if stream == TOKENS else self._others.get(stream)
+        return known[1] if known is not None and x.shape[:-1].numel() == known[0] else UNKNOWN
+
+    def _stream(self, name: str, x: Tensor) -> str:
+        """What x (…, i) of a layer is made of."""
+        if any(_same_memory(x, hidden) for hidden in self._handed_over):
+            return ENCODER
+        if ROWS in self._others and x.dim() == 2 and name not in self._routed:
+            # Some layers read all tokens in one list; where a row is one token, that is the same.
+            return TOKENS if len(x) == self._n_positions else ROWS
+        return self._stream_of.get(name, UNKNOWN)
+
+    def _note_encoded(self, _encoder: nn.Module, _args: tuple[Any, ...], output: Any) -> None:
+        self._handed_over.append(output[0].detach())
+
+    def _note_handed_over(self, _reader: nn.Module, _args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        hidden = kwargs.get("encoder_hidden_states")  # what the encoder returned may have been projected on its way
+        if isinstance(hidden, Tensor):
+            self._handed_over.append(hidden.detach())
 
     def _note_mixture(self, mixture: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         hidden = next((v for v in (*args, *kwargs.values()) if isinstance(v, Tensor)), None)
@@ -216,7 +252,7 @@ class Collector:
 
     def _forget_batch(self) -> None:
         self._last_input = self._last_selected = None
-        self._mixture_inputs, self._expert_positions = {}, {}
+        self._mixture_inputs, self._expert_positions, self._handed_over = {}, {}, []
 
     def _add(self, call: tuple[str, Tensor | str | None, Tensor | None], x: Tensor, d: Tensor) -> None:
         """One call's tokens: x (…, i), d (…, o)."""

@@ -18,6 +18,7 @@ from lora_da.tokens import read_tokens
 logger = logging.getLogger(__name__)
 
 Collate = Callable[[list[Any]], Mapping[str, Any]]
+Read = Callable[[Mapping[str, Any], int], Batch]
 
 
 @dataclass(frozen=True)
@@ -48,12 +49,29 @@ class _Drawn:
     whole: bool
 
 
-def draw(dataloader: Iterable[Mapping[str, Any]], samples: int, seed: int | None, population: int | None) -> InitData:
+def read_causal(inputs: Mapping[str, Any], limit: int) -> Batch:
+    """As causal language modelling counts: `Task.read` of others differs."""
+    return Batch(inputs, read_tokens(inputs, limit))
+
+
+def draw(
+    dataloader: Iterable[Mapping[str, Any]],
+    samples: int,
+    seed: int | None,
+    population: int | None,
+    read: Read = read_causal,
+) -> InitData:
     """Take the first `samples` documents of the data, or random ones if `seed` is given, and batch them by length.
 
     A `DataLoader` is asked for its dataset and collator: samplers, generators and workers are not touched, and rows of
     like length are collated together whatever its batch size. Anything else is iterated over as it is. Where a dataset
     row holds several documents, the population is the number of rows times the documents per row seen.
+
+    Args:
+        dataloader: the user's.
+        samples: documents to take.
+        seed, population: of `LoraDAConfig`.
+        read: counts what the collator made, up to so many documents.
 
     Raises:
         LoraDAError: empty data, all labels masked, no length where one is needed.
@@ -68,12 +86,12 @@ def draw(dataloader: Iterable[Mapping[str, Any]], samples: int, seed: int | None
     n_samples, n_found, rows_seen = 0, 0, 0
     for row in rows:
         inputs = row if collate is None else collate([copy.deepcopy(row)])
-        tokens = read_tokens(inputs, samples - n_samples)
-        rows_seen += 1 if unit == "item" else len(inputs["labels"])
-        n_samples += tokens.n_documents
-        n_found += tokens.n_found
-        if tokens.n_documents:
-            drawn.append(_Drawn(Batch(inputs, tokens), row, tokens.n_documents == tokens.n_found))
+        batch = read(inputs, samples - n_samples)
+        rows_seen += 1 if unit == "item" else _rows(inputs)
+        n_samples += batch.tokens.n_documents
+        n_found += batch.tokens.n_found
+        if batch.tokens.n_documents:
+            drawn.append(_Drawn(batch, row, batch.tokens.n_documents == batch.tokens.n_found))
         if n_samples >= samples:
             break
     if rows_seen == 0:
@@ -86,7 +104,7 @@ def draw(dataloader: Iterable[Mapping[str, Any]], samples: int, seed: int | None
     if population is None and n_rows is not None:
         population = max(n_samples, round(n_rows * n_found / rows_seen))
     assert population is not None
-    batches = _batched(drawn, collate)
+    batches = _batched(drawn, collate, read)
     boundaries = [b.tokens.boundaries for b in batches if b.tokens.boundaries != "row"]
     return InitData(
         batches=batches,
@@ -98,19 +116,19 @@ def draw(dataloader: Iterable[Mapping[str, Any]], samples: int, seed: int | None
     )
 
 
-def _batched(drawn: list[_Drawn], collate: Collate | None) -> list[Batch]:
+def _batched(drawn: list[_Drawn], collate: Collate | None, read: Read) -> list[Batch]:
     """Rows of like length collated together; ready batches, and a row that counts in part, as they are."""
     whole = [d for d in drawn if d.whole and collate is not None]
     rest = [d.batch for d in drawn if not d.whole or collate is None]
     batches = []
-    for group in by_length([d.batch.length for d in whole], BATCH_TOKENS):
+    for group in by_length([d.batch.length * d.batch.shape[0] for d in whole], BATCH_TOKENS):
         members = [whole[n] for n in group]
-        batches += _collated(members, collate) if collate is not None and len(members) > 1 else [members[0].batch]
+        batches += _collated(members, collate, read) if collate is not None and len(members) > 1 else [members[0].batch]
     parts = [part for batch in batches + rest for part in divided(batch.trimmed(), BATCH_TOKENS)]
     return sorted(parts, key=lambda batch: -batch.length)
 
 
-def _collated(members: list[_Drawn], collate: Collate) -> list[Batch]:
+def _collated(members: list[_Drawn], collate: Collate, read: Read) -> list[Batch]:
     """The rows in one batch; one by one where the collator makes something else of them together: where it cuts what it
     packs, or pads without a mask or from the left, or to a width that nothing here knows how to cut."""
     try:
@@ -118,7 +136,7 @@ def _collated(members: list[_Drawn], collate: Collate) -> list[Batch]:
     except (ValueError, RuntimeError) as error:  # it took each of them alone, and a loader of single rows asks no more
         logger.info("LoRA-DA: rows go one by one, the collator does not take them together: %s", error)
         return [d.batch for d in members]
-    together = Batch(inputs, read_tokens(inputs, sum(d.batch.tokens.n_documents for d in members)))
+    together = read(inputs, sum(d.batch.tokens.n_documents for d in members))
     same_loss = torch.equal(together.tokens.loss_tokens, torch.cat([d.batch.tokens.loss_tokens for d in members]))
     same_tokens = together.n_counted == sum(d.batch.n_counted for d in members)
     too_large = together.trimmed().n_positions > BATCH_TOKENS and together.halves() is None
@@ -163,5 +181,6 @@ def _own_rows(
 
 def _rows(batch: Any) -> int:
     """The rows of a batch; 0 for a malformed one, which is refused when it is read."""
-    labels = batch.get("labels") if isinstance(batch, Mapping) else None
-    return len(labels) if isinstance(labels, torch.Tensor) and labels.dim() > 0 else 0
+    inputs = batch if isinstance(batch, Mapping) else {}
+    rows = next((inputs[key] for key in ("labels", "input_ids") if inputs.get(key) is not None), None)
+    return len(rows) if isinstance(rows, torch.Tensor) and rows.dim() > 0 else 0

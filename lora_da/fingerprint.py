@@ -31,6 +31,7 @@ from lora_da.config import LoraDAConfig
 from lora_da.data import InitData
 from lora_da.errors import LoraDAError
 from lora_da.sharded import held, shape
+from lora_da.tasks import RewardLoss
 
 ROW = 1 << 14  # words that have multipliers of their own
 CHUNK = 1 << 20  # words whose products exist at once, in 8 MiB: a multiple of ROW
@@ -38,7 +39,9 @@ NOT_IN_THE_KEY = ("memory_budget", "cache_dir")
 NOT_OF_THE_CONFIG = ("_name_or_path", "transformers_version")  # where the model lies; what is in the key already
 
 
-def fingerprint(model: PeftModel, adapter: Adapter, data: InitData, config: LoraDAConfig) -> str:
+def fingerprint(
+    model: PeftModel, adapter: Adapter, data: InitData, config: LoraDAConfig, reward: RewardLoss | None = None
+) -> str:
     """The key, 64 hexadecimal digits; taken in estimation mode, which sets what does not matter in the model's config.
 
     Of a base that is sharded over processes each reads its own part, and their keys differ.
@@ -55,6 +58,7 @@ def fingerprint(model: PeftModel, adapter: Adapter, data: InitData, config: Lora
     ingredients = {
         "base": words.of("the model", stored_base(model)),
         "model": words.of("the model's config", _model(base)),
+        "reward": None if reward is None else dataclasses.asdict(reward),
         "adapter": _adapter(adapter),
         "data": _data(data, words),
         "settings": {name: value for name, value in settings.items() if name not in NOT_IN_THE_KEY},

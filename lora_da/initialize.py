@@ -27,8 +27,6 @@ from lora_da.config import LoraDAConfig
 from lora_da.data import InitData, draw
 from lora_da.errors import LoraDAError
 from lora_da.fingerprint import fingerprint
-from lora_da.inputs import decoder_inputs
-from lora_da.loss import check_causal
 from lora_da.memory import PeakMemory
 from lora_da.methods.lora_da import LoraFactors
 from lora_da.mode import estimation_mode, random_states
@@ -40,6 +38,7 @@ from lora_da.sharded import compute_device, is_sharded, prepared
 from lora_da.solve import LayerSolver
 from lora_da.survey import survey
 from lora_da.sweep import Sweep
+from lora_da.tasks import RewardLoss, Task, find_task
 
 logger = logging.getLogger(__name__)
 
@@ -52,16 +51,19 @@ def initialize_lora_da_weights(
     config: LoraDAConfig | None = None,
     adapter_name: str | None = None,
     show_progress: bool = True,
+    reward: RewardLoss | None = None,
 ) -> InitReport:
     """Start a LoRA adapter from data (LoRA-DA, arXiv 2510.24561), in place.
 
     Args:
-        peft_model: a causal language model with a freshly added LoRA adapter, its base quantised or not.
+        peft_model: a causal or sequence-to-sequence language model, with or without images, or a classifier of
+            sequences or tokens, with a freshly added LoRA adapter, its base quantised or not.
         dataloader: yields what the model's forward takes, `labels` included. Of a `DataLoader` only the dataset and
             collator are used; anything else is iterated over.
         config: settings; the defaults if None.
         adapter_name: the adapter; the only active one if None.
         show_progress: show a progress bar and print the one line of the report, in the first process.
+        reward: the loss of a reward model that is trained on pairs: a batch holds the chosen rows, then the rejected.
 
     In several processes (torch.distributed is initialised) all of them call this, each with its own replica or shard of
     the model; the data are those of the first.
@@ -78,7 +80,7 @@ def initialize_lora_da_weights(
     show_progress = show_progress and ranks.rank == 0
     with ranks.together():
         adapter = find_adapter(peft_model, adapter_name)
-        check_causal(peft_model.get_base_model())
+        task = find_task(peft_model.get_base_model(), reward)
     targeted = len(adapter.layers) + len(adapter.left)
     if not adapter.is_untrained():
         report = InitReport(targeted=targeted, left=adapter.left, skipped="it carries trained weights")
@@ -92,17 +94,19 @@ def initialize_lora_da_weights(
     with ranks.together():
         folder = None if config.cache_dir is None else cache_folder(config.cache_dir)
     with random_states(), prepared(peft_model, _device(peft_model)), estimation_mode(peft_model):
-        data = ranks.from_first(lambda: draw(dataloader, config.samples, config.seed, config.population_size))
+        data = ranks.from_first(
+            lambda: draw(dataloader, config.samples, config.seed, config.population_size, task.read)
+        )
         if data.n_samples < config.samples:
             logger.warning("LoRA-DA: the data hold %d samples, %d were asked for", data.n_samples, config.samples)
         solution = entry = None
         if folder is not None:
             with ranks.together():
-                key = fingerprint(peft_model, adapter, data, config)
+                key = fingerprint(peft_model, adapter, data, config, reward)
             entry = CacheEntry(folder, ranks.common(key))
             solution = ranks.from_first(lambda: entry.load(adapter.layers))
         if solution is None:
-            estimate = _estimate(peft_model, adapter, data, config, ranks, show_progress)
+            estimate = _estimate(task, adapter, data, config, _device(peft_model), ranks, show_progress)
             solution = _solution(estimate, adapter, data)
             if entry is not None and ranks.rank == 0:
                 entry.store(solution)
@@ -152,25 +156,26 @@ class _Estimate:
 
 
 def _estimate(
-    peft_model: PeftModel,
+    task: Task,
     adapter: Adapter,
     data: InitData,
     config: LoraDAConfig,
+    device: torch.device,
     ranks: Ranks,
     show_progress: bool,
 ) -> _Estimate:
     """Collect and solve, one segment of the model after the other, as much of it in a segment as fits in memory."""
-    preset, device, model = config.resolved_preset(), _device(peft_model), peft_model.get_base_model()
+    preset = config.resolved_preset()
     full_fisher = frozenset(a.name for a in adapter.layers if a.out_features <= preset.full_fisher_up_to)
     with ranks.together():
-        surveyed = survey(model, adapter.layers, decoder_inputs(model, data.batches[-1].glimpse(), device))
+        surveyed = survey(task, adapter.layers, task.inputs(data.batches[-1].glimpse(), device))
     while True:
         plan = make_plan(surveyed, adapter.layers, full_fisher, data.batches, device, config.memory_budget, ranks=ranks)
         if plan.device_bytes > plan.budget:
             logger.warning("LoRA-DA: more memory is needed than there is to plan with: %s", plan.line())
         estimate = _Estimate(plan, full_fisher, surveyed.routed)
         try:
-            sweep = Sweep(model, data, plan, surveyed, preset, full_fisher, device, ranks)
+            sweep = Sweep(task, data, plan, surveyed, preset, full_fisher, device, ranks)
             _collect_and_solve(estimate, sweep, ranks, show_progress)
             return estimate
         except NotARow as reason:

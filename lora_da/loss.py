@@ -22,29 +22,6 @@ from lora_da.forwards import kept_on_device, replaced
 from lora_da.tokens import IGNORED, BatchTokens
 
 CHUNK = 256  # tokens whose logits exist at once: 0.4 GB in float32, gradient included, at a vocabulary of 128k
-CAUSAL_LOSSES = ("ForCausalLM", "ForConditionalGeneration", None)
-
-
-def check_causal(model: nn.Module) -> None:
-    """Refuse what does not predict the next token.
-
-    Raises:
-        LoraDAError: no transformers model, an encoder-decoder, a classifier or reward model, a masked language model.
-    """
-    name = type(model).__name__
-    if not isinstance(model, PreTrainedModel):
-        raise LoraDAError(f"{name} is not a transformers model; LoRA-DA reads the loss of a causal language model")
-    if getattr(model.config, "is_encoder_decoder", False):
-        raise LoraDAError(f"{name} is an encoder-decoder; LoRA-DA supports causal language models")
-    if model.get_output_embeddings() is None:
-        raise LoraDAError(
-            f"{name} has no language-model head (a classifier or reward model?); "
-            "LoRA-DA supports causal language models"
-        )
-    if model.loss_type not in CAUSAL_LOSSES:
-        raise LoraDAError(f"{name} trains with {model.loss_type}; LoRA-DA supports causal language models")
-    if model.get_decoder() is model:
-        raise LoraDAError(f"{name} names no decoder (`get_decoder()`), so its head cannot be run in chunks")
 
 
 def backward(
@@ -54,6 +31,7 @@ def backward(
     scale: float,
     weights: Tensor | None = None,
     timed: Callable[[str], AbstractContextManager[Any]] = contextlib.nullcontext,
+    body: nn.Module | None = None,
     before_head: Callable[[int, Tensor | None], None] = lambda n, weights: None,
 ) -> Tensor:
     """Backpropagate `scale` times the weighted cross-entropy summed over the batch's counted loss tokens.
@@ -65,57 +43,70 @@ def backward(
         scale: factor of the loss.
         weights: (p,) factor of each position's loss, on the model's device; 1 if None.
         timed: a context for each of `forward`, `head` and `backward`.
+        body: what makes the hidden states that the head reads; the model's decoder if None.
         before_head: told before each call of the head how many tokens carry loss in it, the first ones, and the (n,)
             factors of their losses, which are applied behind the head.
 
     Returns:
         The sum without factor and weights, a scalar on the model's device.
     """
-    decoder = model.get_decoder()
+    decoder = model.get_decoder() if body is None else body
     with timed("forward"):
         output = decoder(**batch)
-    hidden = output.last_hidden_state  # (rows, columns, h)
+
+    def mean_loss(states: Tensor, targets: Tensor) -> Tensor:
+        # The model compares the logits of token t with label t + 1, so what it is given is one token longer.
+        answer = type(output)(last_hidden_state=torch.cat([states, states[-1:].detach()]).unsqueeze(0))
+        labels = torch.cat([targets.new_full((1,), IGNORED), targets]).unsqueeze(0)
+        with replaced(decoder, lambda *args, **kwargs: answer):
+            loss: Tensor = model(input_ids=labels.clamp_min(0), labels=labels).loss
+        return loss
+
+    return backward_from_head(mean_loss, output.last_hidden_state, tokens, scale, weights, timed, before_head)
+
+
+def backward_from_head(
+    mean_loss: Callable[[Tensor, Tensor], Tensor],
+    hidden: Tensor,
+    tokens: BatchTokens,
+    scale: float,
+    weights: Tensor | None,
+    timed: Callable[[str], AbstractContextManager[Any]],
+    before_head: Callable[[int, Tensor | None], None],
+) -> Tensor:
+    """Run the head over a chunk of the loss tokens after the other, then what is below it backward at once.
+
+    Args:
+        mean_loss: of hidden states (n, h), each with the label (n,) it predicts; the mean over them.
+        hidden: (rows, columns, h), what the head reads.
+        tokens, scale, weights, timed, before_head: as for `backward`.
+
+    Returns:
+        As `backward`.
+
+    Raises:
+        LoraDAError: the loss does not depend on the hidden states.
+    """
+    flat = hidden.detach().flatten(0, 1)  # (p, h)
+    gradient = torch.zeros_like(flat)
+    total = torch.zeros((), dtype=torch.float32, device=flat.device)
+    targets = tokens.targets.to(flat.device, non_blocking=True)
+    carries_loss = (tokens.targets != IGNORED).nonzero().flatten().to(flat.device, non_blocking=True)
     with timed("head"):
-        total, gradient = _head(model, output, tokens, scale, weights, before_head)
+        for positions in carries_loss.split(CHUNK) if len(carries_loss) else ():
+            chunk = flat[positions].requires_grad_()
+            own = None if weights is None else weights[positions]
+            before_head(len(positions), own)
+            with kept_on_device():
+                mean = mean_loss(chunk, targets[positions])
+            total += mean.detach().float() * len(positions)
+            (mean * (len(positions) * scale)).backward()
+            if chunk.grad is None:
+                raise LoraDAError("the model's head does not take its hidden states from its decoder; not supported")
+            # A token's loss depends on its own hidden state alone: to weigh this gradient is to weigh the loss.
+            of_chunk = chunk.grad if own is None else (chunk.grad * own.unsqueeze(1)).to(chunk.dtype)
+            gradient[positions] = of_chunk
     if hidden.requires_grad:
         with timed("backward"):
             hidden.backward(gradient.view_as(hidden))
     return total
-
-
-def _head(
-    model: PreTrainedModel,
-    output: Any,
-    tokens: BatchTokens,
-    scale: float,
-    weights: Tensor | None,
-    before_head: Callable[[int, Tensor | None], None],
-) -> tuple[Tensor, Tensor]:
-    """The summed loss, and the gradient (p, h) of the scaled, weighted loss in the decoder's last hidden state."""
-    decoder = model.get_decoder()
-    flat = output.last_hidden_state.detach().flatten(0, 1)  # (p, h)
-    gradient = torch.zeros_like(flat)
-    targets = tokens.targets.to(flat.device, non_blocking=True)
-    carries_loss = (tokens.targets != IGNORED).nonzero().flatten().to(flat.device, non_blocking=True)
-    total = torch.zeros((), dtype=torch.float32, device=flat.device)
-    no_label = torch.full((1,), IGNORED, dtype=targets.dtype, device=flat.device)
-    for positions in carries_loss.split(CHUNK) if len(carries_loss) else ():
-        chunk = flat[positions].requires_grad_()
-        # The model compares the logits of token t with label t + 1, so the chunk is one token longer than it is read.
-        states = torch.cat([chunk, chunk[-1:].detach()]).unsqueeze(0)
-        labels = torch.cat([no_label, targets[positions]]).unsqueeze(0)
-        answer = type(output)(last_hidden_state=states)
-        own = None if weights is None else weights[positions]
-        before_head(len(positions), own)
-        with replaced(decoder, lambda *args, answer=answer, **kwargs: answer), kept_on_device():
-            mean = model(input_ids=labels.clamp_min(0), labels=labels).loss
-        total += mean.detach().float() * len(positions)
-        (mean * (len(positions) * scale)).backward()
-        if chunk.grad is None:
-            raise LoraDAError(
-                f"{type(model).__name__} does not take its hidden states from {type(decoder).__name__}; not supported"
-            )
-        # A token's loss depends on its own hidden state alone: to weigh this gradient is to weigh the loss.
-        of_chunk = chunk.grad if own is None else (chunk.grad * own.unsqueeze(1)).to(chunk.dtype)
-        gradient[positions] = of_chunk
-    return total, gradient

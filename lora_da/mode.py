@@ -38,12 +38,16 @@ def estimation_mode(model: PeftModel) -> Iterator[None]:
                 stack.enter_context(_attribute(module, name, 0.0))
             if isinstance(module, nn.modules.dropout._DropoutNd):
                 stack.enter_context(_attribute(module, "p", 0.0))
+            if "rope_deltas" in vars(module):  # of the last images' positions, kept for generation
+                stack.enter_context(_attribute(module, "rope_deltas", None))
         for config in _configs(model):
             for name in _noise_attributes(vars(config)):
                 stack.enter_context(_attribute(config, name, 0.0))
             for name in ("use_cache", "output_router_logits"):
                 if getattr(config, name, False):
                     stack.enter_context(_attribute(config, name, False))
+            if hasattr(config, "problem_type"):  # a classifier's first loss notes here what the labels are
+                stack.enter_context(_attribute(config, "problem_type", config.problem_type))
         yield
 
 

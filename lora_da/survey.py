@@ -8,15 +8,15 @@ from itertools import starmap
 from typing import Any
 
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from lora_da.adapter import AdapterLayer
-from lora_da.blocks import BlockRow, NotARow, find_blocks
+from lora_da.blocks import BlockRow, NotARow
 from lora_da.collect import Collector, gradients_must_pass
 from lora_da.mode import without_checkpointing
 from lora_da.routing import Routed, find_routed
 from lora_da.sharded import gathered_bytes, shape
+from lora_da.tasks import Task
 
 
 @dataclass(frozen=True)
@@ -50,21 +50,21 @@ class Survey:
     gathered_bytes: int = 0
 
 
-def survey(model: PreTrainedModel, layers: Sequence[AdapterLayer], inputs: Mapping[str, Any]) -> Survey:
+def survey(task: Task, layers: Sequence[AdapterLayer], inputs: Mapping[str, Any]) -> Survey:
     """Look at a model.
 
     Args:
-        model: the causal language model inside the PEFT model, in estimation mode.
+        task: its model in estimation mode.
         layers: those to be served.
-        inputs: what its decoder takes; the beginning of one row will do. It is run three times, block by block at last.
+        inputs: what its body takes; the beginning of one row will do. It is run three times, block by block at last.
 
     Raises:
         LoraDAError: no gradient passes through a layer of the kinds that are targeted.
     """
-    blocks = find_blocks(model)
+    model, blocks = task.model, task.blocks
     block_of = _block_of(blocks, layers)
     collector = Collector({layer.name: layer.base for layer in layers})
-    row, why_not = BlockRow(model, blocks), _why_not(blocks, layers, block_of)
+    row, why_not = BlockRow(task.body, blocks), task.why_not_a_row or _why_not(blocks, layers, block_of)
     hidden: Tensor | None = None
     with without_checkpointing(model), collector.observing(), gradients_must_pass(_like(layers, model, blocks)):
         if not why_not:
@@ -79,21 +79,15 @@ def survey(model: PreTrainedModel, layers: Sequence[AdapterLayer], inputs: Mappi
         row=None if why_not else row,
         why_not=why_not,
         block_of=block_of,
-        routed=find_routed(blocks, {layer.name: layer.base for layer in layers}),
+        routed=find_routed(blocks if task.has_experts else [], {layer.name: layer.base for layer in layers}),
         reads_like=collector.shared_inputs(),
         bytes_per_token=width * itemsize,
         itemsize=itemsize,
-        vocabulary=_width(model.get_output_embeddings()),
+        vocabulary=task.n_logits,
         linear_features=tuple(sum(map(sum, widths.values())) for widths in layers_of),
         kept_weights=tuple(sum(starmap(_kept_weight, widths.items())) for widths in layers_of),
         gathered_bytes=gathered_bytes(model, blocks),
     )
-
-
-def _width(head: Any) -> int:
-    """Of the logits; a quantised head's weight may have any shape."""
-    width = getattr(head, "out_features", None)
-    return width if isinstance(width, int) else shape(head.weight)[0]
 
 
 def _block_of(blocks: Sequence[nn.Module], layers: Sequence[AdapterLayer]) -> dict[str, int]:

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from tqdm import tqdm
-from transformers import PreTrainedModel
 
 from lora_da.adapter import AdapterLayer
 from lora_da.batching import Batch, divided, shared
@@ -21,13 +20,12 @@ from lora_da.collect import Collector, outputs_with_gradients
 from lora_da.config import Preset
 from lora_da.data import InitData
 from lora_da.errors import LoraDAError
-from lora_da.inputs import decoder_inputs
-from lora_da.loss import backward
 from lora_da.memory import is_out_of_memory
 from lora_da.mode import reentrant_checkpointing, without_checkpointing
 from lora_da.plan import Plan, Segment, split
 from lora_da.ranks import Ranks
 from lora_da.survey import Survey
+from lora_da.tasks import Task
 from lora_da.timing import Stopwatch
 
 logger = logging.getLogger(__name__)
@@ -41,7 +39,7 @@ class Sweep:
     """Takes the statistics of a model's layers, segment by segment, the last first.
 
     Args:
-        model: the causal language model inside the PEFT model, in estimation mode.
+        task: its model in estimation mode.
         data: the init samples.
         plan: what to run.
         survey: of the model; its row is what is cut.
@@ -57,7 +55,7 @@ class Sweep:
 
     def __init__(
         self,
-        model: PreTrainedModel,
+        task: Task,
         data: InitData,
         plan: Plan,
         survey: Survey,
@@ -69,7 +67,7 @@ class Sweep:
         self.drawn, self.preset = data, preset
         self.loss = math.nan
         self.watch = Stopwatch(device)
-        self._model, self._survey, self._plan = model, survey, plan
+        self._task, self._model, self._survey, self._plan = task, task.model, survey, plan
         self._full_fisher, self._device, self._progress = full_fisher, device, tqdm(disable=True)
         self._ranks = ranks or Ranks()
         own = shared(data.batches, self._ranks.size)[self._ranks.rank]
@@ -82,7 +80,7 @@ class Sweep:
         # so that float16 gradients stay in their range; what remains is part of the scale.
         self._mean_tokens = data.n_loss_tokens / data.n_samples if preset.averaging == "samples" else None
         self._scale = LOSS_SCALE
-        self._reentrant = survey.row is None and reentrant_checkpointing(model)
+        self._reentrant = survey.row is None and reentrant_checkpointing(task.model)
         self._borders = Borders(device)
 
     @property
@@ -129,6 +127,7 @@ class Sweep:
                 timed=lambda: self.watch("products"),
                 routed=self._survey.routed,
                 head=next((layer.name for layer in segment.layers if layer.is_head), None),
+                streams=self._task.streams,
             )
             try:
                 self._collect(segment, collector, gradient_below)
@@ -174,7 +173,7 @@ class Sweep:
     ) -> Tensor | None:
         """Run one batch through one segment; the summed loss where that is the topmost."""
         row, batch, loss = self._survey.row, self._batches[number], None
-        collector.reading(batch.tokens.document >= 0, self._device)
+        collector.reading(batch.tokens.document >= 0, self._device, batch.others())
         inputs = self._inputs(batch)
         hidden = self._hidden(segment.first, number, below is not None or reads_inputs)
         if segment.stop == len(self._survey.linear_features):
@@ -196,9 +195,8 @@ class Sweep:
         if self._mean_tokens is not None:
             per_document = torch.nn.functional.pad(self._mean_tokens / batch.tokens.loss_tokens, (0, 1))
             weights = per_document[batch.tokens.document].to(self._device, non_blocking=True)
-        return backward(
-            self._model, inputs, batch.tokens, self._scale, weights, self.watch, before_head=collector.reading_head
-        )
+        before_head = collector.reading_head
+        return self._task.backward(batch, inputs, self._scale, weights, self.watch, before_head)
 
     def _run(self, segment: Segment, number: int, hidden: Tensor | None, inputs: dict[str, Any]) -> None:
         row = self._survey.row
@@ -299,7 +297,7 @@ class Sweep:
             )
 
     def _inputs(self, batch: Batch) -> dict[str, Any]:
-        return decoder_inputs(self._model, batch, self._device)
+        return self._task.inputs(batch, self._device)
 
     @contextlib.contextmanager
     def _own_activations(self, inputs_with_gradients: bool) -> Iterator[None]:
@@ -312,5 +310,6 @@ class Sweep:
             if self._survey.row is not None:
                 stack.enter_context(without_checkpointing(self._model))
             if inputs_with_gradients or self._reentrant:
-                stack.enter_context(outputs_with_gradients(self._model.get_input_embeddings()))
+                for module in self._task.embeddings:
+                    stack.enter_context(outputs_with_gradients(module))
             yield

@@ -2,7 +2,8 @@
 
 A sample is a document. In a packed row the documents are told apart by `position_ids` that start anew, by
 `cu_seq_lens_q`, `seq_lengths` or `seq_idx`, or by an `attention_mask` that numbers them (Axolotl's multipack);
-elsewhere a row is a document. Padding never counts, nor does a document in which no token carries loss.
+elsewhere a row is a document, and where rows are judged in pairs a pair is. Padding never counts, nor does a document
+in which nothing carries loss.
 """
 
 from __future__ import annotations
@@ -24,11 +25,13 @@ class BatchTokens:
     """The tokens of one batch, flattened to `p = rows · columns` positions.
 
     Args:
-        targets: (p,) the label each position predicts, -100 where none.
+        targets: (p,) the label each position predicts, -100 where none; everywhere where documents have labels as
+            a whole.
         document: (p,) number of the counted document a position belongs to, -1 where it does not count.
-        loss_tokens: (documents,) loss tokens of each counted document, all at least 1.
+        loss_tokens: (documents,) loss tokens of each counted document, all at least 1; 1 where it has one label.
         n_found: documents that carry loss, those beyond the limit too.
         boundaries: where the document boundaries were read from; `row` if nowhere.
+        rows: of the batch.
     """
 
     targets: Tensor
@@ -36,39 +39,73 @@ class BatchTokens:
     loss_tokens: Tensor
     n_found: int
     boundaries: str
+    rows: int
 
     @property
     def n_documents(self) -> int:
         return len(self.loss_tokens)
 
 
-def read_tokens(batch: Mapping[str, Any], limit: int) -> BatchTokens:
+def read_tokens(batch: Mapping[str, Any], limit: int, shifted: bool = True) -> BatchTokens:
     """Count a batch's tokens; documents beyond the first `limit` that carry loss do not count.
+
+    Args:
+        batch: the collator's output.
+        limit: of documents.
+        shifted: whether token t predicts label t + 1, or its own.
 
     Raises:
         LoraDAError: no labels, or an attention mask that does not tell padding from text.
     """
     labels = _labels(batch)
-    real = _real(batch, labels)
+    real = real_tokens(batch, labels, "labels")
     starts, boundaries = _document_starts(batch, labels, real)
-    predicted = labels.masked_fill(starts | ~real, IGNORED)  # a document's first token and padding are not
-    targets = torch.full_like(labels, IGNORED)
-    targets[:, :-1] = predicted[:, 1:]  # the logits of token t are compared with label t + 1
+    targets = labels.masked_fill(~real, IGNORED)
+    if shifted:
+        predicted = targets.masked_fill(starts, IGNORED)  # a document's first token is not
+        targets = torch.full_like(labels, IGNORED)
+        targets[:, :-1] = predicted[:, 1:]  # the logits of token t are compared with label t + 1
     document = starts.flatten().cumsum(0) - 1  # (p,)
     document[~real.flatten()] = -1
     targets = targets.flatten()
     targets[document < 0] = IGNORED
 
-    carries_loss = targets != IGNORED
-    n_documents = int(starts.sum())
-    loss_tokens = torch.bincount(document[carries_loss], minlength=n_documents)
+    loss_tokens = torch.bincount(document[targets != IGNORED], minlength=int(starts.sum()))
+    document, kept, n_found = _counted(document, loss_tokens, limit)
+    targets[document < 0] = IGNORED
+    return BatchTokens(targets, document, kept, n_found, boundaries, len(labels))
+
+
+def read_rows(batch: Mapping[str, Any], labelled: Tensor, limit: int) -> BatchTokens:
+    """Count the tokens of a batch whose documents have one label each; those beyond the first `limit` do not count.
+
+    Args:
+        batch: the collator's output, the rows of a document beside each other.
+        labelled: (documents,) bool, whether a document carries loss.
+        limit: of documents.
+
+    Raises:
+        LoraDAError: no token ids, or an attention mask that does not tell padding from text.
+    """
+    ids = batch["input_ids"]
+    real = real_tokens(batch, ids, "input_ids")  # (rows, columns)
+    number = torch.arange(len(labelled)).repeat_interleave(len(ids) // len(labelled)).unsqueeze(1)  # (rows, 1)
+    document, kept, n_found = _counted(number.where(real, -1).flatten(), labelled.long(), limit)
+    return BatchTokens(torch.full_like(document, IGNORED), document, kept, n_found, "row", len(ids))
+
+
+def _counted(document: Tensor, loss_tokens: Tensor, limit: int) -> tuple[Tensor, Tensor, int]:
+    """The first `limit` documents with loss, numbered anew; their loss tokens; how many there are beyond the limit too.
+
+    Args:
+        document: (p,) number of the document a position belongs to, -1 where it is padding.
+        loss_tokens: (documents,).
+    """
     found = loss_tokens.nonzero().flatten()
     kept = found[:limit]
-    number = torch.full((n_documents + 1,), -1, device=document.device)  # the last entry maps -1 to itself
+    number = torch.full((len(loss_tokens) + 1,), -1, device=document.device)  # the last entry maps -1 to itself
     number[kept] = torch.arange(len(kept), device=document.device)
-    document = number[document]
-    targets[document < 0] = IGNORED
-    return BatchTokens(targets, document, loss_tokens[kept], len(found), boundaries)
+    return number[document], loss_tokens[kept], len(found)
 
 
 def _labels(batch: Mapping[str, Any]) -> Tensor:
@@ -88,14 +125,24 @@ def _labels(batch: Mapping[str, Any]) -> Tensor:
     return labels.cpu()
 
 
-def _real(batch: Mapping[str, Any], labels: Tensor) -> Tensor:
+def real_tokens(batch: Mapping[str, Any], ids: Tensor, name: str) -> Tensor:
+    """(rows, columns) bool, false at padding.
+
+    Args:
+        batch: the collator's output.
+        ids: (rows, columns), what the mask must fit.
+        name: of `ids`.
+
+    Raises:
+        LoraDAError: an attention mask of another shape.
+    """
     mask = batch.get("attention_mask")
     if mask is None:
-        return torch.ones_like(labels, dtype=torch.bool)
-    if not isinstance(mask, Tensor) or mask.shape != labels.shape:
+        return torch.ones(ids.shape, dtype=torch.bool)
+    if not isinstance(mask, Tensor) or mask.shape != ids.shape:
         seen = f"shape {tuple(mask.shape)}" if isinstance(mask, Tensor) else f"type {type(mask).__name__}"
         raise LoraDAError(
-            f"`attention_mask` has {seen}, `labels` shape {tuple(labels.shape)}: padding cannot be told "
+            f"`attention_mask` has {seen}, `{name}` shape {tuple(ids.shape)}: padding cannot be told "
             "from text; let the collator give a (rows, tokens) mask, or none and `position_ids` that start anew"
         )
     return mask.cpu() != 0

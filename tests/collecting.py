@@ -13,12 +13,12 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 from lora_da.adapter import find_adapter
 from lora_da.config import LoraDAConfig
 from lora_da.data import draw
-from lora_da.inputs import decoder_inputs
 from lora_da.mode import estimation_mode
 from lora_da.plan import make_plan
 from lora_da.statistics import LayerStatistics
 from lora_da.survey import survey
 from lora_da.sweep import Sweep
+from lora_da.tasks import find_task
 
 VOCABULARY = 97
 PREFIX = "base_model.model."
@@ -83,15 +83,15 @@ def collected(
     model: PeftModel, batches: list[dict[str, Tensor]], averaging: str = "tokens", full: bool = True
 ) -> dict[str, LayerStatistics]:
     """The product's statistics of every layer, in the plan that it makes, under the base model's names."""
-    adapter, base, device = find_adapter(model), model.get_base_model(), torch.device("cpu")
+    adapter, task, device = find_adapter(model), find_task(model.get_base_model()), torch.device("cpu")
     full_fisher = frozenset(layer.name for layer in adapter.layers if full)
     preset = LoraDAConfig(averaging=averaging).resolved_preset()
     found = {}
     with estimation_mode(model), tqdm(disable=True) as progress:
-        data = draw(batches, 1000, None, 1000)
-        surveyed = survey(base, adapter.layers, decoder_inputs(base, data.batches[-1].glimpse(), device))
+        data = draw(batches, 1000, None, 1000, task.read)
+        surveyed = survey(task, adapter.layers, task.inputs(data.batches[-1].glimpse(), device))
         plan = make_plan(surveyed, adapter.layers, full_fisher, data.batches, device, None)
-        sweep = Sweep(base, data, plan, surveyed, preset, full_fisher, device)
+        sweep = Sweep(task, data, plan, surveyed, preset, full_fisher, device)
         for layers, collector in sweep.collected(progress):
             units = data.n_loss_tokens if averaging == "tokens" else data.n_samples
             found |= {layer.name.removeprefix(PREFIX): collector.statistics(layer.name, units) for layer in layers}

@@ -18,12 +18,12 @@ from lora_da.adapter import AdapterLayer, find_adapter
 from lora_da.collect import Collector
 from lora_da.config import LoraDAConfig
 from lora_da.data import draw
-from lora_da.inputs import decoder_inputs
 from lora_da.mode import estimation_mode
 from lora_da.plan import Plan, Segment, cut, make_plan
 from lora_da.statistics import LayerStatistics
 from lora_da.survey import Survey, survey
 from lora_da.sweep import Sweep
+from lora_da.tasks import find_task
 
 CPU = torch.device("cpu")
 PLENTY = 64.0  # GiB of a budget in which every tiny model is one pass
@@ -104,30 +104,30 @@ def recorded() -> Iterator[dict[str, LayerStatistics]]:
 
 def surveyed_model(model: PeftModel, batches: list[dict[str, Any]]) -> Survey:
     """What the product finds out about a model before it plans."""
-    base = model.get_base_model()
+    task = find_task(model.get_base_model())
     with estimation_mode(model):
-        data = draw(batches, 1000, None, 1000)
-        return survey(base, find_adapter(model).layers, decoder_inputs(base, data.batches[-1].glimpse(), CPU))
+        data = draw(batches, 1000, None, 1000, task.read)
+        return survey(task, find_adapter(model).layers, task.inputs(data.batches[-1].glimpse(), CPU))
 
 
 def collected_by(
     model: PeftModel, batches: list[dict[str, Any]], way: Way = ONE, averaging: str = "tokens", full: bool = True
 ) -> dict[str, LayerStatistics]:
     """The product's statistics of every layer under a forced plan, under the base model's names."""
-    layers, base = find_adapter(model).layers, model.get_base_model()
+    layers, task = find_adapter(model).layers, find_task(model.get_base_model())
     full_fisher = frozenset(layer.name for layer in layers if full)
     preset = LoraDAConfig(averaging=averaging).resolved_preset()
     found: dict[str, LayerStatistics] = {}
     with estimation_mode(model):
-        data = draw(batches, 1000, None, 1000)
+        data = draw(batches, 1000, None, 1000, task.read)
         units = data.n_loss_tokens if averaging == "tokens" else data.n_samples
-        seen = survey(base, layers, decoder_inputs(base, data.batches[-1].glimpse(), CPU))
-        assert seen.row is not None, seen.why_not
+        seen = survey(task, layers, task.inputs(data.batches[-1].glimpse(), CPU))
+        assert seen.row is not None or way.cuts == 1, seen.why_not
         seen = way.survey(seen)
         plan = way.plan(make_plan(seen, layers, full_fisher, data.batches, CPU, PLENTY), seen, layers)
         assert plan.passes == way.parts
         assert plan.cuts == way.cuts or min(seen.block_of.values()) > 0  # segments below are left out
-        sweep = Sweep(base, data, plan, seen, preset, full_fisher, CPU)
+        sweep = Sweep(task, data, plan, seen, preset, full_fisher, CPU)
         for served, collector in sweep.collected(tqdm(disable=True)):
             for layer in served:
                 statistics = collector.statistics(layer.name, units)

@@ -20,10 +20,8 @@ from torch import nn
 from transformers import (
     BertConfig,
     BertForMaskedLM,
+    BertForQuestionAnswering,
     LlamaForCausalLM,
-    LlamaForSequenceClassification,
-    T5Config,
-    T5ForConditionalGeneration,
 )
 
 from lora_da import LoraDAConfig, LoraDAError, initialize_lora_da_weights
@@ -60,26 +58,16 @@ def merged():
     return model
 
 
-def classifier():
-    base = seeded(LlamaForSequenceClassification, llama_config(num_labels=2))
-    return with_lora(base, task_type="SEQ_CLS", target_modules=["q_proj"])
-
-
-def reward_model():
-    base = seeded(LlamaForSequenceClassification, llama_config(num_labels=1))
-    return with_lora(base, task_type="SEQ_CLS", target_modules=["q_proj"])
-
-
-def encoder_decoder():
-    sizes = {"vocab_size": 128, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4}
-    base = seeded(T5ForConditionalGeneration, T5Config(**sizes, decoder_start_token_id=0))
-    return with_lora(base, task_type="SEQ_2_SEQ_LM", target_modules=["q", "v"])
-
-
 def masked_language_model():
     sizes = {"vocab_size": 128, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
     base = seeded(BertForMaskedLM, BertConfig(**sizes, intermediate_size=48))
     return with_lora(base, task_type=None, target_modules=["query"])
+
+
+def question_answering():
+    sizes = {"vocab_size": 128, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    base = seeded(BertForQuestionAnswering, BertConfig(**sizes, intermediate_size=48))
+    return with_lora(base, task_type="QUESTION_ANS", target_modules=["query"])
 
 
 class DecoderElsewhere(LlamaForCausalLM):
@@ -124,10 +112,8 @@ MODELS = {
         r"layer .*layers\.0\.self_attn\.k_proj is 16 × 32, its rank 17 is above that; set a smaller `r`.*`rank_p",
     ),
     "merged": (merged, "layer .*q_proj has merged adapters; call `unmerge_adapter"),
-    "classifier": (classifier, "LlamaForSequenceClassification has no language-model head"),
-    "reward model": (reward_model, "LlamaForSequenceClassification has no language-model head .*reward model"),
-    "encoder-decoder": (encoder_decoder, "T5ForConditionalGeneration is an encoder-decoder"),
     "masked language model": (masked_language_model, "BertForMaskedLM trains with ForMaskedLM"),
+    "question answering": (question_answering, "BertForQuestionAnswering has no language-model head"),
     "unknown decoder": (
         lambda: with_lora(seeded(DecoderElsewhere, llama_config())),
         "DecoderElsewhere names no decoder",

@@ -7,14 +7,14 @@ from types import SimpleNamespace
 
 import pytest
 from datasets import Dataset
-from models import documents, llama_config
-from transformers import LlamaForSequenceClassification, TrainingArguments
+from models import documents
+from transformers import TrainingArguments
 
 pytest.importorskip("trl", reason="TRL is not installed")
 
 import trl
 from trainers import COMMON, FirstStep, adapter, base, lora, same_bits, sentences, sft, tokenizer
-from trl import DPOConfig, SFTConfig
+from trl import DPOConfig, RewardConfig, SFTConfig
 
 from lora_da.callback import refuse_unsupported
 from lora_da.errors import LoraDAError
@@ -32,16 +32,16 @@ def made(kind, tmp_path, **keys):
     return kind(output_dir=str(tmp_path), use_cpu=True, report_to="none", **keys)
 
 
-@pytest.mark.parametrize("kind", [TrainingArguments, SFTConfig])
+@pytest.mark.parametrize("kind", [TrainingArguments, SFTConfig, RewardConfig])
 def test_supervised_training_in_one_process_is_served(tmp_path, kind):
     refuse_unsupported(made(kind, tmp_path))
     refuse_unsupported(SimpleNamespace(**NO_DISTRIBUTION))
 
 
-@pytest.mark.refused("preferences", "reward")
-@pytest.mark.parametrize("name", ["DPOConfig", "KTOConfig", "GRPOConfig", "RLOOConfig", "RewardConfig"])
-def test_preferences_rewards_and_rl_are_refused(tmp_path, name):
-    with pytest.raises(LoraDAError, match=f"^{name}: LoRA-DA starts the adapter away from the base model"):
+@pytest.mark.refused("preferences")
+@pytest.mark.parametrize("name", ["DPOConfig", "KTOConfig", "GRPOConfig", "RLOOConfig"])
+def test_preferences_and_rl_are_refused(tmp_path, name):
+    with pytest.raises(LoraDAError, match=f"^{name}: LoRA-DA starts .* would differ from the policy at step 0"):
         refuse_unsupported(made(getattr(trl, name), tmp_path))
 
 
@@ -147,22 +147,18 @@ def pairs():
     return Dataset.from_list([{"prompt": f"{p} ", "chosen": c, "rejected": r} for p, c, r in zip(*texts, strict=True)])
 
 
-@pytest.mark.parametrize("name", ["DPO", "Reward"])
-def test_trls_other_trainers_stop_before_the_first_step(folder, tmp_path, name):
-    model, task = base(folder), "CAUSAL_LM"
-    if name == "Reward":
-        model, task = LlamaForSequenceClassification(llama_config(num_labels=1)), "SEQ_CLS"
+def test_preference_training_stops_before_the_first_step(folder, tmp_path):
     first = FirstStep()
-    trainer = getattr(trl, f"{name}Trainer")(
-        model=model,
-        args=getattr(trl, f"{name}Config")(output_dir=str(tmp_path), **COMMON),
+    trainer = trl.DPOTrainer(
+        model=base(folder),
+        args=DPOConfig(output_dir=str(tmp_path), **COMMON),
         train_dataset=pairs(),
         processing_class=tokenizer(),
-        peft_config=lora(task_type=task),
+        peft_config=lora(),
         callbacks=[LoraDAInitializer(), first],
     )
     before = adapter(trainer.model)
-    with pytest.raises(LoraDAError, match=f"^{name}Config: .*use it for supervised fine-tuning"):
+    with pytest.raises(LoraDAError, match="^DPOConfig: .*use it for supervised fine-tuning or reward models"):
         trainer.train()
     assert same_bits(adapter(trainer.model), before)
     assert not first.adapter

@@ -14,7 +14,8 @@ from lora_da.callback import LoraDACallback
 class LoraDAInitializer(LoraDACallback):
     """`SFTTrainer(..., peft_config=LoraConfig(...), callbacks=[LoraDAInitializer()])`
 
-    Works with a plain transformers `Trainer` on a PEFT model as well. See `LoraDACallback` for arguments and errors.
+    The same with `RewardTrainer`, and with transformers' `Trainer` and `Seq2SeqTrainer` on a PEFT model. See
+    `LoraDACallback` for arguments and errors.
     """
 
     def around(self, args: TrainingArguments, model: PeftModel) -> AbstractContextManager[Any]:

@@ -1,0 +1,61 @@
+"""Causal language modelling: each token predicts the next, in text alone or in text with images."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from lora_da.batching import Batch
+from lora_da.data import read_causal
+from lora_da.errors import LoraDAError
+from lora_da.inputs import model_inputs
+from lora_da.loss import backward
+from lora_da.streams import TOKENS, Streams
+from lora_da.tasks.task import BeforeHead, Task, Timed, head_width, nobody
+
+
+class Causal(Task):
+    """A decoder with a language-model head. A document is a row, or a part of a packed one.
+
+    Of a model that reads images too, the towers are run as they are, and layers in its decoder alone are served.
+
+    Raises:
+        LoraDAError: the model names no decoder.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        decoder = model.get_decoder()
+        if decoder is model:
+            raise LoraDAError(
+                f"{type(model).__name__} names no decoder (`get_decoder()`), so its head cannot be run in chunks"
+            )
+        self._reads_images = model.config.get_text_config() is not model.config and model.base_model is not model
+        super().__init__(model, model.base_model if self._reads_images else decoder, decoder)
+        if self._reads_images:
+            self.streams = Streams({TOKENS: decoder})
+
+    @property
+    def n_logits(self) -> int:
+        return head_width(self.model.get_output_embeddings())
+
+    def read(self, inputs: Mapping[str, Any], limit: int) -> Batch:
+        return read_causal(inputs, limit)
+
+    def inputs(self, batch: Batch, device: torch.device) -> dict[str, Any]:
+        return model_inputs(self.model, batch, device, text_only=not self._reads_images)
+
+    def backward(
+        self,
+        batch: Batch,
+        inputs: dict[str, Any],
+        scale: float,
+        weights: Tensor | None = None,
+        timed: Timed = contextlib.nullcontext,
+        before_head: BeforeHead = nobody,
+    ) -> Tensor:
+        return backward(self.model, inputs, batch.tokens, scale, weights, timed, self.body, before_head)

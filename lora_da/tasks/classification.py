@@ -1,0 +1,141 @@
+"""Classification and regression, of whole rows or of their tokens, with the model's own loss."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from lora_da.batching import Batch
+from lora_da.errors import LoraDAError
+from lora_da.tasks.task import BeforeHead, Task, Timed, nobody
+from lora_da.tokens import IGNORED, read_rows, read_tokens
+
+
+class _Classification(Task):
+    """A body with a head of a few outputs, whose loss is the mean over what has a label.
+
+    Raises:
+        LoraDAError: the model names no body.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        if model.base_model is model:
+            raise LoraDAError(f"{type(model).__name__} names no body (`base_model_prefix`) beneath its head")
+        super().__init__(model, model.base_model)
+
+    @property
+    def n_logits(self) -> int:
+        return int(self.model.num_labels)
+
+    def _backward(
+        self, inputs: dict[str, Any], labels: Tensor, n: int, scale: float, weights: Tensor | None, timed: Timed
+    ) -> Tensor:
+        """The pass over a batch of `n` labels that count; weights (…, 1) fit the logits."""
+        with timed("forward"):
+            output = self.model(**inputs, labels=labels if n else None)  # the mean over no label is not a number
+        with timed("head"):
+            gradient = self._of_logits(output, n * scale) if n else torch.zeros_like(output.logits)
+        if output.logits.requires_grad:
+            with timed("backward"):
+                output.logits.backward(gradient if weights is None else (gradient * weights).to(gradient.dtype))
+        return output.loss.detach().float() * n if n else output.logits.new_zeros((), dtype=torch.float32)
+
+    def _of_logits(self, output: Any, factor: float) -> Tensor:
+        """The gradient of `factor` times the loss in the logits. A label's loss depends on its own logits alone: to
+        weigh this gradient is to weigh the loss."""
+        gradient = None
+        if output.loss is not None:
+            (gradient,) = torch.autograd.grad(output.loss * factor, output.logits, allow_unused=True)
+        if gradient is None:
+            raise LoraDAError(f"{type(self.model).__name__} returns no loss that is made of its logits; not supported")
+        return gradient
+
+
+class SequenceClassification(_Classification):
+    """One label, one vector of labels or one number for each row, which is a document with one loss token.
+
+    Raises:
+        LoraDAError: the model names no body, or no padding token to find the end of a row by.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        super().__init__(model)
+        if model.config.get_text_config().pad_token_id is None:
+            raise LoraDAError(
+                f"{type(model).__name__} has no pad_token_id in its config, so rows of different lengths cannot be run "
+                "together; set model.config.pad_token_id to the tokenizer's"
+            )
+
+    def read(self, inputs: Mapping[str, Any], limit: int) -> Batch:
+        labels = _row_labels(inputs)
+        labelled = torch.ones(len(labels), dtype=torch.bool)
+        if self._is_single_label(labels):
+            labelled = (labels.view(len(labels), -1) != IGNORED).all(1).cpu()
+        tokens = read_rows(inputs, labelled, limit)
+        # The loss is a mean over all rows, so no other may be among them.
+        return Batch(inputs, tokens, by_row=frozenset({"labels"})).counted_rows()
+
+    def backward(
+        self,
+        batch: Batch,
+        inputs: dict[str, Any],
+        scale: float,
+        weights: Tensor | None = None,
+        timed: Timed = contextlib.nullcontext,
+        before_head: BeforeHead = nobody,
+    ) -> Tensor:
+        labels = batch.inputs["labels"].to(inputs["input_ids"].device)
+        # One loss token in every document: however they are averaged, all weights are 1.
+        return self._backward(inputs, labels, batch.tokens.n_documents, scale, None, timed)
+
+    def _is_single_label(self, labels: Tensor) -> bool:
+        """As transformers decides it where the config does not."""
+        kind = self.model.config.problem_type
+        if kind is None:
+            return self.model.num_labels > 1 and labels.dtype in (torch.long, torch.int)
+        return bool(kind == "single_label_classification")
+
+
+class TokenClassification(_Classification):
+    """A label for each token, its own and not the next one's. A document is a row, or a part of a packed one."""
+
+    def read(self, inputs: Mapping[str, Any], limit: int) -> Batch:
+        return Batch(inputs, read_tokens(inputs, limit, shifted=False))
+
+    def backward(
+        self,
+        batch: Batch,
+        inputs: dict[str, Any],
+        scale: float,
+        weights: Tensor | None = None,
+        timed: Timed = contextlib.nullcontext,
+        before_head: BeforeHead = nobody,
+    ) -> Tensor:
+        labels = batch.tokens.targets.view(batch.shape).to(inputs["input_ids"].device)
+        weights = None if weights is None else weights.view(*batch.shape, 1)
+        return self._backward(inputs, labels, int(batch.tokens.loss_tokens.sum()), scale, weights, timed)
+
+
+def _row_labels(inputs: Mapping[str, Any]) -> Tensor:
+    """(rows,) or (rows, k)."""
+    if not isinstance(inputs, Mapping):
+        raise LoraDAError(
+            f"a batch is a {type(inputs).__name__}, expected a mapping with `labels`, as the model's forward takes it"
+        )
+    ids, labels = inputs.get("input_ids"), inputs.get("labels")
+    if not isinstance(ids, Tensor) or ids.dim() != 2 or not isinstance(labels, Tensor):
+        raise LoraDAError(
+            f"the batches have no `input_ids` (rows, tokens) with `labels` (keys seen: {', '.join(map(str, inputs))}); "
+            "use a collator that makes both, e.g. transformers.DataCollatorWithPadding(tokenizer)"
+        )
+    if labels.dim() not in (1, 2) or len(labels) != len(ids):
+        raise LoraDAError(
+            f"`labels` have shape {tuple(labels.shape)} for {len(ids)} rows; a sequence classifier needs (rows,), or "
+            "(rows, k) for several labels or numbers a row"
+        )
+    return labels
