@@ -40,7 +40,7 @@ NOT_OF_THE_CONFIG = ("_name_or_path", "transformers_version")  # where the model
 def fingerprint(model: PeftModel, adapter: Adapter, data: InitData, config: LoraDAConfig) -> str:
     """The key, 64 hexadecimal digits; taken in estimation mode, which sets what does not matter in the model's config.
 
-    The base is read on its own device, at about the speed of its memory, and nothing but sums leaves it.
+    The base is read on its own device, about 1 GB a second on a CPU core, and nothing but sums leaves it.
 
     Raises:
         LoraDAError: a weight is not where it can be read, or the config or a batch holds what cannot be compared.
