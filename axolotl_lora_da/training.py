@@ -7,7 +7,6 @@ from typing import Any
 
 from lora_da.errors import LoraDAError
 
-WHOLE_LAYERS = "LoRA-DA estimates in one process that holds whole layers"
 SUPERVISED = "LoRA-DA estimates on the loss of supervised fine-tuning"
 OWN_LOSS = f"{SUPERVISED}, and the run would train another loss than its adapter was initialised for"
 
@@ -17,9 +16,6 @@ REFUSED = {
     "fine-tune first and go on from that adapter with lora_model_dir",
     "reward_model": SUPERVISED,
     "process_reward_model": SUPERVISED,
-    "fsdp": WHOLE_LAYERS,
-    "fsdp_config": WHOLE_LAYERS,
-    "deepspeed": WHOLE_LAYERS,
     "tiled_mlp": "it cuts a sequence into pieces that LoRA-DA cannot match to their tokens; unset it",
     "use_eaft": OWN_LOSS,
     "use_dft": OWN_LOSS,

@@ -44,8 +44,8 @@ def fingerprint(
 ) -> str:
     """The key, 64 hexadecimal digits; taken in estimation mode, which sets what does not matter in the model's config.
 
-    The base is read on its own device, about 1 GB a second on a CPU core, and nothing but sums leaves it. Of one that is
-    sharded over processes each reads its own part, and their keys differ.
+    The base is read on its own device, about 1 GB a second on a CPU core, and nothing but sums leaves it. Of one that
+    is sharded over processes each reads its own part, and their keys differ.
 
     Raises:
         LoraDAError: a weight is not where it can be read, or the config or a batch holds what cannot be compared.
