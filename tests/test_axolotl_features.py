@@ -9,7 +9,7 @@ pytest.importorskip("axolotl", reason="Axolotl is not installed")
 import json
 
 import torch
-from axolotl_runs import LAYERS, ROWS, SAME, SAMPLES, Project, difference, preprocess
+from axolotl_runs import LAYERS, ROWS, SAME, Project, difference, preprocess
 from models import documents, tiny_gpt2
 from safetensors.torch import load_file
 from trainers import sentences

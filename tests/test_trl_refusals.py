@@ -64,7 +64,9 @@ TRAINERS = [(module, name) for module, name in trls_configs() if name not in ("S
 
 
 def test_the_list_of_trls_configs_is_whole():
-    assert {"DPO", "KTO", "GRPO", "RLOO", "Reward", "ORPO", "CPO", "GKD"} <= {n.removesuffix("Config") for _, n in TRAINERS}
+    assert {"DPO", "KTO", "GRPO", "RLOO", "Reward", "ORPO", "CPO", "GKD"} <= {
+        n.removesuffix("Config") for _, n in TRAINERS
+    }
     assert ("trl.trainer.sft_config", "SFTConfig") in trls_configs()
 
 
