@@ -6,10 +6,12 @@ import pytest
 
 pytest.importorskip("axolotl", reason="Axolotl is not installed")
 
+import contextlib
 import json
+import re
 
 import torch
-from axolotl_runs import LAYERS, ROWS, SAME, Project, difference, preprocess
+from axolotl_runs import LAYERS, ROWS, SAME, Project, difference, preprocess, train
 from models import documents, tiny_gpt2
 from safetensors.torch import load_file
 from trainers import sentences
@@ -52,6 +54,46 @@ def test_what_leaves_the_loss_alone_changes_nothing(project, expected, changes, 
     assert run.steps == 1
     assert difference(run.adapter(), expected) < SAME
     assert run.report["population_size"] == ROWS
+
+
+def with_an_accelerator(config: str) -> None:
+    """`axolotl train` where the CPU plays the accelerator that activations are moved away from."""
+    from trl.models.activation_offloading import OffloadActivations
+
+    made, init = [], OffloadActivations.__init__
+
+    def on_the_cpu(self, *args, **settings):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("cpu"))
+            init(self, *args, **{**settings, "use_pin_memory": False, "use_streams": False})
+        self.moved, pack = 0, self.pack_hook
+
+        def noted(tensor):
+            self.moved += 1
+            return pack(tensor)
+
+        self.pack_hook = noted
+        made.append(self)
+
+    OffloadActivations.__init__ = on_the_cpu
+    torch.cuda.stream = contextlib.nullcontext
+    torch.cuda.current_stream = torch.cuda.default_stream = lambda: None
+    torch.cpu.empty_cache = lambda: None
+    train(config)
+    print("moved", made[0].moved, "left behind", len(made[0].tracker))
+
+
+def test_activations_are_offloaded(project, expected):
+    """In the pass too, where what is not moved might not fit."""
+    offloading = {"gradient_checkpointing": True, "activation_offloading": True}
+    ours = project.run("offloaded", with_an_accelerator, **offloading)
+    free = project.run("offloaded-plain", with_an_accelerator, plugins=None, lora_da=None, **offloading)
+    assert ours.lines() == STARTED and free.lines() == []
+    assert difference(ours.adapter(), expected) < SAME
+    moved, in_training = (
+        int(re.findall(r"^moved (\d+) left behind 0$", run.text, re.MULTILINE)[0]) for run in (ours, free)
+    )
+    assert moved > in_training > 0
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Liger's kernels, its fused head that returns a loss and no logits included, run by Triton's interpreter on a CPU."""
+"""Liger's kernels, also the fused head that returns a loss and no logits, run by Triton's interpreter on the CPU."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ from lora_da.callback import refuse_unsupported
 from lora_da.errors import LoraDAError
 from trl_integration import LoraDAInitializer
 
-NO_DISTRIBUTION = {"fsdp": [], "deepspeed": None, "world_size": 1, "n_gpu": 1, "label_smoothing_factor": 0.0}
+NO_DISTRIBUTION = {"n_gpu": 1, "label_smoothing_factor": 0.0}
 
 
 @pytest.fixture(scope="module")
@@ -104,32 +104,22 @@ def test_another_loss_is_refused(tmp_path, keys, message):
         refuse_unsupported(made(SFTConfig, tmp_path, **keys))
 
 
-@pytest.mark.refused("ddp-2", "ddp-4", "fsdp2", "fsdp1", "zero-1", "zero-2", "zero-3", "data-parallel")
-@pytest.mark.parametrize(
-    ("keys", "message"),
-    [
-        ({"fsdp": ["full_shard"]}, "^FSDP is not supported yet"),
-        ({"deepspeed": "zero2.json"}, "^DeepSpeed is not supported yet"),
-        ({"world_size": 4}, "^training runs on 4 devices.*launch one process"),
-        ({"n_gpu": 2}, "^training runs on 2 devices.*CUDA_VISIBLE_DEVICES"),
-    ],
-)
-def test_several_devices_are_refused(keys, message):
-    with pytest.raises(LoraDAError, match=message):
-        refuse_unsupported(SimpleNamespace(**{**NO_DISTRIBUTION, **keys}))
+@pytest.mark.refused("data-parallel")
+def test_several_gpus_of_one_process_are_refused():
+    with pytest.raises(LoraDAError, match=r"^one process trains on 2 GPUs \(nn.DataParallel\).*accelerate launch"):
+        refuse_unsupported(SimpleNamespace(**{**NO_DISTRIBUTION, "n_gpu": 2}))
 
 
-@pytest.mark.parametrize(
-    ("variable", "name"), [("ACCELERATE_USE_FSDP", "FSDP"), ("ACCELERATE_USE_DEEPSPEED", "DeepSpeed")]
-)
-@pytest.mark.parametrize("value", ["true", "1", "false"])
-def test_what_accelerate_launch_sets_is_seen(monkeypatch, variable, name, value):
-    monkeypatch.setenv(variable, value)
-    if value == "false":
-        refuse_unsupported(SimpleNamespace(**NO_DISTRIBUTION))
-    else:
-        with pytest.raises(LoraDAError, match=f"^{name} is not supported yet"):
-            refuse_unsupported(SimpleNamespace(**NO_DISTRIBUTION))
+@pytest.mark.refused("parallelism")
+@pytest.mark.parametrize(("size", "what"), [("tp_size", "tensor"), ("cp_size", "context"), ("sp_size", "sequence")])
+def test_other_parallelism_than_over_samples_is_refused(size, what):
+    """Accelerate's own config, as the training arguments hold it."""
+    from accelerate.parallelism_config import ParallelismConfig
+
+    refuse_unsupported(SimpleNamespace(**NO_DISTRIBUTION, parallelism_config=ParallelismConfig()))
+    config = ParallelismConfig(**{size: 2})
+    with pytest.raises(LoraDAError, match=f"^parallelism_config.{size}=2: {what} parallelism divides"):
+        refuse_unsupported(SimpleNamespace(**NO_DISTRIBUTION, parallelism_config=config))
 
 
 def test_sft_with_another_loss_stops_before_the_first_step(folder, tmp_path):
