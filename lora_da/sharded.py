@@ -28,8 +28,14 @@ def is_sharded(model: nn.Module) -> bool:
     """Whether a forward pass of the model gathers parameters from other processes.
 
     Raises:
-        LoraDAError: it is wrapped in FSDP1.
+        LoraDAError: it is wrapped in FSDP1, or its layers are divided over processes (tensor parallelism).
     """
+    divided = max((getattr(module, "tp_size", None) or 1 for module in model.modules()), default=1)
+    if divided > 1:
+        raise LoraDAError(
+            f"each layer of the model is divided over {divided} processes (tp_plan); LoRA-DA divides the samples over "
+            "processes only: load it without tp_plan"
+        )
     if any(isinstance(module, FullyShardedDataParallel) for module in model.modules()):
         raise LoraDAError(
             "the model is wrapped in FSDP1, whose flat parameters hold no layers; set `fsdp_version: 2` in fsdp_config"

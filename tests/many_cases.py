@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from datasets import Dataset
 from models import batches, documents, tiny_llama, with_lora
 from peft import LoraConfig, PeftModel, get_peft_model
 from picture import differences, picture
@@ -18,6 +19,7 @@ from planning import Way, forced, recorded
 from test_experts import mixture
 from torch import Tensor
 from torch import distributed as dist
+from trainers import FirstStep, plain, sft
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 import lora_da.initialize
@@ -26,6 +28,7 @@ from lora_da.adapter import Adapter
 from lora_da.blocks import BlockRow
 from lora_da.solve import LayerSolver
 from lora_da.sweep import Sweep
+from trl_integration import LoraDAInitializer
 
 TIMEOUT = 120  # seconds that a process waits for another before torch gives up
 SAMPLES = 7  # over 2 and over 4 processes unevenly
@@ -168,3 +171,27 @@ def dies(folder: Path) -> None:
         fails_in(patch, Sweep, "_loss", 1, Broken("the fault of one process"))
         (folder / f"began{rank()}").write_text(str(time.time()))
         initialized(llama(), Way())
+
+
+def trained(folder: Path) -> dict[str, Any]:
+    """The adapter that the first training step finds, and what the last leaves, in both kinds of trainers."""
+    found = {}
+    for name in ("Trainer", "SFTTrainer"):
+        start, initializer = FirstStep(), LoraDAInitializer(LoraDAConfig(samples=SAMPLES))
+        settings = {"max_steps": 2, "per_device_train_batch_size": 2}
+        if name == "Trainer":
+            trainer = plain(llama(), ROWS, folder / name, initializer, start, **settings)
+        else:
+            rows = Dataset.from_list([{k: row[k] for k in ("input_ids", "labels")} for row in ROWS])
+            trainer = sft(llama(), rows, folder / name, initializer, start, bf16=False, **settings)
+        trainer.train()
+        assert initializer.report is not None
+        found[name] = {
+            "start": start.adapter,
+            "end": adapter(trainer.model),
+            "processes": trainer.args.world_size,
+            "counts": (initializer.report.initialized, initializer.report.samples, initializer.report.tokens),
+            "hooks": start.seen["hooks"],
+            "requires_grad": start.seen["requires_grad"],
+        }
+    return found

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from many_cases import CASES, FAULTS, ROWS, TIMEOUT, initialized, llama
+from many_cases import CASES, FAULTS, ROWS, TIMEOUT, initialized, llama, trained
 from models import batches
 from planning import Way
 from processes import Run, launch
@@ -88,6 +88,24 @@ def test_after_a_fault_the_next_initialisation_is_whole(two: Any, alone: dict[st
 @pytest.mark.parametrize("place", ["borders", "pass", "segment"])
 def test_memory_that_one_process_lacks_makes_all_batches_smaller(place: str, two: Any, alone: dict[str, Any]) -> None:
     check([result["memory"][place] for result in two], alone["3 segments"])
+
+
+@pytest.fixture(scope="module")
+def trainers(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    return _results(launch(2, "many_cases.trained", tmp_path_factory.mktemp("trainers")))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("trainer", ["Trainer", "SFTTrainer"])
+def test_trainers_start_every_replica_alike(trainer: str, trainers: Any, tmp_path: Path) -> None:
+    one, other = (result[trainer] for result in trainers)
+    truth = trained(tmp_path)[trainer]
+    assert one["processes"] == 2 and truth["processes"] == 1
+    assert one["counts"] == truth["counts"]
+    assert same_bits(one["start"], other["start"])
+    assert worst_difference(one["start"], truth["start"]) < ROUNDING
+    assert one["hooks"] == truth["hooks"] and one["requires_grad"] == truth["requires_grad"]
+    assert same_bits(one["end"], other["end"]) and not same_bits(one["end"], one["start"])
 
 
 @pytest.mark.slow
