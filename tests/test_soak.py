@@ -23,7 +23,7 @@ from lora_da.borders import Border
 from lora_da.plan import make_plan
 from lora_da.report import InitReport
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.once, pytest.mark.slow]
 
 MIB = 2**20
 ALLOCATORS = 24 * MIB  # what they may keep more, late in the work than early in it
