@@ -1,4 +1,4 @@
-# make demo, make test, make test-fast, make lint, make table: each sets up what it needs, once.
+# make demo, make test, make test-fast, make lint, make table, make fuzz: each sets up what it needs, once.
 
 PYTHON ?= python3
 # First and by itself, so that no other package chooses another build of it.
@@ -11,19 +11,24 @@ export AXOLOTL_DO_NOT_TRACK ?= 1
 # Threads that spin while they wait are several times slower where another process wants a core.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: demo test test-fast lint table clean
+.PHONY: demo test test-fast fuzz lint table clean
 .DELETE_ON_ERROR:
 
 demo: $(AXOLOTL)/.ready
 	$(AXOLOTL)/bin/python examples/demo.py
 
-# What CI runs: the stack that Axolotl pins, then the newest TRL, PEFT and transformers.
+# What CI runs: the stack that Axolotl pins, then the newest TRL, PEFT and transformers, without what no stack changes.
 test: lint $(NEWEST)/.ready
 	$(call pytest,$(AXOLOTL))
-	$(call pytest,$(NEWEST))
+	$(call pytest,$(NEWEST)) -m "not once"
 
 test-fast: $(AXOLOTL)/.ready
 	$(call pytest,$(AXOLOTL)) -m "not slow"
+
+# As many random configurations as FUZZ says, others each time.
+FUZZ ?= 2000
+fuzz: $(NEWEST)/.ready
+	LORA_DA_FUZZ=$(FUZZ) $(call pytest,$(NEWEST)) -s tests/test_fuzz.py
 
 lint: $(AXOLOTL)/.ready
 	$(AXOLOTL)/bin/ruff check .

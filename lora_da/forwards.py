@@ -25,5 +25,8 @@ def replaced(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
 
 
 def kept_on_device() -> torch.autograd.graph.saved_tensors_hooks:
-    """Activations that are used at once or not at all: an offloading context around them shall not move them."""
-    return torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor)
+    """Activations that are used at once or not at all: an offloading context around them shall not move them.
+
+    They are kept detached: an operation that keeps its own output would hold itself, where no collector sees it.
+    """
+    return torch.autograd.graph.saved_tensors_hooks(torch.Tensor.detach, lambda tensor: tensor)

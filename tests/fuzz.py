@@ -214,7 +214,7 @@ def configurations(draw: st.DrawFn) -> Configuration:
     shortest = draw(st.integers(3, 6))
     prompt = draw(st.integers(0, 2))
     family = draw(st.sampled_from(DENSE if quantisation else list(ARCHITECTURES)))
-    refusals = [None] * 24 + TRAINERS[trainer]
+    refusals = [None] * 12 + TRAINERS[trainer]
     return Configuration(
         family=family,
         blocks=draw(st.integers(1, 4)),

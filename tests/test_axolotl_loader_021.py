@@ -12,6 +12,8 @@ from pathlib import Path
 import axolotl_021
 import pytest
 
+pytestmark = pytest.mark.once
+
 ROOT = Path(__file__).parents[1]
 
 

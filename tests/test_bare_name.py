@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.once
+
 ROOT = Path(__file__).parents[1]
 BASE = "def load_plugin(plugin_name): return plugin_name"
 SEES_THE_PLUGIN = """

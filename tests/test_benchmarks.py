@@ -16,6 +16,8 @@ pytest.importorskip("matplotlib")
 
 from benchmarks.published import full_gradient, group_fisher, layer_groups
 
+pytestmark = pytest.mark.once
+
 ROOT = Path(__file__).parent.parent
 FLOAT32 = 2e-5  # float32 sums in another order
 

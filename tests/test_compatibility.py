@@ -6,6 +6,8 @@ import pytest
 from compatibility import ROWS
 from table import README, keys_of, sources, states, table, written
 
+pytestmark = pytest.mark.once
+
 ALL = [row for rows in ROWS.values() for row in rows]
 
 

@@ -10,6 +10,8 @@ import pytest
 from lora_da import LoraDAConfig, LoraDAError
 from lora_da.config import PRESETS
 
+pytestmark = pytest.mark.once
+
 BAD_SETTINGS = [
     ("preset", ["papper", None, 3]),
     ("averaging", ["sample", 1]),

@@ -75,8 +75,7 @@ RUNS = {
     "passes, re-entrant": Run(PASSES, reentrant=True),
     "passes, not re-entrant": Run(PASSES, reentrant=False),
 }
-
-
+QUICK = ("streamed",)
 # The first block runs twice before it runs alone.
 CALLS = {"survey": (1, 2), "survey, a block alone": (3,)}
 
@@ -88,11 +87,12 @@ def cases() -> list[Any]:
             if stage == "borders" and RUNS[run].way.cuts == 1:
                 continue  # there are none
             for kind, outcome in {RuntimeError: RAISED, KeyboardInterrupt: RAISED, **expected}.items():
-                name = kind if isinstance(kind, str) else kind.__name__
                 if stage == "forward" and kind == NAN and RUNS[run].reentrant:
                     outcome = NO_SOLUTION.format("gradient")  # its first forward keeps nothing: struck is the second
-                for call in CALLS.get(stage, (1, 3)):
-                    found.append(pytest.param(run, stage, kind, outcome, call, id=f"{run}: {name} in {stage}, {call}"))
+                name = f"{run}: {kind if isinstance(kind, str) else kind.__name__} in {stage}"
+                marks = () if run in QUICK else (pytest.mark.slow,)
+                for call in CALLS.get(stage, (1, 3) if run == "streamed" else (3,)):
+                    found.append(pytest.param(run, stage, kind, outcome, call, id=f"{name}, {call}", marks=marks))
     return found
 
 

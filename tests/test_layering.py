@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 from layering import Attributes, Imports, NoGlobals, StandardLibrary, broken
 
+pytestmark = pytest.mark.once
+
 ROOT = Path(__file__).parents[1]
 PRODUCT = ("lora_da/*", "axolotl_lora_da/*", "trl_integration/*")
 

@@ -78,3 +78,20 @@ def test_peak_memory_is_not_below_what_is_held() -> None:
     memory = PeakMemory(torch.device("cpu"))
     held = torch.ones(64 * 2**20, dtype=torch.uint8)
     assert memory.gib() >= held.numel() / GIB and memory.name == "process"
+
+
+def tensors() -> int:
+    gc.collect()
+    return sum(isinstance(thing, torch.Tensor) for thing in gc.get_objects())
+
+
+def test_no_tensor_is_left_behind() -> None:
+    """Not in a graph either that was never run backward, which the garbage collector does not see as garbage."""
+    model, data = with_lora(tiny_llama()), batches(documents(8), 4)
+    initialize_lora_da_weights(model, data, LoraDAConfig(samples=8), show_progress=False)
+    before = tensors()
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            parameter.data.zero_()
+    initialize_lora_da_weights(model, data, LoraDAConfig(samples=8), show_progress=False)
+    assert tensors() == before

@@ -13,6 +13,8 @@ from lora_da.methods.eigen import DENSE_UP_TO, TOLERANCE, largest_eigenpairs
 from lora_da.methods.lora_da import LoraFactors, UnsolvableLayer, damp_input, lora_da
 from lora_da.statistics import LayerStatistics
 
+pytestmark = pytest.mark.once
+
 EXACT = 1e-10  # float64 against float64
 AUTHORS = 5e-4  # the authors' vectors were solved in float32; a float64 solution agrees to 5e-5 … 4e-4
 

@@ -89,12 +89,14 @@ def test_once(way: str, stage: str, call: int, caplog: pytest.LogCaptureFixture)
     check_goes_on(way, STAGES[stage], caplog, at=call)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rows", [1, 2])
 @pytest.mark.parametrize(("way", "stage"), cases())
 def test_while_batches_have_too_many_rows(way: str, stage: str, rows: int, caplog: pytest.LogCaptureFixture) -> None:
     check_goes_on(way, lambda patch, model, full: STAGES[stage](patch, model, full, rows), caplog)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("call", [30, 31, 45])
 @ways
 def test_late_in_the_work(way: str, call: int, caplog: pytest.LogCaptureFixture) -> None:
@@ -121,6 +123,7 @@ def test_while_segments_have_too_many_blocks(way: str, blocks: int, caplog: pyte
     check_goes_on(way, lay, caplog)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layers", [1, 2, 3])
 @ways
 def test_while_too_many_layers_are_watched(way: str, layers: int, caplog: pytest.LogCaptureFixture) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.once, pytest.mark.slow]
 if find_spec("hatchling") is None or find_spec("pip") is None:
     pytest.skip("hatchling and pip are needed to build the package", allow_module_level=True)
 

@@ -52,7 +52,14 @@ def truth(name: str, averaging: str) -> dict[str, OracleStatistics]:
 
 
 @pytest.mark.compat("llama")
-@pytest.mark.parametrize("reentrant", [None, True, False], ids=["kept", "re-entrant", "not re-entrant"])
+@pytest.mark.parametrize(
+    "reentrant",
+    [
+        pytest.param(None, id="kept"),
+        pytest.param(True, id="re-entrant", marks=pytest.mark.slow),
+        pytest.param(False, id="not re-entrant", marks=pytest.mark.slow),
+    ],
+)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("way", WAYS)
 def test_every_plan_gives_the_oracles_statistics(way: str, layout: str, reentrant: bool | None) -> None:

@@ -7,6 +7,8 @@ from models import batches, documents, tiny_llama, with_lora
 import lora_da.solve
 from lora_da import LoraDAConfig, LoraDAError, initialize_lora_da_weights
 
+pytestmark = pytest.mark.once
+
 
 def initialised(model) -> dict[str, torch.Tensor]:
     initialize_lora_da_weights(model, batches(documents(8), 4), LoraDAConfig(samples=8), show_progress=False)

@@ -5,6 +5,8 @@ import torch
 
 from lora_da.statistics import SYMMETRIC_FROM, InputSums, LayerSums
 
+pytestmark = pytest.mark.once
+
 EXACT = 1e-12  # float64 sums in another order
 
 

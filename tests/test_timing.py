@@ -8,6 +8,8 @@ import torch
 import lora_da.timing
 from lora_da.timing import Stopwatch
 
+pytestmark = pytest.mark.once
+
 
 class Clock:
     """Moves when it is told to."""

@@ -12,6 +12,8 @@ from models import IGNORED
 from lora_da.errors import LoraDAError
 from lora_da.tokens import read_tokens
 
+pytestmark = pytest.mark.once
+
 
 class Encoding:
     """Tensors of a batch as collators make them, from rows of documents."""
