@@ -11,9 +11,10 @@ from peft import LoraConfig, PeftModel
 from peft.tuners.lora.layer import LoraLayer, MultiheadAttention, ParamWrapper
 from peft.tuners.lora.variants import DoraLinearVariant
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from lora_da.errors import LoraDAError
-from lora_da.sharded import copied, put, shape, whole
+from lora_da.sharded import copied, is_zero3, shape, shard_of, whole
 from lora_da.weights import row_norms, weight_norm
 
 SMALLEST = torch.finfo(torch.float32).tiny  # in the place of the norm of an all-zero weight
@@ -83,10 +84,10 @@ class AdapterLayer:
     def write(self, lora_A: Tensor, lora_B: Tensor) -> None:
         """Put the factors into the parameters; DoRA's magnitude so that the layer starts at W + scaling·lora_B·lora_A,
         as plain LoRA does from the same factors."""
-        put(self.lora_A, lora_A)
-        put(self.lora_B, lora_B)
+        _put(self.lora_A, lora_A)
+        _put(self.lora_B, lora_B)
         if self.magnitude is not None:
-            put(self.magnitude, row_norms(self.base, copied(self.lora_A), copied(self.lora_B), self.scaling))
+            _put(self.magnitude, row_norms(self.base, copied(self.lora_A), copied(self.lora_B), self.scaling))
 
 
 @dataclass(frozen=True)
@@ -111,8 +112,27 @@ class Adapter:
                 layer.write(*factors[layer.name])
         except BaseException:  # an interrupt too
             for parameter, value in before:
-                put(parameter, value)
+                _put(parameter, value)
             raise
+
+
+@torch.no_grad()
+def _put(parameter: Tensor, value: Tensor) -> None:
+    """Copy a value that all processes have into a parameter, in place, whatever holds its numbers.
+
+    DeepSpeed trains copies in float32 and writes them over the parameters at each step: they get the value too.
+    """
+    if is_zero3(parameter):
+        from deepspeed.runtime.zero import GatheredParameters
+
+        with GatheredParameters([parameter], modifier_rank=0):
+            parameter.copy_(value)
+    else:
+        parameter.copy_(shard_of(value, parameter) if isinstance(parameter, DTensor) else value)
+    if is_zero3(parameter) or hasattr(parameter, "_hp_mapping"):
+        from deepspeed.utils import safe_set_full_fp32_param
+
+        safe_set_full_fp32_param(parameter, value.to(parameter.device, torch.float32))
 
 
 def find_adapter(model: PeftModel, adapter_name: str | None = None) -> Adapter:

@@ -76,11 +76,11 @@ def initialize_lora_da_weights(
     """
     started = time.perf_counter()
     config = config or LoraDAConfig()
-    ranks = Ranks(_device(peft_model), is_sharded(peft_model))
-    show_progress = show_progress and ranks.rank == 0
-    with ranks.together():
+    with Ranks().together():
         adapter = find_adapter(peft_model, adapter_name)
         task = find_task(peft_model.get_base_model(), reward)
+        ranks = Ranks(is_sharded(peft_model))
+    show_progress = show_progress and ranks.rank == 0
     targeted = len(adapter.layers) + len(adapter.left)
     if not adapter.is_untrained():
         report = InitReport(targeted=targeted, left=adapter.left, skipped="it carries trained weights")

@@ -26,7 +26,6 @@ class Ranks:
     """The processes of this run.
 
     Args:
-        device: where the samples go; small messages take the same way, since NCCL knows no other.
         sharded: whether a forward pass is a collective itself (FSDP2, ZeRO-3). A process that fails in one leaves the
             others waiting inside it, where no message reaches them: its error ends it, and the launcher ends the rest.
 
@@ -34,12 +33,13 @@ class Ranks:
         rank, size: this process, and how many there are.
     """
 
-    def __init__(self, device: torch.device = torch.device("cpu"), sharded: bool = False) -> None:  # noqa: B008
+    def __init__(self, sharded: bool = False) -> None:
         several = dist.is_available() and dist.is_initialized()
         self.rank = dist.get_rank() if several else 0
         self.size = dist.get_world_size() if several else 1
         self.sharded = sharded and self.size > 1
-        self._device = device
+        nccl = several and "nccl" in dist.get_backend()  # it knows no other memory than the GPU's
+        self._device = torch.device("cuda", torch.cuda.current_device()) if nccl else torch.device("cpu")
 
     @contextlib.contextmanager
     def together(self) -> Iterator[None]:

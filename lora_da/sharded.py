@@ -40,17 +40,17 @@ def is_sharded(model: nn.Module) -> bool:
         raise LoraDAError(
             "the model is wrapped in FSDP1, whose flat parameters hold no layers; set `fsdp_version: 2` in fsdp_config"
         )
-    return any(isinstance(m, FSDPModule) for m in model.modules()) or any(map(_is_zero3, model.parameters()))
+    return any(isinstance(m, FSDPModule) for m in model.modules()) or any(map(is_zero3, model.parameters()))
 
 
 def is_shard(parameter: Any) -> bool:
     """Whether this process holds a part of a parameter only."""
-    return isinstance(parameter, DTensor) or _is_zero3(parameter)
+    return isinstance(parameter, DTensor) or is_zero3(parameter)
 
 
 def held(parameter: Any) -> Any:
     """What this process holds of a parameter."""
-    if _is_zero3(parameter):
+    if is_zero3(parameter):
         return parameter.ds_tensor
     return parameter.to_local() if isinstance(parameter, DTensor) else parameter
 
@@ -71,13 +71,19 @@ def shape(parameter: Tensor) -> tuple[int, ...]:
 @contextlib.contextmanager
 def whole(parameter: Any) -> Iterator[Any]:
     """The parameter gathered from its shards while the context is open; all processes must ask."""
-    if _is_zero3(parameter):
+    if is_zero3(parameter):
         from deepspeed.runtime.zero import GatheredParameters
 
         with GatheredParameters([parameter]):
             yield parameter
     else:
         yield parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
+
+
+def shard_of(value: Tensor, parameter: DTensor) -> DTensor:
+    """What a value that all processes have is in a parameter's shards; nothing is sent."""
+    value = value.to(parameter.to_local().device, parameter.dtype)
+    return distribute_tensor(value, parameter.device_mesh, parameter.placements, src_data_rank=None)
 
 
 @torch.no_grad()
@@ -88,30 +94,8 @@ def copied(parameter: Tensor) -> Tensor:
         return tensor
 
 
-@torch.no_grad()
-def put(parameter: Tensor, value: Tensor) -> None:
-    """Copy a value that all processes have into a parameter, in place, whatever holds its numbers.
-
-    DeepSpeed trains copies in float32 and writes them over the parameters at each step: they get the value too.
-    """
-    if isinstance(parameter, DTensor):
-        value = value.to(parameter.to_local().device, parameter.dtype)
-        parameter.copy_(distribute_tensor(value, parameter.device_mesh, parameter.placements, src_data_rank=None))
-        return
-    if _is_zero3(parameter):
-        from deepspeed.runtime.zero import GatheredParameters
-
-        with GatheredParameters([parameter], modifier_rank=0):
-            parameter.copy_(value)
-    else:
-        parameter.copy_(value)
-    if _is_zero3(parameter) or hasattr(parameter, "_hp_mapping"):
-        from deepspeed.utils import safe_set_full_fp32_param
-
-        safe_set_full_fp32_param(parameter, value.to(parameter.device, torch.float32))
-
-
-def _is_zero3(parameter: Any) -> bool:
+def is_zero3(parameter: Any) -> bool:
+    """Whether DeepSpeed ZeRO-3 holds a parameter."""
     return hasattr(parameter, "ds_id")
 
 

@@ -37,7 +37,6 @@ QUANTISATIONS: dict[str, dict[str, Any]] = {
 
 # What a refused row says, by the row's key.
 SENTENCES = {
-    "dora": "^DoRA is not supported yet: set `use_dora=False`",
     "other-init": "^init_lora_weights='eva' already chooses the start of the adapter; leave it at True or 'gaussian'",
     "wide-rank": "^layer .* its rank 200 is above that; set a smaller `r`",
     "merged": "^layer .* has merged adapters; call `unmerge_adapter",
@@ -46,7 +45,7 @@ SENTENCES = {
     "other-losses": "^loss_type='dft': .*set 'nll'",
 }
 TRAINERS = {
-    "peft-call": ["dora", "other-init", "wide-rank", "merged", "images"],
+    "peft-call": ["other-init", "wide-rank", "merged", "images"],
     "trainer": ["other-init", "wide-rank", "label-smoothing"],
     "sft": ["other-init", "wide-rank", "label-smoothing", "other-losses"],
 }
@@ -125,8 +124,6 @@ class Configuration:
             settings["rank_pattern"] = {chosen[0]: self.rank + 1}
         if self.refusal == "wide-rank":
             settings["r"] = 200
-        if self.refusal == "dora":
-            settings["use_dora"] = True
         model = with_lora(base, self.seed, **settings)
         if self.refusal == "other-init":
             model.peft_config["default"].init_lora_weights = "eva"  # PEFT itself wants data to build it

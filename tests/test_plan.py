@@ -15,6 +15,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from planning import CPU, PLENTY, Way, collected_by, surveyed_model
 
 import lora_da.plan
+import lora_da.ranks
 from lora_da.adapter import find_adapter
 from lora_da.borders import Border
 from lora_da.data import draw
@@ -141,7 +142,7 @@ def test_borders_need_memory_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None
     seen = []
     for room in range(0, 8 * at_a_border, at_a_border // 4):
         # a quarter of what is free is for the borders where the sums are on the CPU too
-        monkeypatch.setattr(lora_da.plan, "free_bytes", lambda device, room=room: 4 * room)
+        monkeypatch.setattr(lora_da.ranks, "free_bytes", lambda device, room=room: 4 * room)
         plan = planner(nothing)
         seen.append(plan.cuts)
         assert (plan.cuts - 1) * at_a_border <= plan.cpu_bytes <= room
@@ -152,7 +153,7 @@ def test_borders_need_memory_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None
 @pytest.mark.parametrize("free", [1, 2**20, 2**34])
 def test_without_a_budget_half_of_what_is_free(free: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """On the CPU, where other processes live too."""
-    monkeypatch.setattr(lora_da.plan, "free_bytes", lambda device: free)
+    monkeypatch.setattr(lora_da.ranks, "free_bytes", lambda device: free)
     planner = Planner()
     assert planner(None).segments == planner(free / 2 / GIB).segments
     assert planner(None).budget == free // 2

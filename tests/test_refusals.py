@@ -243,13 +243,6 @@ def test_a_layer_that_is_never_called(build):
     check_refused(model, rf"^layer .*1\.mlp\.{layer} was never reached by a gradient: its forward is replaced")
 
 
-@pytest.mark.refused("ddp-2", "ddp-4")
-def test_several_processes(monkeypatch):
-    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
-    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
-    check_refused(llama(), "one process, this is one of 2")
-
-
 def test_an_adapter_that_was_trained_is_left_alone(capsys):
     """One layer with a lora_B is enough; a line says so."""
     model = llama()
