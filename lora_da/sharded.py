@@ -18,6 +18,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.distributed.tensor import DTensor, distribute_tensor
+from transformers import PreTrainedModel
 
 from lora_da.blocks import find_blocks
 from lora_da.errors import LoraDAError
@@ -30,15 +31,15 @@ def is_sharded(model: nn.Module) -> bool:
     Raises:
         LoraDAError: it is wrapped in FSDP1, or its layers are divided over processes (tensor parallelism).
     """
-    divided = max((getattr(module, "tp_size", None) or 1 for module in model.modules()), default=1)
+    if any(isinstance(module, FullyShardedDataParallel) for module in model.modules()):
+        raise LoraDAError(
+            "the model is wrapped in FSDP1, whose flat parameters hold no layers; set `fsdp_version: 2` in fsdp_config"
+        )
+    divided = max((m.tp_size or 1 for m in model.modules() if isinstance(m, PreTrainedModel)), default=1)
     if divided > 1:
         raise LoraDAError(
             f"each layer of the model is divided over {divided} processes (tp_plan); LoRA-DA divides the samples over "
             "processes only: load it without tp_plan"
-        )
-    if any(isinstance(module, FullyShardedDataParallel) for module in model.modules()):
-        raise LoraDAError(
-            "the model is wrapped in FSDP1, whose flat parameters hold no layers; set `fsdp_version: 2` in fsdp_config"
         )
     return any(isinstance(m, FSDPModule) for m in model.modules()) or any(map(is_zero3, model.parameters()))
 

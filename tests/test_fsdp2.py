@@ -64,6 +64,13 @@ def test_a_process_that_fails_ends_the_others_too(tmp_path: Path) -> None:
     assert "the fault of one process" in run.output
 
 
+def test_a_model_in_tensor_parallel_is_refused() -> None:
+    model = llama()
+    model.get_base_model()._tp_size = 2  # as transformers notes a `tp_plan`
+    with pytest.raises(LoraDAError, match="^each layer of the model is divided over 2 processes .*without tp_plan"):
+        is_sharded(model)
+
+
 def test_fsdp1_is_refused() -> None:
     wrapped = FullyShardedDataParallel.__new__(FullyShardedDataParallel)
     nn.Module.__init__(wrapped)
