@@ -159,6 +159,7 @@ ROWS: dict[str, list[Row]] = {
     "several processes": [
         Row("ddp-2", "DDP, 2 processes"),
         Row("ddp-4", "DDP, 4 processes"),
+        Row("axolotl-ddp", "DDP in Axolotl, 2 processes"),
         Row("fsdp2", "FSDP2"),
         Row("fsdp1", "FSDP1"),
         Row("zero-1", "DeepSpeed ZeRO-1"),

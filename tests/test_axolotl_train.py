@@ -70,7 +70,7 @@ def config(folder: Path, output: str, **changes: object) -> Path:
     return path
 
 
-def axolotl(*arguments: str) -> str:
+def axolotl(*arguments: str, **variables: str) -> str:
     """Run the command line; its output."""
     programs = Path(sys.executable).parent
     environment = {
@@ -79,6 +79,7 @@ def axolotl(*arguments: str) -> str:
         "HF_HUB_OFFLINE": "1",
         "AXOLOTL_DO_NOT_TRACK": "1",
         "CUDA_VISIBLE_DEVICES": "",
+        **variables,
     }
     run = subprocess.run(
         [programs / "axolotl", *arguments], env=environment, capture_output=True, text=True, timeout=900, check=False
@@ -121,8 +122,13 @@ def test_train_starts_from_what_the_peft_call_gives(folder: Path, name: str) -> 
     output = axolotl("train", str(config(folder, name, **RUNS[name])))
     assert output.count("LoRA-DA: initialised 14 of 14 layers") == 1
 
+    check_saved(folder, name, use_dora=name == "dora")
+
+
+def check_saved(folder: Path, name: str, **lora: object) -> None:
+    """That a run's report and adapter are those of the PEFT call."""
     report = json.loads((folder / name / "lora_da_report.json").read_text())
-    model, counted = by_peft_call(folder, use_dora=name == "dora")
+    model, counted = by_peft_call(folder, **lora)
     assert {key: report[key] for key in counted} == counted
     assert report["population_size"] == ROWS
     saved = load_peft_weights(folder / name, device="cpu")
@@ -131,6 +137,17 @@ def test_train_starts_from_what_the_peft_call_gives(folder: Path, name: str) -> 
     assert saved.keys() == expected.keys()
     for key, value in expected.items():
         assert torch.linalg.norm(saved[key].float() - value) <= SAME * torch.linalg.norm(value), key
+
+
+@pytest.mark.compat("axolotl-ddp")
+def test_two_processes_start_as_one_does(folder: Path) -> None:
+    """DDP as Axolotl launches it, on CPUs."""
+    path = config(folder, "two", plugins=["lora_da", "axolotl_cpu.OnTheCPU"])
+    launcher = ("--launcher", "torchrun", "--", "--nproc_per_node=2")
+    tests = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
+    output = axolotl("train", str(path), *launcher, PYTHONPATH=tests, ACCELERATE_USE_CPU="true", OMP_NUM_THREADS="1")
+    assert output.count("LoRA-DA: initialised 14 of 14 layers") == 1
+    check_saved(folder, "two")
 
 
 @pytest.mark.compat("axolotl-qlora")
