@@ -119,20 +119,25 @@ class Project:
         }
         config, log = self.folder / f"{name}.yml", self.folder / f"{name}.log"
         config.write_text(yaml.safe_dump({key: value for key, value in settings.items() if value is not None}))
-        processes = _forks if forked else multiprocessing.get_context("spawn")
-        process = processes.Process(target=_in_process, args=(command, str(config), log))
-        process.start()
-        process.join(TIMEOUT)
-        if process.is_alive():
-            process.kill()
-            process.join()
-        return Run(self.folder / name, log.read_text(), process.exitcode == 0)
+        return run(command, config, self.folder / name, log, forked)
 
     def by_hand(self, rows: list[Document] | None = None, samples: int = SAMPLES, **lora: Any) -> dict[str, Tensor]:
         """The adapter that the PEFT call gives, under the names of a saved one."""
         model = with_lora(self.base(), **lora)
         found = by_hand(model, rows or documents(ROWS), LoraDAConfig(samples=samples), bf16=False)
         return {name.replace(".default", ""): value for name, value in found.items()}
+
+
+def run(command: Callable[[str], None], config: Path, output: Path, log: Path, forked: bool = True) -> Run:
+    """Run a command on a config in a process of its own."""
+    processes = _forks if forked else multiprocessing.get_context("spawn")
+    process = processes.Process(target=_in_process, args=(command, str(config), log))
+    process.start()
+    process.join(TIMEOUT)
+    if process.is_alive():
+        process.kill()
+        process.join()
+    return Run(output, log.read_text(), process.exitcode == 0)
 
 
 class Run:

@@ -12,3 +12,8 @@ def pytest_collection_finish() -> None:
     """
     gc.collect()
     gc.freeze()
+
+
+def pytest_unconfigure() -> None:
+    """Give it back: libraries in C++ count what is left when Python ends."""
+    gc.unfreeze()

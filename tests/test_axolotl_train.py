@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 pytest.importorskip("axolotl", reason="Axolotl is not installed")
 pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+from axolotl_runs import run, train
 from models import documents, pad, tiny_llama
 from trainers import tokenizer
 
@@ -59,6 +60,7 @@ def config(folder: Path, output: str, **changes: object) -> Path:
         "dataset_prepared_path": str(folder / f"{output}-prepared"),
         "shuffle_merged_datasets": False,
         "micro_batch_size": 2,
+        "dataloader_num_workers": 0,  # a worker would import everything again
         "max_steps": 1,
         "learning_rate": 0.0,
         "output_dir": str(folder / output),
@@ -112,16 +114,29 @@ def by_peft_call(folder: Path, **changes: object) -> tuple[PeftModel, dict]:
     return model, {"samples": report.samples, "tokens": report.tokens, "loss_tokens": report.loss_tokens}
 
 
-PACKED = {"sample_packing": True, "eval_sample_packing": False, "pad_to_sequence_len": True}
-RUNS = {"rows": {}, "packed": PACKED, "dora": {"peft_use_dora": True}}
+@pytest.fixture(scope="module")
+def trained(folder: Path) -> str:
+    """What `axolotl train` prints, on the example's config."""
+    return axolotl("train", str(config(folder, "rows")))
 
 
-@pytest.mark.compat("axolotl-0.19", "axolotl-packing", "axolotl-qlora")
-@pytest.mark.parametrize("name", RUNS)
-def test_train_starts_from_what_the_peft_call_gives(folder: Path, name: str) -> None:
-    output = axolotl("train", str(config(folder, name, **RUNS[name])))
-    assert output.count("LoRA-DA: initialised 14 of 14 layers") == 1
+@pytest.mark.compat("axolotl-0.19", "axolotl-qlora")
+def test_train_starts_from_what_the_peft_call_gives(folder: Path, trained: str) -> None:
+    assert trained.count("LoRA-DA: initialised 14 of 14 layers") == 1
+    check_saved(folder, "rows")
 
+
+@pytest.mark.compat("axolotl-packing", "dora")
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("packed", {"sample_packing": True, "eval_sample_packing": False, "pad_to_sequence_len": True}),
+        ("dora", {"peft_use_dora": True}),
+    ],
+)
+def test_variants_start_from_it_too(folder: Path, name: str, changes: dict) -> None:
+    path = config(folder, name, **changes)
+    assert run(train, path, folder / name, folder / f"{name}.log").lines() == ["LoRA-DA: initialised 14 of 14"]
     check_saved(folder, name, use_dora=name == "dora")
 
 
@@ -152,15 +167,16 @@ def test_two_processes_start_as_one_does(folder: Path) -> None:
 
 @pytest.mark.compat("axolotl-qlora")
 @pytest.mark.parametrize("adapter", ["lora", "qlora"])
-def test_the_adapter_is_plain_and_merges(folder: Path, adapter: str) -> None:
+def test_the_adapter_is_plain_and_merges(folder: Path, adapter: str, trained: str) -> None:
     """`axolotl merge-lora` by its memory-efficient path, with the plugin still named."""
-    path = config(folder, f"merged-{adapter}", adapter=adapter, load_in_4bit=adapter == "qlora")
-    axolotl("train", str(path))
-    output = folder / f"merged-{adapter}"
+    output = folder / ("rows" if adapter == "qlora" else "lora")
+    if adapter == "lora":
+        path = config(folder, "lora", adapter="lora", load_in_4bit=False)
+        assert run(train, path, output, folder / "lora.log").lines() == ["LoRA-DA: initialised 14 of 14"]
     saved = json.loads((output / "adapter_config.json").read_text())
     assert saved["init_lora_weights"] is True
     assert saved["rank_pattern"] == {} and saved["r"] == 4
-    axolotl("merge-lora", str(path))
+    axolotl("merge-lora", str(output.with_suffix(".yml")))
 
     base = AutoModelForCausalLM.from_pretrained(folder / "base", dtype=torch.float32)
     merged = AutoModelForCausalLM.from_pretrained(output / "merged", dtype=torch.float32)
@@ -177,8 +193,7 @@ def test_the_adapter_is_plain_and_merges(folder: Path, adapter: str) -> None:
 
 def test_without_the_line_nothing_happens(folder: Path) -> None:
     """Installed but not named: plain LoRA, no report."""
-    output = axolotl("train", str(config(folder, "plain", plugins=[], lora_da=None)))
-    assert "LoRA-DA" not in output
+    done = run(train, config(folder, "plain", plugins=[], lora_da=None), folder / "plain", folder / "plain.log")
+    assert done.succeeded and "LoRA-DA" not in done.text
     assert not (folder / "plain" / "lora_da_report.json").exists()
-    saved = load_peft_weights(folder / "plain", device="cpu")
-    assert all(not value.any() for key, value in saved.items() if "lora_B" in key)
+    assert all(not value.any() for key, value in done.adapter().items() if "lora_B" in key)
