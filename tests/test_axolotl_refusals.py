@@ -38,6 +38,7 @@ def refused(**keys):
     return str(error.value)
 
 
+@pytest.mark.refused("tensor-parallel", "context-parallel", "expert-parallel")
 @pytest.mark.parametrize("key", PARALLEL)
 def test_parts_of_layers_and_sequences_are_refused(key):
     assert refused(**{key: 2}).startswith(f"{key} is 2, which LoRA-DA cannot serve: each process would ")
@@ -47,11 +48,13 @@ def test_parts_of_layers_and_sequences_are_refused(key):
         assert len(callbacks(cfg)) == 1
 
 
+@pytest.mark.refused("axolotl-rl")
 @pytest.mark.parametrize("kind", [kind.value for kind in RLType])
 def test_every_kind_of_rl_is_refused(kind):
     assert refused(rl=kind).startswith("rl is set, which LoRA-DA cannot serve: LoRA-DA estimates on the loss of super")
 
 
+@pytest.mark.refused("axolotl-losses")
 @pytest.mark.parametrize("key", ["use_eaft", "use_dft", "liger_use_token_scaling"])
 def test_a_modified_loss_is_refused(key):
     assert refused(**{key: True}).endswith("would train another loss than its adapter was initialised for")
@@ -64,6 +67,7 @@ TRAINERS_WITH_A_LOSS = [
 ]
 
 
+@pytest.mark.refused("axolotl-losses")
 @pytest.mark.parametrize("path", TRAINERS_WITH_A_LOSS)
 def test_axolotls_trainers_with_a_loss_of_their_own_are_refused(path):
     module, name = path.rsplit(".", 1)

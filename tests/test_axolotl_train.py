@@ -115,7 +115,7 @@ PACKED = {"sample_packing": True, "eval_sample_packing": False, "pad_to_sequence
 RUNS = {"rows": {}, "packed": PACKED, "dora": {"peft_use_dora": True}}
 
 
-@pytest.mark.compat("axolotl-0.19", "axolotl-packing", "axolotl-qlora")
+@pytest.mark.compat("axolotl-0.19", "axolotl-packing", "axolotl-qlora", "axolotl-dora")
 @pytest.mark.parametrize("name", RUNS)
 def test_train_starts_from_what_the_peft_call_gives(folder: Path, name: str) -> None:
     output = axolotl("train", str(config(folder, name, **RUNS[name])))

@@ -110,7 +110,7 @@ def test_several_gpus_of_one_process_are_refused():
         refuse_unsupported(SimpleNamespace(**{**NO_DISTRIBUTION, "n_gpu": 2}))
 
 
-@pytest.mark.refused("parallelism")
+@pytest.mark.refused("tensor-parallel", "context-parallel")
 @pytest.mark.parametrize(("size", "what"), [("tp_size", "tensor"), ("cp_size", "context"), ("sp_size", "sequence")])
 def test_other_parallelism_than_over_samples_is_refused(size, what):
     """Accelerate's own config, as the training arguments hold it."""
