@@ -121,7 +121,8 @@ ROWS: dict[str, list[Row]] = {
         Row("audio-language", "decoders that read audio", "no test has such a model"),
         Row(
             "sequence-classification",
-            "classifiers of sequences, by one label, several or a number: Llama, GPT-2, BERT, RoBERTa, ModernBERT, DistilBERT",
+            "classifiers of sequences, by one label, several or a number: Llama, GPT-2, BERT, RoBERTa, ModernBERT, "
+            "DistilBERT",
         ),
         Row("token-classification", "classifiers of tokens: Llama, GPT-2, BERT, RoBERTa, ModernBERT"),
         Row("reward-model", "reward models, on pairs of rows"),

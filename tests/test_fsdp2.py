@@ -70,5 +70,6 @@ def test_a_process_that_fails_ends_the_others_too(tmp_path: Path) -> None:
 def test_fsdp1_is_refused() -> None:
     wrapped = FullyShardedDataParallel.__new__(FullyShardedDataParallel)
     nn.Module.__init__(wrapped)
+    wrapped._fsdp_wrapped_module = nn.Linear(2, 2)
     with pytest.raises(LoraDAError, match="fsdp_version: 2"):
         is_sharded(nn.Sequential(wrapped))
