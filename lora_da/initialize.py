@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import math
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -21,19 +20,18 @@ from tqdm.auto import tqdm
 
 from lora_da.adapter import Adapter, AdapterLayer, describe_left, find_adapter
 from lora_da.blocks import NotARow
-from lora_da.cache import CacheEntry, Solution, cache_folder
+from lora_da.cache import CacheEntry, cache_folder
 from lora_da.collect import Collector
 from lora_da.config import LoraDAConfig
 from lora_da.data import InitData, draw
-from lora_da.errors import LoraDAError
+from lora_da.estimate import Estimate, solution_of, warn_of_kept
 from lora_da.fingerprint import fingerprint
 from lora_da.memory import PeakMemory
 from lora_da.methods.lora_da import LoraFactors
 from lora_da.mode import estimation_mode, random_states
-from lora_da.plan import Plan, make_plan
+from lora_da.plan import make_plan
 from lora_da.ranks import Ranks
-from lora_da.report import InitReport, LayerReport
-from lora_da.routing import Routed
+from lora_da.report import InitReport
 from lora_da.sharded import compute_device, is_sharded, prepared
 from lora_da.solve import LayerSolver
 from lora_da.survey import survey
@@ -41,8 +39,6 @@ from lora_da.sweep import Sweep
 from lora_da.tasks import RewardLoss, Task, find_task
 
 logger = logging.getLogger(__name__)
-
-MAX_FAILED_SHARE = 0.05  # more layers than this without a solution mean that something is wrong with the model or data
 
 
 def initialize_lora_da_weights(
@@ -107,10 +103,10 @@ def initialize_lora_da_weights(
             solution = ranks.from_first(lambda: entry.load(adapter.layers))
         if solution is None:
             estimate = _estimate(task, adapter, data, config, _device(peft_model), ranks, show_progress)
-            solution = _solution(estimate, adapter, data)
+            solution = solution_of(estimate, adapter, data)
             if entry is not None and ranks.rank == 0:
                 entry.store(solution)
-    _warn_of_kept(solution.report, adapter)
+    warn_of_kept(solution.report, adapter)
     with ranks.together():
         adapter.write(solution.factors)
 
@@ -131,30 +127,6 @@ def say(line: str) -> None:
     tqdm.write(line)
 
 
-@dataclasses.dataclass
-class _Estimate:
-    """What the passes over the samples gave, by layer."""
-
-    plan: Plan
-    full_fisher: frozenset[str]
-    routed: Mapping[str, Routed]
-    factors: dict[str, LoraFactors] = dataclasses.field(default_factory=dict)
-    failed: dict[str, str] = dataclasses.field(default_factory=dict)
-    left: dict[str, str] = dataclasses.field(default_factory=dict)
-    tokens: dict[str, int] = dataclasses.field(default_factory=dict)
-    timings: dict[str, float] = dataclasses.field(default_factory=dict)
-    loss: float = math.nan
-
-    def add(
-        self, factors: dict[str, LoraFactors], failed: dict[str, str], left: dict[str, str], tokens: dict[str, int]
-    ) -> None:
-        """What one process has solved."""
-        self.factors |= factors
-        self.failed |= failed
-        self.left |= left
-        self.tokens |= tokens
-
-
 def _estimate(
     task: Task,
     adapter: Adapter,
@@ -163,7 +135,7 @@ def _estimate(
     device: torch.device,
     ranks: Ranks,
     show_progress: bool,
-) -> _Estimate:
+) -> Estimate:
     """Collect and solve, one segment of the model after the other, as much of it in a segment as fits in memory."""
     preset = config.resolved_preset()
     full_fisher = frozenset(a.name for a in adapter.layers if a.out_features <= preset.full_fisher_up_to)
@@ -173,7 +145,7 @@ def _estimate(
         plan = make_plan(surveyed, adapter.layers, full_fisher, data.batches, device, config.memory_budget, ranks=ranks)
         if plan.device_bytes > plan.budget:
             logger.warning("LoRA-DA: more memory is needed than there is to plan with: %s", plan.line())
-        estimate = _Estimate(plan, full_fisher, surveyed.routed)
+        estimate = Estimate(plan, full_fisher, surveyed.routed)
         try:
             sweep = Sweep(task, data, plan, surveyed, preset, full_fisher, device, ranks)
             _collect_and_solve(estimate, sweep, ranks, show_progress)
@@ -183,11 +155,11 @@ def _estimate(
             surveyed = replace(surveyed, row=None, why_not=str(reason))
 
 
-def _collect_and_solve(estimate: _Estimate, sweep: Sweep, ranks: Ranks, show_progress: bool) -> None:
+def _collect_and_solve(estimate: Estimate, sweep: Sweep, ranks: Ranks, show_progress: bool) -> None:
     title = f"LoRA-DA, {estimate.plan.line()}"
     with tqdm(total=sweep.steps, desc=title, disable=not show_progress, leave=False) as progress:
         for layers, collector in sweep.collected(progress):
-            own = _Estimate(estimate.plan, estimate.full_fisher, estimate.routed)
+            own = Estimate(estimate.plan, estimate.full_fisher, estimate.routed)
             with ranks.together():
                 _solve(own, [a for a in layers if collector.owner(a.name) == ranks.rank], collector, sweep, progress)
             del collector  # what it holds must be gone before the next segment
@@ -197,7 +169,7 @@ def _collect_and_solve(estimate: _Estimate, sweep: Sweep, ranks: Ranks, show_pro
 
 
 def _solve(
-    estimate: _Estimate, layers: Sequence[AdapterLayer], collector: Collector, sweep: Sweep, progress: tqdm
+    estimate: Estimate, layers: Sequence[AdapterLayer], collector: Collector, sweep: Sweep, progress: tqdm
 ) -> None:
     solver = LayerSolver(collector, sweep.drawn, sweep.preset)
     for layer in layers:
@@ -212,72 +184,6 @@ def _solve(
             estimate.tokens[layer.name] = collector.n_tokens(layer.name)
         else:
             estimate.failed[layer.name] = solved
-
-
-def _solution(estimate: _Estimate, adapter: Adapter, data: InitData) -> Solution:
-    """The factors and the report of an estimate that is good enough to be written."""
-    _check_failed(estimate.failed, len(adapter.layers))
-    if estimate.left:
-        _check_experts(estimate)
-    report = InitReport(
-        initialized=len(estimate.factors),
-        targeted=len(adapter.layers) + len(adapter.left),
-        failed=estimate.failed,
-        left=adapter.left | estimate.left,
-        samples=data.n_samples,
-        sample_unit=data.unit,
-        tokens=data.n_tokens,
-        loss_tokens=data.n_loss_tokens,
-        population_size=data.population_size,
-        loss=estimate.loss,
-        plan=estimate.plan.line(),
-        forecast={"device": estimate.plan.used + estimate.plan.device_bytes, "cpu": estimate.plan.cpu_bytes},
-        timings=estimate.timings,
-        layers={a.name: _layer_report(a, estimate) for a in adapter.layers if a.name in estimate.factors},
-    )
-    return Solution({name: (f.lora_A, f.lora_B) for name, f in estimate.factors.items()}, report)
-
-
-def _layer_report(layer: AdapterLayer, estimate: _Estimate) -> LayerReport:
-    factors = estimate.factors[layer.name]
-    return LayerReport(
-        rank=layer.rank,
-        tokens=estimate.tokens[layer.name],
-        bias_captured=factors.bias_captured,
-        damping_input=factors.damping_input,
-        damping_output=factors.damping_output,
-        full_fisher=layer.name in estimate.full_fisher,
-        condition=factors.condition,
-        residual=factors.residual,
-        relative_step=layer.relative_step(factors.lora_A, factors.lora_B),
-    )
-
-
-def _check_failed(failed: dict[str, str], n_layers: int) -> None:
-    if len(failed) > MAX_FAILED_SHARE * n_layers:
-        name, reason = next(iter(failed.items()))
-        raise LoraDAError(f"{len(failed)} of {n_layers} layers have no solution; {name}: {reason}")
-
-
-def _warn_of_kept(report: InitReport, adapter: Adapter) -> None:
-    """Of the layers that could not be solved, and of those left since, beside what the adapter itself has named."""
-    if report.failed:
-        name, reason = next(iter(report.failed.items()))
-        logger.warning("LoRA-DA: %d layers keep PEFT's init; %s: %s", len(report.failed), name, reason)
-    left = {name: reason for name, reason in report.left.items() if name not in adapter.left}
-    if left:
-        logger.warning(describe_left(left))
-
-
-def _check_experts(estimate: _Estimate) -> None:
-    """That some expert of every mixture was seen with tokens: all of them idle means that nothing was seen."""
-    seen = {estimate.routed[name].mixture for name in (*estimate.factors, *estimate.failed) if name in estimate.routed}
-    for name in estimate.left:
-        if estimate.routed[name].mixture not in seen:
-            raise LoraDAError(
-                f"layer {name} and all other experts beside it were never seen with a token: their forward is replaced "
-                "(a fused kernel?); switch the kernel off or take them out of target_modules"
-            )
 
 
 def _device(peft_model: PeftModel) -> torch.device:

@@ -43,6 +43,7 @@ def trained(project, expected):
     return run
 
 
+@pytest.mark.compat("axolotl-model-dir", "trained-adapter")
 def test_a_trained_adapter_goes_on(project, trained):
     run = project.run("continued", lora_model_dir=str(trained.output))
     assert run.lines() == [f"{LEFT}it carries trained weights"]
@@ -50,6 +51,7 @@ def test_a_trained_adapter_goes_on(project, trained):
     assert not (run.output / "lora_da_report.json").exists()
 
 
+@pytest.mark.compat("axolotl-model-dir")
 def test_a_saved_adapter_without_training_is_initialised(project, expected):
     with_lora(project.base(), seed=5).save_pretrained(project.folder / "fresh")
     run = project.run("from_fresh", lora_model_dir=str(project.folder / "fresh"))
@@ -57,6 +59,7 @@ def test_a_saved_adapter_without_training_is_initialised(project, expected):
     assert difference(run.adapter(), expected) < SAME
 
 
+@pytest.mark.compat("axolotl-resume", "resumed")
 @pytest.mark.parametrize("how", ["resume_from_checkpoint", "auto_resume_from_checkpoints"])
 def test_a_resumed_run_goes_on(project, trained, how, tmp_path):
     """From the first checkpoint to the adapter of the run that was not interrupted."""
@@ -71,6 +74,7 @@ def test_a_resumed_run_goes_on(project, trained, how, tmp_path):
     assert same_bits(run.adapter(), trained.adapter())
 
 
+@pytest.mark.compat("axolotl-relora")
 def test_relora_is_initialised_once(project, expected):
     """The first adapter is LoRA-DA's; after the restart PEFT's init stands, as the warning says."""
     run = project.run("relora", relora=True, jagged_restart_steps=2, max_steps=3)
@@ -97,6 +101,7 @@ def out_of_memory_at_the_first_step(config: str) -> None:
     print("batch sizes", calls)
 
 
+@pytest.mark.compat("axolotl-find-batch-size")
 def test_auto_find_batch_size_starts_the_adapter_once(project, expected):
     run = project.run("smaller", out_of_memory_at_the_first_step, auto_find_batch_size=True)
     assert run.lines() == [STARTED, f"{LEFT}it carries trained weights"]
@@ -131,6 +136,7 @@ def ray_worker(config: str) -> None:
     getattr(command, name)(job)
 
 
+@pytest.mark.compat("axolotl-ray")
 def test_a_ray_worker_registers_the_plugin_again(project, expected):
     block = {"samples": 16, "damping": 0.1}
     ray = {"use_ray": True, "ray_num_workers": 1, "lora_da": block}

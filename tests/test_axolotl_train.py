@@ -126,7 +126,7 @@ def test_train_starts_from_what_the_peft_call_gives(folder: Path, trained: str) 
     check_saved(folder, "rows")
 
 
-@pytest.mark.compat("axolotl-packing", "dora")
+@pytest.mark.compat("axolotl-packing", "axolotl-dora")
 @pytest.mark.parametrize(
     ("name", "changes"),
     [

@@ -31,6 +31,7 @@ def filled(folder):
     return filled_by(plain(), folder)
 
 
+@pytest.mark.compat("cache")
 @pytest.mark.parametrize("kind", ["unquantised", *QUANTISED])
 def test_a_second_run_writes_the_same_bits_without_a_pass(tmp_path, folder, kind, capsys):
     if kind != "unquantised":
@@ -133,6 +134,7 @@ def test_another_adapter_is_solved_anew(folder, filled, change):
     assert forwards and not report.from_cache and len(list(folder.iterdir())) == 2
 
 
+@pytest.mark.compat("cache")
 def test_other_data_or_settings_are_solved_anew(folder, filled):
     for data, settings in (
         (DataLoader(documents(12, seed=1), 4, collate_fn=pad), {}),
@@ -145,6 +147,7 @@ def test_other_data_or_settings_are_solved_anew(folder, filled):
     assert len(list(folder.iterdir())) == 5
 
 
+@pytest.mark.compat("cache")
 def test_in_a_trainer_the_second_run_starts_at_once(tmp_path, folder, capsys):
     trainers = pytest.importorskip("trainers", reason="TRL is not installed")
     from lora_da.callback import LoraDACallback

@@ -261,6 +261,7 @@ RACER = """
 """
 
 
+@pytest.mark.compat("cache")
 @pytest.mark.slow
 def test_two_processes_race(tmp_path, folder):
     tests = Path(__file__).parent

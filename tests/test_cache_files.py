@@ -35,6 +35,7 @@ def test_an_untouched_file_is_loaded(filled):
     assert solution is not None and len(solution.factors) == 14
 
 
+@pytest.mark.compat("cache")
 @pytest.mark.parametrize("share", [0.0, 1e-4, 0.1, 0.5, 0.999])
 def test_a_truncated_file_is_solved_anew_and_rewritten(folder, filled, share, caplog):
     path, expected = filled

@@ -39,6 +39,7 @@ def check(kind, head, rows, batches, way=ONE, averaging="tokens", tolerance=FLOA
     assert worst(ours, oracle) < tolerance
 
 
+@pytest.mark.compat("sequence-classification")
 @pytest.mark.parametrize("averaging", AVERAGING)
 @pytest.mark.parametrize("kind", KINDS)
 def test_one_label_a_row(kind, averaging):
@@ -46,6 +47,7 @@ def test_one_label_a_row(kind, averaging):
     check(kind, "Sequence", rows, in_batches(rows, 3), averaging=averaging)
 
 
+@pytest.mark.compat("sequence-classification")
 @pytest.mark.parametrize("labels", LABELS)
 @pytest.mark.parametrize("kind", ["Llama", "Bert"])
 def test_labels_and_numbers(kind, labels):
@@ -54,6 +56,7 @@ def test_labels_and_numbers(kind, labels):
     check(kind, "Sequence", rows, in_batches(rows, 3), **config)
 
 
+@pytest.mark.compat("token-classification")
 @pytest.mark.parametrize("averaging", AVERAGING)
 @pytest.mark.parametrize("kind", ["Llama", "GPT2", "Bert", "Roberta", "ModernBert"])
 def test_labels_of_tokens(kind, averaging):

@@ -61,6 +61,7 @@ def expected_adapter(model, quantisation=None, samples=8, **lora):
     return weights(peft_model)
 
 
+@pytest.mark.compat("command")
 @pytest.mark.slow
 def test_in_a_process_of_its_own(tmp_path, model, data):
     """Progress goes to stderr, the one line to stdout."""
@@ -81,6 +82,7 @@ def test_in_a_process_of_its_own(tmp_path, model, data):
     assert (config["r"], config["lora_alpha"], config["task_type"]) == (4, 8, "CAUSAL_LM")
 
 
+@pytest.mark.compat("command")
 @pytest.mark.parametrize("option", QUANTISED)
 def test_the_adapter_is_that_of_ones_own_program(tmp_path, model, data, option, capsys):
     if option is not None:

@@ -26,6 +26,7 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     return run.results
 
 
+@pytest.mark.compat("zero-1", "zero-2", "zero-3")
 @pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_the_adapter_and_its_master_copies_are_started(case: str, two: Any, tmp_path: Path) -> None:
@@ -44,6 +45,7 @@ def test_the_adapter_and_its_master_copies_are_started(case: str, two: Any, tmp_
     assert all(torch.equal(masters[name].to(begun[name].dtype), begun[name]) for name in begun)
 
 
+@pytest.mark.compat("zero-1", "zero-2", "zero-3")
 @pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_the_first_step_goes_on_from_there(case: str, two: Any) -> None:

@@ -43,6 +43,7 @@ def distance(a, b):
     return ((a - b).norm() / b.norm()).item()
 
 
+@pytest.mark.compat("dora")
 @pytest.mark.parametrize("kind", BASES)
 def test_dora_starts_where_plain_lora_does(kind, tmp_path):
     if kind == "nf4":
@@ -75,6 +76,7 @@ def dense(base):
     return base.weight.double()
 
 
+@pytest.mark.compat("dora")
 @pytest.mark.parametrize("kind", ["Conv1D", "int8"])
 def test_magnitudes_are_the_row_norms_of_the_start(kind, tmp_path):
     """On int8 by themselves: there PEFT's DoRA loses the scales on a CPU, so that a second forward fails."""

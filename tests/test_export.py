@@ -31,6 +31,7 @@ def names(folder):
     return {path.name for path in folder.iterdir()}
 
 
+@pytest.mark.compat("export")
 @pytest.mark.parametrize("kind", ["unquantised", *QUANTISED])
 def test_the_adapter_is_what_the_initialisation_writes(tmp_path, kind):
     """Bit by bit, on the same base loaded again; and so are the logits."""

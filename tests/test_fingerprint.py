@@ -59,6 +59,7 @@ def flip(tensor, chance):
     raw[chance.randrange(len(raw))] ^= 1 << chance.randrange(8)
 
 
+@pytest.mark.compat("cache")
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["unquantised", *QUANTISED])
 def test_one_bit_of_anything_stored_is_another_key(tmp_path, kind):
@@ -266,6 +267,7 @@ def test_the_loader_of_the_same_rows_does_not_matter():
     assert key(data=loader(shuffle=True, batch_size=3)) == key(data=loader())
 
 
+@pytest.mark.compat("cache")
 @pytest.mark.parametrize("kind", QUANTISED)
 def test_a_quantised_base_keeps_its_key_and_every_bit(tmp_path, kind):
     """Loaded again, and after a forward, which moves the scales of 8-bit layers."""

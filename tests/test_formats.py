@@ -117,6 +117,7 @@ def twin(model: nn.Module) -> nn.Module:
     return found
 
 
+@pytest.mark.compat("hqq", "torchao-int8", "torchao-float8", "torchao-int4")
 @pytest.mark.parametrize("kind", FORMATS)
 def test_statistics_are_those_of_the_dequantised_twin(kind: str) -> None:
     build, same = FORMATS[kind]
@@ -126,6 +127,7 @@ def test_statistics_are_those_of_the_dequantised_twin(kind: str) -> None:
     assert worst(collected(with_lora(original()), batches), expected) > 100 * SAME  # the twin was needed
 
 
+@pytest.mark.compat("hqq", "torchao-int8", "torchao-float8", "torchao-int4")
 @pytest.mark.parametrize("kind", FORMATS)
 def test_an_adapter_is_initialised(kind: str) -> None:
     """All layers; the model's function is the same with the adapter off, and another with it on."""
@@ -143,6 +145,7 @@ def test_an_adapter_is_initialised(kind: str) -> None:
     assert all((step is not None and 0 < step < 1) == (kind in DEQUANTISED_BY_PEFT) for step in steps)
 
 
+@pytest.mark.compat("dora")
 @pytest.mark.parametrize("kind", DEQUANTISED_BY_PEFT)
 def test_dora_starts_with_the_norms_of_the_start(kind: str) -> None:
     base = FORMATS[kind][0]()
@@ -191,6 +194,7 @@ BLOCKED = {
 }
 
 
+@pytest.mark.refused("torchao-int8-activations", "no-backward")
 @pytest.mark.parametrize("targets", [PROJECTIONS, ["down_proj"]], ids=["all", "down_proj"])
 @pytest.mark.parametrize("kind", BLOCKED)
 def test_a_layer_that_passes_no_gradient_is_named(kind: str, targets: list[str]) -> None:

@@ -38,12 +38,14 @@ def check(results: list[dict[str, Any]], truth: dict[str, Any]) -> None:
     assert worst_difference(one["trained"], truth["trained"]) < ROUNDING
 
 
+@pytest.mark.compat("fsdp2", "fsdp2-nf4")
 @pytest.mark.slow
 @pytest.mark.parametrize("model", MODELS)
 def test_a_sharded_model_gets_what_a_whole_one_gets(model: str, two: Any, tmp_path: Path) -> None:
     check([result[model] for result in two], initialized(MODELS[model](tmp_path), Way(cuts=3)))
 
 
+@pytest.mark.compat("fsdp2")
 @pytest.mark.slow
 @pytest.mark.parametrize("way", WAYS)
 def test_whatever_the_plan(way: str, two: Any) -> None:
@@ -64,6 +66,7 @@ def test_a_process_that_fails_ends_the_others_too(tmp_path: Path) -> None:
     assert "the fault of one process" in run.output
 
 
+@pytest.mark.refused("tensor-parallel")
 def test_a_model_in_tensor_parallel_is_refused() -> None:
     model = llama()
     model.get_base_model()._tp_size = 2  # as transformers notes a `tp_plan`
@@ -71,8 +74,10 @@ def test_a_model_in_tensor_parallel_is_refused() -> None:
         is_sharded(model)
 
 
+@pytest.mark.refused("fsdp1")
 def test_fsdp1_is_refused() -> None:
     wrapped = FullyShardedDataParallel.__new__(FullyShardedDataParallel)
     nn.Module.__init__(wrapped)
+    wrapped._fsdp_wrapped_module = nn.Linear(2, 2)
     with pytest.raises(LoraDAError, match="fsdp_version: 2"):
         is_sharded(nn.Sequential(wrapped))

@@ -60,6 +60,7 @@ def check(ours: LayerStatistics, truth: LayerStatistics) -> None:
         assert distance(getattr(ours, part), getattr(truth, part)) <= SAME, part
 
 
+@pytest.mark.compat("lm-head")
 @pytest.mark.parametrize("averaging", ["tokens", "samples"])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_statistics_are_those_of_the_loss_tokens(layout: str, averaging: str) -> None:
@@ -68,6 +69,7 @@ def test_statistics_are_those_of_the_loss_tokens(layout: str, averaging: str) ->
     check(found["lm_head"], expected(base, rows, averaging))
 
 
+@pytest.mark.compat("lm-head")
 @pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
 def test_every_plan_gives_the_same(way: Way) -> None:
     base, rows = llama(num_hidden_layers=4), documents()
@@ -93,6 +95,7 @@ def test_other_layers_do_not_depend_on_it() -> None:
             assert torch.equal(getattr(with_head[name], part), getattr(without[name], part))
 
 
+@pytest.mark.compat("lm-head", "tied-weights")
 @pytest.mark.parametrize("build", [lambda: llama(tie_word_embeddings=True), gpt2], ids=["llama", "gpt2"])
 @pytest.mark.filterwarnings("ignore:.*(tie_word_embeddings|tied|tying)")
 def test_a_head_whose_weight_is_the_embeddings(build) -> None:

@@ -33,6 +33,7 @@ def check(kind, found, batches, way=ONE, averaging="tokens"):
     assert worst(ours, oracle) < FLOAT32
 
 
+@pytest.mark.compat("vision-language")
 @pytest.mark.parametrize("averaging", ["samples", "tokens"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_against_autograd(kind, averaging):
@@ -40,6 +41,7 @@ def test_against_autograd(kind, averaging):
     check(kind, found, in_batches(found, 3), averaging=averaging)
 
 
+@pytest.mark.compat("vision-language")
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_way_of_running(kind, way):
@@ -120,6 +122,7 @@ def test_a_vision_layer_keeps_pefts_init(caplog):
     assert "a vision layer?" in report.failed[f"base_model.model.{name}"]
 
 
+@pytest.mark.refused("vision-tower")
 def test_a_tower_that_is_targeted_is_an_error():
     model = adapted(reader("Llava"), r".*(language_model\..*_proj|vision_tower.*layers\.0\..*(_proj|fc\d))")
     with pytest.raises(LoraDAError, match=r"6 of 34 layers have no solution; .*vision_tower.*take such layers out of"):

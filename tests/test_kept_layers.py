@@ -131,7 +131,7 @@ def test_layers_of_other_kinds(caplog, capsys):
     assert "initialised 5 of 7 layers" in capsys.readouterr().out
 
 
-@pytest.mark.compat("tied-weights")
+@pytest.mark.compat("ensure-weight-tying")
 def test_a_tied_head(caplog):
     """Where the head shares the embedding's adapter, both are left alone."""
     base = tiny_llama(tie_word_embeddings=True)

@@ -56,6 +56,7 @@ def sft_interpreted(config: str) -> None:
     trainer.save_model()
 
 
+@pytest.mark.compat("axolotl-liger")
 @pytest.mark.parametrize("head", ["liger_fused_linear_cross_entropy", "liger_cross_entropy"])
 def test_axolotls_liger_plugin(project, head, monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "1")  # read when Triton is imported
@@ -67,6 +68,7 @@ def test_axolotls_liger_plugin(project, head, monkeypatch):
     assert difference(run.adapter(), project.by_hand()) < SAME
 
 
+@pytest.mark.compat("liger")
 def test_trls_use_liger_kernel(project, monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     run = project.run("trl", sft_interpreted, forked=False)

@@ -51,12 +51,14 @@ def check(results: list[dict[str, Any]], truth: dict[str, Any]) -> None:
     assert all(result["solved"] for result in results), "a process had nothing to solve"
 
 
+@pytest.mark.compat("processes-2")
 @pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_two_processes_give_what_one_gives(case: str, two: Any, alone: dict[str, Any]) -> None:
     check([result[case] for result in two], alone[case])
 
 
+@pytest.mark.compat("processes-4")
 @pytest.mark.slow
 def test_four_processes_give_what_one_gives(four: Any, alone: dict[str, Any]) -> None:
     check([result["one pass"] for result in four], alone["one pass"])
@@ -95,6 +97,7 @@ def trainers(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     return _results(launch(2, "many_cases.trained", tmp_path_factory.mktemp("trainers")))
 
 
+@pytest.mark.compat("ddp-2")
 @pytest.mark.slow
 @pytest.mark.parametrize("trainer", ["Trainer", "SFTTrainer"])
 def test_trainers_start_every_replica_alike(trainer: str, trainers: Any, tmp_path: Path) -> None:

@@ -122,16 +122,7 @@ MODELS = {
 }
 
 
-@pytest.mark.refused(
-    "dora",
-    "other-init",
-    "other-adapters",
-    "merged",
-    "wide-rank",
-    "sequence-classification",
-    "encoder-decoder",
-    "masked-lm",
-)
+@pytest.mark.refused("other-init", "other-adapters", "merged", "wide-rank", "masked-lm", "question-answering")
 @pytest.mark.parametrize("kind", MODELS)
 def test_models_and_adapters(kind):
     build, message = MODELS[kind]

@@ -51,6 +51,7 @@ def check(kind, found, batches, center=None, way=WAYS["one pass"], averaging="to
     assert worst(ours, oracle) < FLOAT32
 
 
+@pytest.mark.compat("reward-model")
 @pytest.mark.parametrize("center", [None, CENTER])
 @pytest.mark.parametrize("margins", [False, True])
 @pytest.mark.parametrize("kind", ["Llama", "Bert"])

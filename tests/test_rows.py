@@ -83,6 +83,7 @@ FORMATS = {
 }
 
 
+@pytest.mark.compat("command-rows")
 @pytest.mark.parametrize("kind", FORMATS)
 def test_answers_carry_loss(kind):
     row, expected = FORMATS[kind]
@@ -191,6 +192,7 @@ FILES = {
 }
 
 
+@pytest.mark.compat("command-files")
 @pytest.mark.parametrize("name", FILES)
 def test_every_kind_of_file(tmp_path, name):
     FILES[name](tmp_path / name, ROWS)

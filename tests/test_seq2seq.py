@@ -38,6 +38,7 @@ def check(kind, rows, batches, way=ONE, averaging="tokens", prepare=lambda base:
     assert worst(ours, oracle) < FLOAT32
 
 
+@pytest.mark.compat("encoder-decoder")
 @pytest.mark.parametrize("averaging", ["samples", "tokens"])
 @pytest.mark.parametrize("way", [ONE, SEVERAL])
 @pytest.mark.parametrize("kind", MODELS)
@@ -177,6 +178,7 @@ def without(name):
     return {key: value for key, value in pad(pairs(3)).items() if key != name}
 
 
+@pytest.mark.refused("audio")
 @pytest.mark.parametrize(
     ("data", "message"),
     [
@@ -195,12 +197,14 @@ def test_data_are_refused(data, message):
     assert differences(before, picture(model)) == []
 
 
+@pytest.mark.refused("encoder-decoder-classifier")
 def test_a_classifier_that_is_an_encoder_decoder_is_refused():
     base = T5ForSequenceClassification(translator("T5").config)
     with pytest.raises(LoraDAError, match="T5ForSequenceClassification .*no encoder-decoders"):
         find_task(base)
 
 
+@pytest.mark.refused("two-models")
 def test_a_decoder_with_a_head_inside_is_refused():
     """Its hidden states never come out."""
     sizes = {"vocab_size": 128, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4}

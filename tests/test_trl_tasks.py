@@ -69,6 +69,7 @@ def callbacks():
     return [LoraDAInitializer(CONFIG), FirstStep()]
 
 
+@pytest.mark.compat("sequence-classification", "trainer")
 @pytest.mark.parametrize("kind", ["Llama", "Bert", "ModernBert"])
 @pytest.mark.parametrize("make", [classifiers.single, classifiers.several])
 def test_sequence_classification(tmp_path, kind, make):
@@ -87,6 +88,7 @@ def test_sequence_classification(tmp_path, kind, make):
     assert initializer.report.samples == initializer.report.loss_tokens == 12
 
 
+@pytest.mark.compat("token-classification", "trainer")
 @pytest.mark.parametrize("kind", ["Llama", "Roberta"])
 def test_token_classification(tmp_path, kind):
     rows = classifiers.tagged(12)
@@ -103,6 +105,7 @@ def test_token_classification(tmp_path, kind):
     assert same_bits(found, hand)
 
 
+@pytest.mark.compat("encoder-decoder", "seq2seq-trainer")
 @pytest.mark.parametrize("kind", ["T5", "Bart"])
 @pytest.mark.parametrize("told", [True, False])
 def test_sequence_to_sequence(tmp_path, kind, told):
@@ -122,6 +125,7 @@ def test_sequence_to_sequence(tmp_path, kind, told):
     assert same_bits(found, hand)
 
 
+@pytest.mark.compat("reward")
 @pytest.mark.parametrize("center", [None, 0.3])
 @pytest.mark.parametrize("margins", [False, True])
 def test_reward(tmp_path, center, margins):

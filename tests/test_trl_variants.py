@@ -26,6 +26,7 @@ def expected(folder, rows, config):
     return by_hand(base(folder), rows, config, bf16=False)
 
 
+@pytest.mark.compat("completion-only", "trl-packing")
 @pytest.mark.parametrize("packing", [PACKED, PADDING_FREE], ids=["packed", "padding-free"])
 @pytest.mark.parametrize(
     ("data", "args"),
@@ -42,6 +43,7 @@ def test_masks_and_packing_together(folder, tmp_path, packing, data, args):
     assert worst_difference(adapter, unmasked) > 100 * OTHER_ROWS
 
 
+@pytest.mark.compat("trl-packing")
 def test_bfd_split_packs_the_pieces_of_long_documents(folder, tmp_path):
     """It cuts what is longer than a row, where `bfd` drops the rest; a piece is a document of its own."""
     rows, width = documents(COUNT, longest=20), 8
@@ -57,6 +59,7 @@ def test_bfd_split_packs_the_pieces_of_long_documents(folder, tmp_path):
         assert worst_difference(adapter, expected(folder, documents_of, config)) < OTHER_ROWS
 
 
+@pytest.mark.compat("sft")
 @pytest.mark.filterwarnings("ignore:.*chunked_nll:FutureWarning")  # the newest TRL's other name of `nll`
 @pytest.mark.filterwarnings("ignore:.*loss_type:FutureWarning")
 @pytest.mark.parametrize("loss_type", ["nll", "chunked_nll"])
@@ -67,6 +70,7 @@ def test_both_names_of_the_plain_loss(folder, tmp_path, loss_type):
     assert worst_difference(adapter, expected(folder, rows, CONFIG)) < OTHER_ROWS
 
 
+@pytest.mark.compat("trl-batches")
 @pytest.mark.parametrize(
     ("args", "rows"),
     [
