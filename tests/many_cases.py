@@ -64,6 +64,7 @@ def initialized(model: PeftModel, way: Way, rows: Any = None, **settings: Any) -
         "counts": (report.initialized, report.samples, report.tokens, report.loss_tokens, report.failed, report.left),
         "layer tokens": {name: layer.tokens for name, layer in report.layers.items()},
         "loss": report.loss,
+        "from cache": report.from_cache,
     }
 
 
@@ -103,7 +104,7 @@ CASES: dict[str, Callable[[Path], dict[str, Any]]] = {
 def everything(folder: Path) -> dict[str, Any]:
     with process_group():
         found: dict[str, Any] = {name: case(folder) for name, case in CASES.items()}
-        return {**found, "faults": faults(), "memory": memory()}
+        return {**found, "faults": faults(), "memory": memory(), "cache": cached(folder / "cache")}
 
 
 def one_case(folder: Path) -> dict[str, Any]:
@@ -137,6 +138,18 @@ FAULTS: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
     "solve": lambda p: fails_in(p, LayerSolver, "solve", 1, Broken("broken"), call=2),
     "write": lambda p: fails_in(p, Adapter, "write", 1, Broken("broken")),
 }
+
+
+def cached(folder: Path) -> dict[str, Any]:
+    """A first run that keeps its solution, and a second that finds it, unless it was cut off for one process to see."""
+    settings = {"cache_dir": str(folder)}
+    first, second = initialized(llama(), Way(), **settings), initialized(llama(), Way(), **settings)
+    if rank() == 0:
+        for path in folder.iterdir():
+            path.write_bytes(path.read_bytes()[:-8])
+    if dist.is_initialized():
+        dist.barrier()
+    return {"first": first, "second": second, "damaged": initialized(llama(), Way(), **settings)}
 
 
 def faults() -> dict[str, Any]:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from many_cases import CASES, FAULTS, ROWS, TIMEOUT, initialized, llama, trained
+from many_cases import CASES, FAULTS, ROWS, TIMEOUT, cached, initialized, llama, trained
 from models import batches
 from planning import Way
 from processes import Run, launch
@@ -84,6 +84,17 @@ def test_what_one_process_raises_all_raise(stage: str, two: Any) -> None:
 @pytest.mark.slow
 def test_after_a_fault_the_next_initialisation_is_whole(two: Any, alone: dict[str, Any]) -> None:
     check([result["faults"]["afterwards"] for result in two], alone["one pass"])
+
+
+@pytest.mark.slow
+def test_the_cache_is_read_and_written_for_all(two: Any, tmp_path: Path) -> None:
+    one, other = (result["cache"] for result in two)
+    truth = cached(tmp_path)
+    for run, found in {"first": False, "second": True, "damaged": False}.items():
+        assert one[run]["from cache"] == other[run]["from cache"] == truth[run]["from cache"] == found
+        assert same_bits(one[run]["adapter"], one["first"]["adapter"])
+        assert same_bits(one[run]["adapter"], other[run]["adapter"])
+    assert one["second"]["solved"] == other["second"]["solved"] == []
 
 
 @pytest.mark.slow
