@@ -53,10 +53,16 @@ def test_whatever_the_plan(way: str, two: Any) -> None:
 
 
 @pytest.mark.slow
-def test_the_size_of_the_first_step_is_reported_where_it_can_be_read(two: Any, tmp_path: Path) -> None:
-    for model in ("float32", "nf4 in bytes"):
-        truth = initialized(MODELS[model](tmp_path), Way(cuts=3))["steps"]
-        assert two[0][model]["steps"] == pytest.approx(truth, rel=1e-3)
+@pytest.mark.parametrize("model", ["float32", "nf4 in bytes", "nf4 in bfloat16"])
+def test_the_size_of_the_first_step_is_right_or_not_said(model: str, two: Any, tmp_path: Path) -> None:
+    """Whether accelerate shards 4-bit weights depends on its version, and shards of those cannot be dequantised."""
+    truth = initialized(MODELS[model](tmp_path), Way(cuts=3))["steps"]
+    steps = two[0][model]["steps"]
+    unknown = {name for name, step in steps.items() if step is None}
+    assert unknown in (set(), set(steps)) and not (unknown and model == "float32")
+    assert {name: step for name, step in steps.items() if name not in unknown} == pytest.approx(
+        {name: step for name, step in truth.items() if name not in unknown}, rel=1e-3
+    )
 
 
 @pytest.mark.slow
