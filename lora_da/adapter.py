@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +17,7 @@ from torch.distributed.tensor import DTensor
 
 from lora_da.errors import LoraDAError
 from lora_da.sharded import copied, is_zero3, shape, shard_of, whole
-from lora_da.weights import row_norms, weight_norm
+from lora_da.weights import is_readable, row_norms, weight_norm
 
 SMALLEST = torch.finfo(torch.float32).tiny  # in the place of the norm of an all-zero weight
 
@@ -103,13 +105,23 @@ class Adapter:
         return not any(layer.is_trained() for layer in self.layers)
 
     @torch.no_grad()
-    def write(self, factors: Mapping[str, tuple[Tensor, Tensor]]) -> None:
-        """Put (lora_A, lora_B) of the named layers into the parameters: in place, in their dtype, all or none."""
+    def write(
+        self,
+        factors: Mapping[str, tuple[Tensor, Tensor]],
+        together: Callable[[], AbstractContextManager[None]] = contextlib.nullcontext,
+    ) -> None:
+        """Put (lora_A, lora_B) of the named layers into the parameters: in place, in their dtype, all or none.
+
+        Args:
+            factors: by layer.
+            together: a context that is left by all processes or raises in all.
+        """
         chosen = [layer for layer in self.layers if layer.name in factors]
         before = [(p, copied(p)) for layer in chosen for p in layer.parameters]
         try:
-            for layer in chosen:
-                layer.write(*factors[layer.name])
+            with together():
+                for layer in chosen:
+                    layer.write(*factors[layer.name])
         except BaseException:  # an interrupt too
             for parameter, value in before:
                 _put(parameter, value)
@@ -167,6 +179,11 @@ def find_adapter(model: PeftModel, adapter_name: str | None = None) -> Adapter:
             raise LoraDAError(
                 f"layer {path} is {layer.out_features} × {layer.in_features}, its rank {layer.rank} is above that; "
                 "set a smaller `r` (Axolotl: `lora_r`) or a `rank_pattern` for this layer"
+            )
+        if layer.magnitude is not None and not is_readable(layer.base):
+            raise LoraDAError(
+                f"layer {path} is under DoRA, and its sharded quantised weight cannot be read; set `use_dora=False` "
+                "(Axolotl: `peft_use_dora: false`), or train with DDP or ZeRO-2"
             )
         layers.append(layer)
     if not layers:

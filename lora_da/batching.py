@@ -177,7 +177,7 @@ def divided(batch: Batch, batch_tokens: int) -> Iterator[Batch]:
         yield batch
         return
     for half in halves:
-        if half.tokens.n_documents:
+        if half.tokens.n_documents or not batch.tokens.n_documents:
             yield from divided(half, batch_tokens)
 
 

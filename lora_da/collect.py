@@ -116,7 +116,8 @@ class Collector:
         counts = {name: inputs.n_tokens for name, inputs in self._inputs.items()}
         shapes: dict[str, tuple[str, int, int, torch.dtype]] = {}
         tokens = dict.fromkeys(self.layers, 0)
-        for others_seen, others_counts, misshapen in ranks.gathered((seen, counts, self.misshapen)):
+        own = (seen, counts, self.misshapen)
+        for others_seen, others_counts, misshapen in [own] if ranks.sharded else ranks.gathered(own):
             shapes |= others_seen
             self.misshapen |= misshapen
             for name, n in others_counts.items():

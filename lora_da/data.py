@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from accelerate.data_loader import IterableDatasetShard
 from torch.utils.data import DataLoader, IterableDataset, Subset
 
 from lora_da.batching import BATCH_TOKENS, Batch, by_length, divided
@@ -151,6 +152,8 @@ def _own_rows(
     """The rows of the same data with their collator, or ready batches and None; how many the whole dataset has (None:
     unknown), and whether that counts its items or the rows of its batches."""
     dataset = getattr(dataloader, "dataset", None)
+    while isinstance(dataset, IterableDatasetShard):  # accelerate's, of which each process sees a part
+        dataset = dataset.dataset
     n_rows = len(dataset) if isinstance(dataset, Sized) else None
     if seed is not None and (n_rows is None or isinstance(dataset, IterableDataset)):
         raise LoraDAError(

@@ -15,7 +15,9 @@ from peft import PeftModel
 from lora_da.config import LoraDAConfig
 from lora_da.errors import LoraDAError
 from lora_da.initialize import initialize_lora_da_weights
+from lora_da.ranks import Ranks
 from lora_da.report import InitReport
+from lora_da.tasks import RewardLoss
 
 
 def export_initial_adapter(
@@ -26,11 +28,12 @@ def export_initial_adapter(
     adapter_name: str | None = None,
     overwrite: bool = False,
     show_progress: bool = True,
+    reward: RewardLoss | None = None,
 ) -> InitReport:
     """Initialise an adapter and save it as `PeftModel.save_pretrained` does, with `lora_da_report.json` beside it.
 
     Args:
-        peft_model, dataloader, config, adapter_name, show_progress: see `initialize_lora_da_weights`.
+        peft_model, dataloader, config, adapter_name, show_progress, reward: see `initialize_lora_da_weights`.
         output: the folder; an adapter that is not called `default` is in a folder of its name in there, as PEFT has it.
         overwrite: put the files into a folder that holds others; those of the same name are replaced.
 
@@ -41,8 +44,10 @@ def export_initial_adapter(
         LoraDAError: as `initialize_lora_da_weights`; the folder is not empty or cannot be made; the adapter carries
             trained weights. Nothing was saved then.
     """
+    if Ranks().size > 1:
+        raise LoraDAError("an adapter is exported by one process: start this one without a launcher of several")
     with _complete_folder(Path(output).expanduser().resolve(), overwrite) as folder:
-        report = initialize_lora_da_weights(peft_model, dataloader, config, adapter_name, show_progress)
+        report = initialize_lora_da_weights(peft_model, dataloader, config, adapter_name, show_progress, reward)
         if report.skipped is not None:
             raise LoraDAError(f"there is no initial adapter to export: {report.skipped}; add a fresh one")
         names = [adapter_name or str(peft_model.active_adapters[0])]

@@ -24,6 +24,7 @@ from lora_da.cache import CacheEntry, cache_folder
 from lora_da.collect import Collector
 from lora_da.config import LoraDAConfig
 from lora_da.data import InitData, draw
+from lora_da.errors import LoraDAError
 from lora_da.estimate import Estimate, solution_of, warn_of_kept
 from lora_da.fingerprint import fingerprint
 from lora_da.memory import PeakMemory
@@ -78,37 +79,38 @@ def initialize_lora_da_weights(
         ranks = Ranks(is_sharded(peft_model))
     show_progress = show_progress and ranks.rank == 0
     targeted = len(adapter.layers) + len(adapter.left)
-    if not adapter.is_untrained():
+    if ranks.any(not adapter.is_untrained()):
         report = InitReport(targeted=targeted, left=adapter.left, skipped="it carries trained weights")
         if ranks.rank == 0:
             say(report.line())
         return report
-    if adapter.left:
+    if adapter.left and ranks.rank == 0:
         logger.warning(describe_left(adapter.left))
 
     memory = PeakMemory(_device(peft_model))
-    with ranks.together():
-        folder = None if config.cache_dir is None else cache_folder(config.cache_dir)
-    with random_states(), prepared(peft_model, _device(peft_model)), estimation_mode(peft_model):
+    device, entry, solution = _device(peft_model), None, None
+    with random_states(), estimation_mode(peft_model):
         data = ranks.from_first(
             lambda: draw(dataloader, config.samples, config.seed, config.population_size, task.read)
         )
-        if data.n_samples < config.samples:
+        if data.n_samples < config.samples and ranks.rank == 0:
             logger.warning("LoRA-DA: the data hold %d samples, %d were asked for", data.n_samples, config.samples)
-        solution = entry = None
-        if folder is not None:
+        if config.cache_dir is not None:
+            folder = ranks.from_first(lambda: cache_folder(str(config.cache_dir)))
             with ranks.together():
                 key = fingerprint(peft_model, adapter, data, config, reward)
             entry = CacheEntry(folder, ranks.common(key))
             solution = ranks.from_first(lambda: entry.load(adapter.layers))
-        if solution is None:
-            estimate = _estimate(task, adapter, data, config, _device(peft_model), ranks, show_progress)
-            solution = solution_of(estimate, adapter, data)
-            if entry is not None and ranks.rank == 0:
-                entry.store(solution)
-    warn_of_kept(solution.report, adapter)
-    with ranks.together():
-        adapter.write(solution.factors)
+    if solution is None:
+        with random_states(), prepared(peft_model, task.blocks, device), estimation_mode(peft_model):
+            estimate = _estimate(task, adapter, data, config, device, ranks, show_progress)
+            with ranks.together():
+                solution = solution_of(estimate, adapter, data)
+                if entry is not None and ranks.rank == 0:
+                    entry.store(solution)
+    if ranks.rank == 0:
+        warn_of_kept(solution.report, adapter)
+    adapter.write(solution.factors, ranks.together)
 
     report = replace(
         solution.report,
@@ -141,6 +143,9 @@ def _estimate(
     full_fisher = frozenset(a.name for a in adapter.layers if a.out_features <= preset.full_fisher_up_to)
     with ranks.together():
         surveyed = survey(task, adapter.layers, task.inputs(data.batches[-1].glimpse(), device))
+    why_not = next(filter(None, ranks.gathered(surveyed.why_not)), "")
+    if why_not:  # in one process is in all
+        surveyed = replace(surveyed, row=None, why_not=why_not)
     while True:
         plan = make_plan(surveyed, adapter.layers, full_fisher, data.batches, device, config.memory_budget, ranks=ranks)
         if plan.device_bytes > plan.budget:
@@ -151,6 +156,11 @@ def _estimate(
             _collect_and_solve(estimate, sweep, ranks, show_progress)
             return estimate
         except NotARow as reason:
+            if ranks.sharded:  # the others are inside a forward that waits for this process
+                raise LoraDAError(
+                    f"the model cannot be streamed: {reason}; set a `memory_budget` in which it runs in one pass"
+                ) from reason
+            del sweep  # what it keeps on the CPU is planned with anew
             logger.warning("LoRA-DA: not streamed, in several passes instead: %s", reason)
             surveyed = replace(surveyed, row=None, why_not=str(reason))
 

@@ -15,7 +15,7 @@ from itertools import pairwise
 import torch
 
 from lora_da.adapter import AdapterLayer
-from lora_da.batching import Batch, shared
+from lora_da.batching import Batch
 from lora_da.loss import CHUNK
 from lora_da.memory import GIB, used_bytes
 from lora_da.ranks import Ranks
@@ -111,10 +111,12 @@ def make_plan(
         ranks: the processes.
     """
     ranks = ranks or Ranks()
-    batches = shared(batches, ranks.size)[0]
+    shares = ranks.shares(batches)
     share = CPU_SHARE if device.type == "cpu" else DEVICE_SHARE
     budget = int(share * ranks.free_bytes(device)) if budget_gib is None else int(budget_gib * GIB)
-    largest, longest = max(b.n_positions for b in batches), max(b.shape[1] for b in batches)
+    largest = max(b.n_positions for share in shares for b in share)
+    longest = max(b.shape[1] for share in shares for b in share)
+    batches = shares[0]
     most = 1 if survey.row is None else len(survey.linear_features)
     room = (BORDER_SHARE if device.type == "cpu" else CPU_SHARE) * ranks.free_bytes(torch.device("cpu"))
     while most > 1 and _border_bytes(most - 1, batches, survey, device) > room:

@@ -8,13 +8,14 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from torch import distributed as dist
 
+from lora_da.batching import Batch, shared
 from lora_da.blocks import NotARow
 from lora_da.errors import LoraDAError
 from lora_da.memory import free_bytes, is_out_of_memory
@@ -26,8 +27,10 @@ class Ranks:
     """The processes of this run.
 
     Args:
-        sharded: whether a forward pass is a collective itself (FSDP2, ZeRO-3). A process that fails in one leaves the
-            others waiting inside it, where no message reaches them: its error ends it, and the launcher ends the rest.
+        sharded: whether a forward pass is a collective itself (FSDP2, ZeRO-3). All processes then run all samples,
+            so that they gather the same parameters in the same order, and only the layers to solve are divided. A
+            process that fails in a forward leaves the others waiting inside it, where no message reaches them: its
+            error ends it, and the launcher ends the rest.
 
     Attributes:
         rank, size: this process, and how many there are.
@@ -91,6 +94,10 @@ class Ranks:
         keys = self.gathered(key)
         return key if len(set(keys)) == 1 else hashlib.sha256("".join(keys).encode()).hexdigest()
 
+    def shares(self, batches: Sequence[Batch]) -> list[list[Batch]]:
+        """What each process runs."""
+        return [list(batches)] * self.size if self.sharded else shared(batches, self.size)
+
     def any(self, flag: bool) -> bool:
         """Whether it is true in any process."""
         return bool(self._largest(int(flag)))
@@ -100,14 +107,15 @@ class Ranks:
         return self._largest(number)
 
     def total(self, value: Tensor) -> Tensor:
-        """A scalar summed over the processes."""
-        if self.size > 1:
+        """A scalar of this process's samples, summed over the processes."""
+        if self.size > 1 and not self.sharded:
             dist.all_reduce(value)
         return value
 
     def sum_to(self, owner: int, value: Tensor) -> None:
-        """Sum a tensor over the processes, in place in `owner`; elsewhere its values are lost."""
-        if self.size > 1:
+        """Sum a tensor of this process's samples over the processes, in place in `owner`; elsewhere its values are
+        lost."""
+        if self.size > 1 and not self.sharded:
             dist.reduce(value, dst=owner)
 
     def free_bytes(self, device: torch.device) -> int:

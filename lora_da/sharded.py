@@ -20,7 +20,6 @@ from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import PreTrainedModel
 
-from lora_da.blocks import find_blocks
 from lora_da.errors import LoraDAError
 from lora_da.mode import flags_kept
 
@@ -114,24 +113,76 @@ def _nbytes(parameter: Tensor) -> int:
 
 
 @contextlib.contextmanager
-def prepared(model: PeftModel, device: torch.device) -> Iterator[None]:
-    """The model's parts can be called while the context is open. Nothing is done but to FSDP2's."""
-    if not any(isinstance(module, FSDPModule) for module in model.modules()):
-        yield
-        return
-    inside = {id(m) for block in find_blocks(model.get_base_model()) for m in block.modules()}
+def prepared(model: PeftModel, blocks: Sequence[nn.Module], device: torch.device) -> Iterator[None]:
+    """The model's parts can be called while the context is open, and what is outside the blocks stays gathered.
+
+    The output layer runs chunk by chunk, in one process more often than in another, and so must not gather.
+    """
+    inside = {id(m) for block in blocks for m in block.modules()}
     outside = [m for m in model.modules() if isinstance(m, FSDPModule) and id(m) not in inside]
-    # FSDP2 is set up by its first forward, which must find the user's `requires_grad`; a 4-bit layer on a CPU must not
-    # be asked to infer before it has been trained.
-    with torch.no_grad(), flags_kept(model):
+    with contextlib.ExitStack() as stack:
+        if outside:
+            _set_up(model, device)
+            stack.enter_context(_unsharded(outside))
+        in_blocks = {id(p) for block in blocks for p in block.parameters()}
+        parameters = [p for p in model.parameters() if is_zero3(p) and id(p) not in in_blocks]
+        if parameters:
+            stack.enter_context(_gathered(parameters))
+        yield
+
+
+@torch.no_grad()
+def _set_up(model: PeftModel, device: torch.device) -> None:
+    """FSDP2 is set up by its first forward, which must find the user's `requires_grad`; a 4-bit layer on a CPU must not
+    be asked to infer before it has been trained."""
+    tokens = torch.ones(1, 2, dtype=torch.long, device=device)
+    decoder = {"decoder_input_ids": tokens} if model.get_base_model().config.is_encoder_decoder else {}
+    with flags_kept(model):
         model.train()
-        model(input_ids=torch.ones(1, 2, dtype=torch.long, device=device))
+        model(input_ids=tokens, **decoder)
+
+
+@contextlib.contextmanager
+def _unsharded(modules: Sequence[FSDPModule]) -> Iterator[None]:
+    """FSDP2 modules keep their own parameters gathered, and their backward reads no block ahead: a process with fewer
+    chunks of the output layer, or none, would read fewer."""
+    groups = [group for module in modules for group in _groups(module)]
+    before = [(group, group.post_forward_mesh_info, group.reshard_after_backward) for group in groups]
+    ahead = [(state := module._get_fsdp_state(), state._states_to_backward_prefetch) for module in modules]
     try:
-        for module in outside:
-            module.set_reshard_after_backward(False, recurse=False)  # the output layer runs chunk by chunk
+        for module in modules:
+            module.set_reshard_after_forward(False, recurse=False)
+            module.set_reshard_after_backward(False, recurse=False)
+            module.set_modules_to_backward_prefetch([module])
             module.unshard()
         yield
     finally:
-        for module in outside:
-            module.set_reshard_after_backward(True, recurse=False)
+        for group, after_forward, after_backward in before:
+            group.post_forward_mesh_info, group.reshard_after_backward = after_forward, after_backward
+        for state, states in ahead:
+            state._states_to_backward_prefetch = states
+        for module in modules:
             module.reshard()
+
+
+def _groups(module: FSDPModule) -> list[Any]:
+    """What holds a module's settings; torch has no way to ask for them."""
+    state = module._get_fsdp_state()
+    groups = getattr(state, "_fsdp_param_groups", None)
+    return [g for g in ([state._fsdp_param_group] if groups is None else groups) if g is not None]
+
+
+@contextlib.contextmanager
+def _gathered(parameters: Sequence[Any]) -> Iterator[None]:
+    """ZeRO-3's parameters stay gathered, also when a module that holds them has run."""
+    from deepspeed.runtime.zero import GatheredParameters
+
+    before = [parameter.ds_persist for parameter in parameters]
+    with GatheredParameters(list(parameters)):
+        try:
+            for parameter in parameters:
+                parameter.ds_persist = True
+            yield
+        finally:
+            for parameter, persists in zip(parameters, before, strict=True):
+                parameter.ds_persist = persists

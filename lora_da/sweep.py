@@ -13,7 +13,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from lora_da.adapter import AdapterLayer
-from lora_da.batching import Batch, divided, shared
+from lora_da.batching import Batch, divided
 from lora_da.blocks import BlockRow, NotARow, check
 from lora_da.borders import Border, Borders
 from lora_da.collect import Collector, outputs_with_gradients
@@ -70,11 +70,8 @@ class Sweep:
         self._task, self._model, self._survey, self._plan = task, task.model, survey, plan
         self._full_fisher, self._device, self._progress = full_fisher, device, tqdm(disable=True)
         self._ranks = ranks or Ranks()
-        own = shared(data.batches, self._ranks.size)[self._ranks.rank]
+        own = self._ranks.shares(data.batches)[self._ranks.rank]
         self._batches = [part for batch in own for part in divided(batch, plan.batch_tokens)]
-        if self._ranks.sharded:  # a forward is a collective: all run as many
-            missing = self._ranks.most(len(self._batches)) - len(self._batches)
-            self._batches += [self._batches[-1].idle()] * missing
         self._n_loss_tokens = data.n_loss_tokens
         # Under `samples` a token's loss is weighted by the mean number of loss tokens over its document's own: about 1,
         # so that float16 gradients stay in their range; what remains is part of the scale.

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from lora_da.errors import LoraDAError
-from lora_da.sharded import is_shard, whole
+from lora_da.sharded import is_shard, shape, whole
 
 # What a weight is held in that needs no scale beside it.
 DENSE = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -21,11 +21,10 @@ def dense_weight(base: nn.Module) -> Tensor | None:
     """W, (o, i), of a layer, dequantised on its device; None for a format that PEFT cannot dequantise (GPTQ, AWQ)."""
     weight: Any = getattr(base, "weight", None)
     if is_shard(weight):
+        if not is_readable(base):
+            return None
         with whole(weight) as found:
-            dense = found.detach().clone()
-        # a quantised weight's own shape is not the layer's, and without the layer it cannot be dequantised here
-        sizes = {getattr(base, "in_features", None), getattr(base, "out_features", None)}
-        weight = dense if isinstance(base, Conv1D) or set(dense.shape) == sizes else None
+            weight = found.detach().clone()
     elif get_bnb_param_type(weight):
         weight = dequantize_bnb_weight(weight, state=getattr(base, "state", None))
     elif isinstance(weight, Tensor) or hasattr(base, "W_q"):  # HQQ's layers have no `weight`
@@ -33,6 +32,14 @@ def dense_weight(base: nn.Module) -> Tensor | None:
     if not isinstance(weight, Tensor) or weight.dtype not in DENSE:
         return None
     return weight.detach().T if isinstance(base, Conv1D) else weight.detach()
+
+
+def is_readable(base: nn.Module) -> bool:
+    """False for shards of a quantised weight: its own shape is not the layer's, and apart from the layer it cannot be
+    dequantised. True does not promise that PEFT can."""
+    weight: Any = getattr(base, "weight", None)
+    sizes = {getattr(base, "in_features", None), getattr(base, "out_features", None)}
+    return not is_shard(weight) or isinstance(base, Conv1D) or set(shape(weight)) == sizes
 
 
 def weight_norm(base: nn.Module) -> float | None:

@@ -24,15 +24,14 @@ from lora_da import LoraDAConfig, initialize_lora_da_weights
 from lora_da.sweep import Sweep
 
 
-def sharded(model: PeftModel, **plugin: Any) -> PeftModel:
+def sharded(model: PeftModel, block: str = "LlamaDecoderLayer") -> PeftModel:
     """As the Trainer's accelerator prepares it."""
     kind = FullyShardedDataParallelPlugin(
         fsdp_version=2,
         auto_wrap_policy="transformer_based_wrap",
-        transformer_cls_names_to_wrap=["LlamaDecoderLayer"],
+        transformer_cls_names_to_wrap=[block],
         reshard_after_forward=True,
         cpu_ram_efficient_loading=False,
-        **plugin,
     )
     accelerator = SimpleNamespace(
         state=SimpleNamespace(fsdp_plugin=kind),
@@ -60,6 +59,7 @@ def initialized(model: PeftModel, way: Way, **settings: Any) -> dict[str, Any]:
     return {
         "adapter": whole_adapter(model),
         "loss": report.loss,
+        "from cache": report.from_cache,
         "steps": {name: layer.relative_step for name, layer in report.layers.items()},
         "same parameters": kinds == {name: type(p) for name, p in model.named_parameters()},
         "trained": trained(model),
@@ -110,7 +110,12 @@ def fsdp2(folder: Path) -> dict[str, Any]:
     with process_group():
         found = {name: initialized(sharded(model(folder)), Way(cuts=3)) for name, model in MODELS.items()}
         ways = {name: initialized(sharded(llama()), way) for name, way in WAYS.items()}
-        return {**found, **ways}
+        return {**found, **ways, "cache": cached(folder / "cache")}
+
+
+def cached(folder: Path) -> list[dict[str, Any]]:
+    """A run that keeps its solution and one that finds it."""
+    return [initialized(sharded(llama()), Way(), cache_dir=str(folder)) for _ in range(2)]
 
 
 def dies(folder: Path) -> None:

@@ -300,3 +300,19 @@ def test_batches_that_are_none(malformed):
     for dataloader in (malformed, DataLoader(malformed, batch_size=1, collate_fn=lambda rows: rows[0])):
         with pytest.raises(LoraDAError, match="label"):
             take(dataloader, 4)
+
+
+@pytest.mark.parametrize("sized", [True, False])
+def test_a_stream_that_accelerate_shards_is_read_whole(sized):
+    """Each process would see a part of it, and its length is not the stream's."""
+    from accelerate.data_loader import IterableDatasetShard
+
+    class Sized(Stream):
+        def __len__(self):
+            return len(self.rows)
+
+    rows = documents(8)
+    shard = IterableDatasetShard((Sized if sized else Stream)(rows), batch_size=2, num_processes=2)
+    data = draw(DataLoader(shard, 2, collate_fn=pad), 6, None, None if sized else 100)
+    assert data.n_samples == 6 and data.population_size == (8 if sized else 100)
+    assert data.n_tokens == sum(len(row["input_ids"]) for row in rows[:6])

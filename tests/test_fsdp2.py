@@ -53,6 +53,14 @@ def test_whatever_the_plan(way: str, two: Any) -> None:
 
 
 @pytest.mark.slow
+def test_a_kept_solution_is_found_again(two: Any) -> None:
+    for first, second in (result["cache"] for result in two):
+        assert (first["from cache"], second["from cache"]) == (False, True)
+        assert same_bits(first["adapter"], second["adapter"])
+    check([result["cache"][1] for result in two], initialized(llama(), Way()))
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("model", ["float32", "nf4 in bytes", "nf4 in bfloat16"])
 def test_the_size_of_the_first_step_is_right_or_not_said(model: str, two: Any, tmp_path: Path) -> None:
     """Whether accelerate shards 4-bit weights depends on its version, and shards of those cannot be dequantised."""

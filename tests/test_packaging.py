@@ -102,7 +102,7 @@ def test_the_metadata_pins_nothing(wheel):
     (name,) = (name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
     metadata = Parser().parsestr(archive.read(name).decode())
     required = [line for line in metadata.get_all("Requires-Dist") if "extra ==" not in line]
-    names = "peft psutil safetensors torch tqdm transformers".split()
+    names = "accelerate peft psutil safetensors torch tqdm transformers".split()
     assert sorted(line.split(">")[0] for line in required) == names
     assert not [line for line in metadata.get_all("Requires-Dist") if "==" in line.split(";")[0] or "<" in line]
     assert metadata["License-Expression"] == "Apache-2.0" and metadata["Requires-Python"] == ">=3.10"
