@@ -27,6 +27,8 @@ pytestmark = [pytest.mark.once, pytest.mark.slow]
 
 MIB = 2**20
 ALLOCATORS = 24 * MIB  # what they may keep more, late in the work than early in it
+# Hidden states are kept between activations that go; the C library gives such gaps back late. Plans leave half free.
+GAPS = 1.5
 
 
 def resident() -> int:
@@ -117,4 +119,4 @@ def test_borders_take_the_memory_that_was_forecast(cuts: int, monkeypatch: pytes
     assert report.tokens == rows * length and report.initialized == 4
     grown, borders, beside = max(seen) - seen[0], plans[0].cpu_bytes, plans[0].device_bytes
     assert borders >= (cuts - 1) * rows * length * 128 * 4  # hidden states alone, without a gradient
-    assert borders - ALLOCATORS <= grown <= borders + beside + ALLOCATORS
+    assert borders - ALLOCATORS <= grown <= GAPS * (borders + beside) + ALLOCATORS
