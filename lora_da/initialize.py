@@ -87,16 +87,16 @@ def initialize_lora_da_weights(
     if adapter.left and ranks.rank == 0:
         logger.warning(describe_left(adapter.left))
 
-    memory = PeakMemory(_device(peft_model))
-    device, entry, solution = _device(peft_model), None, None
-    with random_states(), estimation_mode(peft_model):
+    device = compute_device(peft_model.get_base_model().get_input_embeddings().weight)
+    memory, entry, solution = PeakMemory(device), None, None
+    folder = None if config.cache_dir is None else ranks.from_first(lambda: cache_folder(str(config.cache_dir)))
+    with estimation_mode(peft_model):
         data = ranks.from_first(
             lambda: draw(dataloader, config.samples, config.seed, config.population_size, task.read)
         )
         if data.n_samples < config.samples and ranks.rank == 0:
             logger.warning("LoRA-DA: the data hold %d samples, %d were asked for", data.n_samples, config.samples)
-        if config.cache_dir is not None:
-            folder = ranks.from_first(lambda: cache_folder(str(config.cache_dir)))
+        if folder is not None:
             with ranks.together():
                 key = fingerprint(peft_model, adapter, data, config, reward)
             entry = CacheEntry(folder, ranks.common(key))
@@ -194,8 +194,3 @@ def _solve(
             estimate.tokens[layer.name] = collector.n_tokens(layer.name)
         else:
             estimate.failed[layer.name] = solved
-
-
-def _device(peft_model: PeftModel) -> torch.device:
-    """Where the samples go."""
-    return compute_device(peft_model.get_base_model().get_input_embeddings().weight)
