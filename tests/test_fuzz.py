@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -57,7 +58,7 @@ def outcome(configuration: Configuration, output: Path) -> str:
     return "started"
 
 
-def test_random_configurations(tmp_path: Path) -> None:
+def test_random_configurations(tmp_path: Path, record_property: Callable[[str, object], None]) -> None:
     counts: Counter[str] = Counter()
     drawn: set[str] = set()
 
@@ -75,7 +76,7 @@ def test_random_configurations(tmp_path: Path) -> None:
         counts[outcome(configuration, tmp_path)] += 1
 
     run()
-    print(f"\n{counts.total()} random configurations: {dict(counts.most_common())}; rows: {', '.join(sorted(drawn))}")
+    record_property("random configurations", f"{dict(counts.most_common())}; rows: {', '.join(sorted(drawn))}")
     assert counts["started"] >= MOSTLY * counts.total()
     assert {STATES[row] for row in drawn} == {"tested"}
 
