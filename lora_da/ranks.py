@@ -82,7 +82,7 @@ class Ranks:
         return value
 
     def gathered(self, value: T) -> list[T]:
-        """Each process's value, by rank. The values are pickled: small ones, of our own processes."""
+        """Each process's value, by rank. The values are pickled, which only our own processes' may be."""
         values: list[Any] = [value]
         if self.size > 1:
             values = [None] * self.size

@@ -114,10 +114,8 @@ def _nbytes(parameter: Tensor) -> int:
 
 @contextlib.contextmanager
 def prepared(model: PeftModel, blocks: Sequence[nn.Module], device: torch.device) -> Iterator[None]:
-    """The model's parts can be called while the context is open, and what is outside the blocks stays gathered.
-
-    The output layer runs chunk by chunk, in one process more often than in another, and so must not gather.
-    """
+    """The model's parts can be called while the context is open, and what is outside the blocks stays gathered: the
+    output layer runs chunk by chunk, and would be gathered for each of them."""
     inside = {id(m) for block in blocks for m in block.modules()}
     outside = [m for m in model.modules() if isinstance(m, FSDPModule) and id(m) not in inside]
     with contextlib.ExitStack() as stack:
@@ -144,8 +142,8 @@ def _set_up(model: PeftModel, device: torch.device) -> None:
 
 @contextlib.contextmanager
 def _unsharded(modules: Sequence[FSDPModule]) -> Iterator[None]:
-    """FSDP2 modules keep their own parameters gathered, and their backward reads no block ahead: a process with fewer
-    chunks of the output layer, or none, would read fewer."""
+    """FSDP2 modules keep their own parameters gathered, and their backward reads no block ahead: that of a chunk of the
+    output layer ends before there is a block to go back to."""
     groups = [group for module in modules for group in _groups(module)]
     before = [(group, group.post_forward_mesh_info, group.reshard_after_backward) for group in groups]
     ahead = [(state := module._get_fsdp_state(), state._states_to_backward_prefetch) for module in modules]
