@@ -1,0 +1,106 @@
+"""python -m benchmarks.quality SWEEP.yml --results FILE.jsonl: run what of a sweep is not there yet, then report.
+
+A sweep that was stopped goes on where it was. `--processes 4` divides the cells over processes of this machine; several
+machines take `--share 0/2` and `--share 1/2`, and a report reads all their files (`--merge`).
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from benchmarks.quality.report import report
+from benchmarks.quality.results import append, read
+
+from benchmarks.measure import conditions
+from benchmarks.quality.run import Runner
+from benchmarks.quality.sweep import Sweep, read_sweep
+
+
+def main() -> None:
+    arguments = _parse()
+    sweep = read_sweep(arguments.sweep)
+    files = [arguments.results, *arguments.merge]
+    if arguments.processes > 1:
+        _in_processes(arguments)
+    elif not arguments.report_only:
+        _run(sweep, files, arguments)
+    if arguments.share is None:
+        report(read(files), sweep.cells, arguments.report or arguments.results.parent, sweep.judged, sweep.controls)
+
+
+def _run(sweep: Sweep, files: list[Path], arguments: argparse.Namespace) -> None:
+    """This process's share of the cells that no file has yet."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    number, of = arguments.share or (0, 1)
+    done = {result.cell for result in read([file for file in files if file.exists()]).results}
+    cells = [cell for cell in itertools.islice(sweep.cells, number, None, of) if cell not in done]
+    runners: dict[tuple[str, str], Runner] = {}
+    for position, cell in enumerate(cells):
+        if (cell.model, cell.base) not in runners:
+            runners = {(cell.model, cell.base): Runner(cell.model, cell.base, device, arguments.cache)}
+        result = runners[cell.model, cell.base].run(cell, sweep.tasks[cell.task], _environment(device))
+        append(arguments.results, result)
+        print(
+            f"{position + 1} of {len(cells)}: {cell.task} {cell.start} rank {cell.rank} rate {cell.rate:.2g} seed "
+            f"{cell.seed}: {result.base_loss:.4f} → {result.final:.4f} in {result.train_seconds:.0f} s",
+            flush=True,
+        )
+
+
+def _environment(device: torch.device) -> dict[str, Any]:
+    made = conditions(device)
+    on = made["hardware"]
+    gpu = f"{on['gpu']['name']}, " if on["gpu"] else ""
+    return {
+        "versions": made["versions"],
+        "hardware": f"{gpu}{on['cpu']}, {on['threads']} of {on['logical_cores']} cores",
+        "command": made["command"],
+        "commit": _commit(),
+        "date": made["date"],
+    }
+
+
+def _commit() -> str:
+    git = ["git", "describe", "--always", "--dirty"]
+    return subprocess.run(git, capture_output=True, text=True).stdout.strip() or "no git"
+
+
+def _in_processes(arguments: argparse.Namespace) -> None:
+    command = [sys.executable, "-m", "benchmarks.quality", str(arguments.sweep), "--results", str(arguments.results)]
+    command += itertools.chain.from_iterable(["--merge", str(file)] for file in arguments.merge)
+    command += ["--cache", str(arguments.cache)] if arguments.cache else []
+    n = arguments.processes
+    runs = [subprocess.Popen([*command, "--share", f"{k}/{n}"]) for k in range(n)]
+    codes = [run.wait() for run in runs]
+    if any(codes):
+        sys.exit("a process failed; its message is above, and what was finished is kept")
+
+
+def _share(text: str) -> tuple[int, int]:
+    number, _, of = text.partition("/")
+    if not (number.isdigit() and of.isdigit() and int(number) < int(of)):
+        raise argparse.ArgumentTypeError(f"{text!r} is no share; write 0/2 for the first half")
+    return int(number), int(of)
+
+
+def _parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Train the cells of a sweep that are not finished, then report.")
+    parser.add_argument("sweep", type=Path, help="YAML: tasks, starts, rates, seeds and what is the same in all cells")
+    parser.add_argument("--results", type=Path, required=True, help="JSONL, a line for each finished cell")
+    parser.add_argument("--merge", type=Path, action="append", default=[], help="another machine's results")
+    parser.add_argument("--report", type=Path, help="folder of the report; the results' own unless given")
+    parser.add_argument("--report-only", action="store_true", help="train nothing")
+    parser.add_argument("--processes", type=int, default=1, help="that share this machine")
+    parser.add_argument("--share", type=_share, help="K/N: every N-th cell from the K-th, without a report")
+    parser.add_argument("--cache", type=Path, help="folder for solutions, so that the rates of a start share one")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()

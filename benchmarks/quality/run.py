@@ -1,0 +1,171 @@
+"""One cell: a TRL QLoRA run from one start."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from benchmarks.quality.analysis import PLAIN
+from benchmarks.quality.results import Cell, Result, has_diverged
+from datasets import Dataset
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch.utils.data import DataLoader
+from transformers import TrainerCallback
+from trl import SFTConfig, SFTTrainer
+
+from benchmarks.measure import measured
+from benchmarks.quality.base import load_base
+from benchmarks.quality.heldout import Heldout, find_choice
+from benchmarks.quality.neighbours import OWN_BASE, eva, on_its_own_base
+from benchmarks.quality.starts import ours
+from benchmarks.quality.tasks import Rows, Task, read_rows
+from lora_da import InitReport
+from lora_da.memory import GIB
+from lora_da.rows import collate
+
+EVALUATIONS = 20  # over a run, and one before it
+WARMUP = 0.1  # of the steps
+
+
+@dataclass
+class Curve:
+    """What was seen of a run."""
+
+    train_loss: list[float]
+    heldout: list[tuple[int, float]]
+    accuracy: float | None = None
+
+
+class _Observer(TrainerCallback):
+    """Writes the curves down. The model is looked at without a trace: no gradient, no mode, no random number."""
+
+    def __init__(self, heldout: Heldout, every: int) -> None:
+        self.curve = Curve([], [])
+        self._heldout, self._every = heldout, every
+
+    def on_train_begin(self, args: Any, state: Any, _control: Any, model: PeftModel, **_: Any) -> None:
+        self._look(0, model)
+
+    def on_step_end(self, args: Any, state: Any, _control: Any, model: PeftModel, **_: Any) -> None:
+        if state.global_step % self._every == 0 or state.global_step == state.max_steps:
+            self._look(state.global_step, model)
+
+    def on_log(self, args: Any, state: Any, _control: Any, logs: dict[str, Any], **_: Any) -> None:
+        if "loss" in logs:
+            self.curve.train_loss.append(float(logs["loss"]))
+
+    def _look(self, step: int, model: PeftModel) -> None:
+        loss, self.curve.accuracy = self._heldout.measure(model.get_base_model())
+        self.curve.heldout.append((step, loss))
+
+
+class Runner:
+    """Runs cells on one base model, one after the other.
+
+    Args:
+        name, base: of the base, see `load_base`; a cell leaves it as it was.
+        cache: a folder for solutions.
+    """
+
+    def __init__(self, name: str, base: str, device: torch.device, cache: Path | None = None) -> None:
+        self._name, self._base, self._device, self._cache = name, base, device, cache
+        self._model, self._tokenizer = load_base(name, base, device)
+
+    def run(self, cell: Cell, task: Task, environment: Mapping[str, Any]) -> Result:
+        """Train one cell.
+
+        Args:
+            environment: what it is run on, as `Result` has it.
+        """
+        rows = read_rows(
+            task, self._tokenizer, cell.split, cell.length, cell.heldout_rows, cell.steps * cell.batch, cell.seed
+        )
+        heldout = Heldout(rows.heldout, find_choice(task, self._tokenizer), self._device)
+        base_loss, _ = heldout.measure(self._model)
+        (model, report), init = measured(lambda: self._started(rows, cell), self._device)
+        try:
+            curve, train = measured(lambda: train_cell(model, rows, heldout, cell), self._device)
+        finally:
+            model.unload()
+        accuracy = None
+        if curve.accuracy is not None and heldout.majority is not None:
+            accuracy = {"heldout": curve.accuracy, "majority": heldout.majority}
+        return Result(
+            cell=cell,
+            train_loss=curve.train_loss,
+            heldout=curve.heldout,
+            base_loss=base_loss,
+            accuracy=accuracy,
+            diverged=has_diverged(curve.train_loss, curve.heldout, base_loss),
+            own_base=cell.method in OWN_BASE,
+            init_seconds=init.seconds,
+            train_seconds=train.seconds,
+            peak_memory_gib=(train.gpu_peak or train.cpu_peak) / GIB,
+            memory_of="process" if train.gpu_peak is None else "GPU",
+            initialized=None if report is None else report.initialized,
+            prediction=None,
+            environment=environment,
+        )
+
+    def _started(self, rows: Rows, cell: Cell) -> tuple[PeftModel, InitReport | None]:
+        """The model with its adapter started, and the report where that is our own doing."""
+        loader = DataLoader(rows.train, cell.batch, collate_fn=collate)  # type: ignore[arg-type]
+        few = DataLoader(rows.train[: cell.init_samples], cell.batch, collate_fn=collate)  # type: ignore[arg-type]
+        torch.manual_seed(cell.seed)  # plain LoRA's random A
+        if cell.method in OWN_BASE:
+            dense = load_base(self._name, "bf16", self._device)[0]
+            return on_its_own_base(cell.method, dense, adapter_config(cell), few, self._device), None
+        if cell.method == "eva":
+            fresh = load_base(self._name, self._base, self._device)[0]
+            return eva(self._model, fresh, adapter_config(cell), few), None
+        model = get_peft_model(self._model, adapter_config(cell))
+        return model, None if cell.method == PLAIN else ours(model, loader, cell, self._cache)
+
+
+def adapter_config(cell: Cell) -> LoraConfig:
+    """The adapter that every start has."""
+    return LoraConfig(r=cell.rank, lora_alpha=2 * cell.rank, target_modules="all-linear", task_type="CAUSAL_LM")
+
+
+def train_cell(model: PeftModel, rows: Rows, heldout: Heldout, cell: Cell) -> Curve:
+    """Train with TRL, on the rows in their order."""
+    observer = _Observer(heldout, max(1, cell.steps // EVALUATIONS))
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = SFTTrainer(
+            model=model,
+            args=training_arguments(cell, folder, model),
+            train_dataset=Dataset.from_list(rows.train),
+            data_collator=collate,
+            callbacks=[observer],
+        )
+        trainer.train()
+    return observer.curve
+
+
+def training_arguments(cell: Cell, folder: str, model: PeftModel) -> SFTConfig:
+    """The recipe that all cells share."""
+    on_gpu = model.device.type == "cuda"
+    return SFTConfig(
+        output_dir=folder,
+        max_steps=cell.steps,
+        per_device_train_batch_size=cell.batch,
+        learning_rate=cell.rate,
+        lr_scheduler_type="cosine",
+        warmup_steps=round(WARMUP * cell.steps),
+        seed=cell.seed,
+        train_sampling_strategy="sequential",
+        dataset_kwargs={"skip_prepare_dataset": True},
+        remove_unused_columns=False,
+        gradient_checkpointing=False,
+        bf16=model.dtype == torch.bfloat16,
+        use_cpu=not on_gpu,
+        logging_steps=1,
+        logging_nan_inf_filter=False,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+    )

@@ -1,0 +1,67 @@
+"""How an adapter starts: plain, by a method of this project's, or by PEFT's own."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from benchmarks.quality.results import Cell
+from peft import PeftModel
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from lora_da import InitReport, LoraDAConfig, initialize_lora_da_weights
+from lora_da.adapter import Adapter, find_adapter
+from lora_da.config import PRESETS
+
+CONTROLS = ("zero_B", "random_A", "plain_scale")
+
+
+def ours(model: PeftModel, loader: DataLoader[Any], cell: Cell, cache: Path | None) -> InitReport:
+    """Start by a method of this project's.
+
+    Args:
+        loader: of all training rows; the first of them are looked at.
+        cell: its settings are those of `LoraDAConfig`, where `preset` may be a mapping, `base` and what is changed of
+            it, and `control`.
+        cache: a folder for solutions, so that the rates of a sweep share one.
+    """
+    settings = dict(cell.settings)
+    kind = settings.pop("control", None)
+    if isinstance(settings.get("preset"), Mapping):
+        changes = dict(settings["preset"])
+        settings["preset"] = replace(PRESETS[changes.pop("base")], **changes)
+    folder = None if cache is None else str(cache)
+    config = LoraDAConfig(method=cell.method, samples=cell.init_samples, cache_dir=folder, **settings)
+    report = initialize_lora_da_weights(model, loader, config, show_progress=False)
+    if kind is not None:
+        control(model, kind, cell.seed)
+    return report
+
+
+@torch.no_grad()
+def control(model: PeftModel, kind: str, seed: int) -> None:
+    """Change a start so that it tells what of it matters.
+
+    Args:
+        kind: `zero_B`, the chosen A alone; `random_A`, a random A of each chosen A's norm, and no B; `plain_scale`, the
+            chosen A with the norm that plain LoRA's is expected to have, and no B.
+        seed: of the random A.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    adapter = find_adapter(model)
+    factors = {}
+    for layer in adapter.layers:
+        a: Tensor = layer.lora_A.detach()
+        if kind == "random_A":
+            noise = torch.randn(a.shape, generator=generator).to(a)
+            a = noise * (a.norm() / noise.norm())
+        elif kind == "plain_scale":
+            a = a * ((layer.plain_variance * a.numel()) ** 0.5 / a.norm())
+        elif kind != "zero_B":
+            raise ValueError(f"control is {kind!r}; set one of {', '.join(CONTROLS)}")
+        factors[layer.name] = (a, torch.zeros_like(layer.lora_B))
+    Adapter(adapter.name, adapter.layers, {}).write(factors)

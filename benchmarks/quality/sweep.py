@@ -1,0 +1,103 @@
+"""A sweep: every cell that one YAML file asks for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import yaml
+from benchmarks.quality.results import Cell
+
+from benchmarks.quality.tasks import SPLITS, Task
+
+
+@dataclass(frozen=True)
+class Start:
+    """How adapters start.
+
+    Args:
+        name: as reports call it.
+        method: `plain`; a `method:` of LoRA-DA's; `eva`; or what starts on the unquantised model.
+        settings: of `LoraDAConfig`, its preset possibly with changes to it, and `control`; see `starts`.
+    """
+
+    name: str
+    method: str
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """Tasks × starts × rates × seeds, and what is the same in all of them.
+
+    Args:
+        judged: names of the starts that are held against the goals. controls: those with a `control`.
+    """
+
+    tasks: Mapping[str, Task]
+    cells: Sequence[Cell]
+    judged: Sequence[str]
+    controls: Sequence[str]
+
+
+ONE_OF_EACH = ("split", "steps", "batch", "length", "heldout_rows", "model", "base")
+
+
+def read_sweep(path: Path) -> Sweep:
+    """Read a sweep's YAML. A start may have `rates`, `ranks`, `seeds` and `init_samples` of its own.
+
+    Raises:
+        ValueError: it has a key that nothing reads, or lacks one.
+    """
+    content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    expected = {*ONE_OF_EACH, "tasks", "starts", "judged", "rates", "ranks", "seeds", "init_samples"}
+    if set(content) != expected:
+        raise ValueError(
+            f"{path}: has {sorted(set(content) - expected)} too many, lacks {sorted(expected - set(content))}"
+        )
+    if content["split"] not in SPLITS:
+        raise ValueError(f"{path}: split is {content['split']!r}; set one of {', '.join(SPLITS)}")
+    tasks = {
+        name: Task(name, **{**fields, "choices": tuple(fields.get("choices", ()))})
+        for name, fields in content["tasks"].items()
+    }
+    controls = [name for name, start in content["starts"].items() if "control" in (start.get("settings") or {})]
+    return Sweep(tasks, list(_cells(content)), content["judged"], controls)
+
+
+def _cells(content: Mapping[str, Any]) -> Iterator[Cell]:
+    """Seed by seed, so that a sweep that is cut short has whole seeds, and rate by rate over the starts."""
+    common = {name: content[name] for name in ONE_OF_EACH}
+    starts = {name: dict(fields or {}) for name, fields in content["starts"].items()}
+    grids = {
+        name: {axis: fields.pop(axis, content[axis]) for axis in ("rates", "ranks", "seeds", "init_samples")}
+        for name, fields in starts.items()
+    }
+    built = [Start(name, **fields) for name, fields in starts.items()]
+
+    def union(axis: str) -> list[Any]:
+        return sorted({value for grid in grids.values() for value in _listed(grid[axis])})
+
+    for seed, task, rank, samples, rate, start in product(
+        union("seeds"), content["tasks"], union("ranks"), union("init_samples"), union("rates"), built
+    ):
+        asked = {"seeds": seed, "ranks": rank, "init_samples": samples, "rates": rate}
+        if all(value in _listed(grids[start.name][axis]) for axis, value in asked.items()):
+            yield Cell(
+                task=task,
+                start=start.name,
+                method=start.method,
+                settings=start.settings,
+                rank=rank,
+                rate=rate,
+                seed=seed,
+                init_samples=samples,
+                **common,
+            )
+
+
+def _listed(value: Any) -> list[Any]:
+    return list(value) if isinstance(value, (list, tuple)) else [value]
