@@ -18,7 +18,7 @@ def relative(values: Seeds, to: Seeds) -> dict[int, float]:
 
 
 def own_difference(comparison: Comparison, label: str, to: str = PLAIN) -> dict[int, float]:
-    """Relative difference of the final losses by seed, each start at its own best rate. Empty where they do not pair."""
+    """Relative difference of the final losses by seed, each at its own best rate. Empty where they do not pair."""
     return _difference(comparison, label, comparison.rate(label), to, comparison.rate(to))
 
 

@@ -27,12 +27,19 @@ class Section:
     @property
     def title(self) -> str:
         at = self.conditions
-        return f"{at.split}, rank {at.rank}: {at.steps} steps of {at.batch}, {at.model} on {at.base}"
+        rows = {(c.conditions.length, c.conditions.heldout_rows) for c in self.comparisons}
+        shared = f"up to {at.length} tokens, {at.heldout_rows} rows held out, " if len(rows) == 1 else ""
+        return f"{at.split}, rank {at.rank}: {at.steps} steps of {at.batch}, {shared}{at.model} on {at.base}"
 
     @property
     def labels(self) -> list[str]:
         """The starts of all tasks, plain LoRA first."""
         return list(dict.fromkeys(label for comparison in self.comparisons for label in comparison.starts))
+
+    def named(self, names: Sequence[str]) -> list[str]:
+        """The labels of the starts that the sweep gives one of these names."""
+        cells = {label: runs.cell for comparison in self.comparisons for label, runs in comparison.starts.items()}
+        return [label for label in self.labels if cells[label].start in names]
 
     @property
     def tasks(self) -> list[str]:
