@@ -1,0 +1,157 @@
+"""Results by the conditions they were made under, and the learning rate that suits each start there."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from benchmarks.quality.intervals import mean
+from benchmarks.quality.results import Cell, Result
+
+PLAIN = "plain"  # the start everything is compared with
+DEVELOPMENT = "development"
+FEWEST_POINTS = 5  # of a grid of learning rates
+
+
+@dataclass(frozen=True, order=True)
+class Conditions:
+    """What is equal for all starts that are compared with each other; see `Cell`."""
+
+    split: str
+    rank: int
+    steps: int
+    batch: int
+    model: str
+    base: str
+    task: str
+    length: int
+    heldout_rows: int
+
+    @classmethod
+    def of(cls, cell: Cell) -> Conditions:
+        return cls(**{name: getattr(cell, name) for name in cls.__dataclass_fields__})
+
+
+@dataclass(frozen=True)
+class Runs:
+    """All runs of one start under one set of conditions: `by_rate[rate][seed]`, rates ascending."""
+
+    label: str
+    by_rate: Mapping[float, Mapping[int, Result]]
+
+    @property
+    def cell(self) -> Cell:
+        """One of the cells."""
+        return next(iter(next(iter(self.by_rate.values())).values())).cell
+
+    @property
+    def own_base(self) -> bool:
+        return any(result.own_base for results in self.by_rate.values() for result in results.values())
+
+    def at(self, rate: float | None) -> Mapping[int, Result]:
+        """By seed; empty where nothing has finished at this rate."""
+        return {} if rate is None else self.by_rate.get(rate, {})
+
+    def finals(self, rate: float | None) -> dict[int, float]:
+        """Final held-out loss by seed."""
+        return {seed: result.final for seed, result in self.at(rate).items()}
+
+    def best_rate(self) -> float | None:
+        """The rate of the lowest mean final loss, over the seeds that all rates have finished; over all seeds of each
+        while there is no such seed. Rates with a loss that is no number are out of it; None if all are."""
+        seeds = set.intersection(*(set(results) for results in self.by_rate.values()))
+        means = {}
+        for rate in self.by_rate:
+            finals = self.finals(rate)
+            means[rate] = mean(finals[seed] for seed in (seeds or finals))
+        finite = [rate for rate, loss in means.items() if math.isfinite(loss)]
+        return min(finite, key=means.__getitem__, default=None)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The learning rate a start is judged at: where it was chosen, from how many, and whether it is the grid's end."""
+
+    rate: float | None
+    split: str
+    points: int
+    at_edge: bool
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """All starts under one set of conditions, plain LoRA first, and the rate chosen for each."""
+
+    conditions: Conditions
+    starts: Mapping[str, Runs]
+    choices: Mapping[str, Choice]
+
+    def rate(self, label: str) -> float | None:
+        """The start's own best rate; None without one."""
+        return self.choices[label].rate if label in self.choices else None
+
+    def finals(self, label: str, rate: float | None) -> dict[int, float]:
+        return self.starts[label].finals(rate) if label in self.starts else {}
+
+
+def compare(results: Iterable[Result]) -> list[Comparison]:
+    """The results by conditions, in a fixed order.
+
+    On another split than development, the rates are those that development has chosen under the same conditions; only
+    a start that was not run there is judged at its best rate on the split itself, which its choice then says.
+    """
+    results = list(results)
+    names = labels(result.cell for result in results)
+    found: dict[Conditions, dict[str, dict[float, dict[int, Result]]]] = {}
+    for result in results:
+        cell = result.cell
+        starts = found.setdefault(Conditions.of(cell), {})
+        starts.setdefault(names[cell], {}).setdefault(cell.rate, {}).setdefault(cell.seed, result)
+    runs = {}
+    for conditions, starts in sorted(found.items()):
+        ordered = sorted(starts, key=lambda label: label != PLAIN)  # the others as they came
+        runs[conditions] = {label: Runs(label, dict(sorted(starts[label].items()))) for label in ordered}
+    return [Comparison(conditions, starts, _choices(conditions, runs)) for conditions, starts in runs.items()]
+
+
+def labels(cells: Iterable[Cell]) -> dict[Cell, str]:
+    """A name for each cell's start: the sweep's, and what tells starts apart that have the same name there."""
+    knobs = {cell: _knobs(cell) for cell in cells}
+    named: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    for cell, its_knobs in knobs.items():
+        if its_knobs not in named[cell.start]:
+            named[cell.start].append(its_knobs)
+    found = {}
+    for cell, its_knobs in knobs.items():
+        others = named[cell.start]
+        apart = [name for name in its_knobs if any(other.get(name, ...) != its_knobs[name] for other in others)]
+        text = ", ".join(f"{name} {its_knobs[name]}" for name in sorted(apart))
+        if not text and len(others) > 1:
+            text = "as preset"
+        found[cell] = f"{cell.start} ({text})" if text else cell.start
+    return found
+
+
+def _knobs(cell: Cell) -> dict[str, Any]:
+    # Plain LoRA looks at no samples, whatever the sweep says for all.
+    return {} if cell.start == PLAIN else {"init_samples": cell.init_samples, "method": cell.method, **cell.settings}
+
+
+def _choices(conditions: Conditions, runs: Mapping[Conditions, Mapping[str, Runs]]) -> dict[str, Choice]:
+    twins = [other for other in runs if replace(other, split="", heldout_rows=0) == _unsplit(conditions)]
+    twins = [other for other in twins if other.split == DEVELOPMENT]
+    development = runs[max(twins)] if twins and conditions.split != DEVELOPMENT else {}  # of several, the most rows
+    found = {}
+    for label, own in runs[conditions].items():
+        split = DEVELOPMENT if label in development else conditions.split
+        start = development.get(label, own)
+        rate, rates = start.best_rate(), list(start.by_rate)
+        found[label] = Choice(rate, split, len(rates), rate in (rates[0], rates[-1]))
+    return found
+
+
+def _unsplit(conditions: Conditions) -> Conditions:
+    return replace(conditions, split="", heldout_rows=0)

@@ -1,0 +1,91 @@
+"""Starts against plain LoRA: paired differences, steps to the same loss, divergences."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+
+from benchmarks.quality.analysis import PLAIN, Comparison
+from benchmarks.quality.intervals import mean
+from benchmarks.quality.results import Result
+
+Seeds = Mapping[int, float]  # a number for each seed
+
+
+def relative(values: Seeds, to: Seeds) -> dict[int, float]:
+    """values / to − 1 by seed, where both are there."""
+    return {seed: values[seed] / to[seed] - 1 for seed in values if seed in to}
+
+
+def own_difference(comparison: Comparison, label: str, to: str = PLAIN) -> dict[int, float]:
+    """Relative difference of the final losses by seed, each at its own best rate. Empty where they do not pair."""
+    return _difference(comparison, label, comparison.rate(label), to, comparison.rate(to))
+
+
+def same_rate_difference(comparison: Comparison, label: str, to: str = PLAIN) -> dict[int, float]:
+    """Relative difference of the final losses by seed, both at plain LoRA's best rate. Empty where they do not pair."""
+    rate = comparison.rate(PLAIN)
+    return _difference(comparison, label, rate, to, rate)
+
+
+def over_tasks(by_task: Sequence[Seeds]) -> dict[int, float]:
+    """The mean over tasks, by seed: of the seeds that all tasks have."""
+    seeds = set.intersection(*map(set, by_task)) if by_task else set()
+    return {seed: mean(values[seed] for values in by_task) for seed in sorted(seeds)}
+
+
+def mean_curve(results: Mapping[int, Result], seeds: Iterable[int]) -> list[tuple[int, float]]:
+    """(step, held-out loss), the mean over these seeds at the steps that all of them have."""
+    curves = [dict(results[seed].heldout) for seed in seeds]
+    steps = sorted(set.intersection(*map(set, curves))) if curves else []
+    return [(step, mean(curve[step] for curve in curves)) for step in steps]
+
+
+def first_step_at(curve: Sequence[tuple[int, float]], loss: float) -> float | None:
+    """The first step, interpolated, at which a curve is down at a loss; None if it never is."""
+    before: tuple[int, float] | None = None
+    for step, value in curve:
+        if value <= loss:
+            if before is None or not math.isfinite(before[1]):
+                return float(step)
+            return before[0] + (step - before[0]) * (before[1] - loss) / (before[1] - value)
+        before = (step, value)
+    return None
+
+
+def share_of_steps(comparison: Comparison, label: str) -> float | None:
+    """Steps until plain LoRA's final loss, over all steps; each at its own best rate, mean curves over shared seeds.
+
+    Infinite if the start never gets there, None if nothing can be said yet.
+    """
+    plain, start = comparison.starts.get(PLAIN), comparison.starts.get(label)
+    if plain is None or start is None:
+        return None
+    reference, own = plain.at(comparison.rate(PLAIN)), start.at(comparison.rate(label))
+    seeds = sorted(set(reference) & set(own))
+    if not seeds:
+        return None
+    step = first_step_at(mean_curve(own, seeds), mean(reference[seed].final for seed in seeds))
+    return math.inf if step is None else step / comparison.conditions.steps
+
+
+def diverged(comparison: Comparison, label: str) -> list[float]:
+    """The rates at which a seed of the start has diverged."""
+    by_rate = comparison.starts[label].by_rate
+    return [rate for rate, results in by_rate.items() if any(result.diverged for result in results.values())]
+
+
+def diverged_alone(comparison: Comparison, label: str) -> list[float]:
+    """The rates at which a seed of the start has diverged, and none of plain LoRA's, which were run there too."""
+    if PLAIN not in comparison.starts:
+        return []
+    plain = set(comparison.starts[PLAIN].by_rate) - set(diverged(comparison, PLAIN))
+    return [rate for rate in diverged(comparison, label) if rate in plain]
+
+
+def _difference(
+    comparison: Comparison, label: str, rate: float | None, to: str, to_rate: float | None
+) -> dict[int, float]:
+    if any(comparison.starts[name].own_base for name in (label, to) if name in comparison.starts):
+        return {}
+    return relative(comparison.finals(label, rate), comparison.finals(to, to_rate))

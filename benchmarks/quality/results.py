@@ -1,0 +1,154 @@
+"""Finished cells of a sweep: one line of JSONL each, appended as they finish, merged over files and machines."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from lora_da.errors import LoraDAError
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One training run as the sweep asks for it. Two runs are of the same cell only if all of this is equal.
+
+    Args:
+        task: name of the task; split: `development` or `test`, the held-out rows' part of it.
+        start: name of the adapter's start in the sweep; method and settings: what it stands for.
+        rank, rate, seed: of the adapter and its training.
+        steps, batch: optimiser steps, and rows in each.
+        length: tokens in a row at most; heldout_rows: rows the held-out loss is the mean of.
+        init_samples: documents that a data-aware start may look at.
+        model, base: the model's name, and how its weights are stored while training (`nf4`).
+    """
+
+    task: str
+    split: str
+    start: str
+    method: str
+    settings: Mapping[str, Any]
+    rank: int
+    rate: float
+    seed: int
+    steps: int
+    batch: int
+    length: int
+    heldout_rows: int
+    init_samples: int
+    model: str
+    base: str
+
+    def __hash__(self) -> int:  # a mapping has none; what equal cells share is enough
+        return hash((self.task, self.split, self.start, self.rank, self.rate, self.seed))
+
+
+@dataclass(frozen=True)
+class Result:
+    """One finished cell. Losses are means over loss tokens, in nats.
+
+    Args:
+        cell: what was run.
+        train_loss: of each step.
+        heldout: (step, loss) on the held-out rows; step 0 is the start itself, the last one the end.
+        base_loss: held-out loss of the model without an adapter.
+        accuracy: `heldout`, and `majority`, that of always answering the most frequent class; None if not measured.
+        diverged: see `has_diverged`.
+        own_base: started on the unquantised model, whose remaining base was then quantised: not the base of the others.
+        init_seconds, train_seconds: wall time of the start and of the training.
+        peak_memory_gib: highest memory of the run; memory_of: whose it is, `GPU` or `process`.
+        initialized: layers the start was written to; None for a start that is PEFT's own.
+        prediction: best learning rate divided by plain LoRA's, as predicted from the statistics; None without one.
+        environment: `versions`, `hardware`, `command` and `commit`.
+    """
+
+    cell: Cell
+    train_loss: Sequence[float]
+    heldout: Sequence[tuple[int, float]]
+    base_loss: float
+    accuracy: Mapping[str, float] | None
+    diverged: bool
+    own_base: bool
+    init_seconds: float
+    train_seconds: float
+    peak_memory_gib: float
+    memory_of: str
+    initialized: int | None
+    prediction: float | None
+    environment: Mapping[str, Any]
+
+    @property
+    def final(self) -> float:
+        """Held-out loss after the last step."""
+        return self.heldout[-1][1]
+
+
+@dataclass(frozen=True)
+class Finished:
+    """The results of some files, each cell once, and what is to be known about the files: torn lines, cells twice."""
+
+    results: tuple[Result, ...]
+    notes: tuple[str, ...]
+
+
+def has_diverged(train_loss: Iterable[float], heldout: Sequence[tuple[int, float]], base_loss: float) -> bool:
+    """A loss is no number, or the training ends above the loss of the untouched base."""
+    losses = [*train_loss, *(loss for _, loss in heldout)]
+    return not all(map(math.isfinite, losses)) or heldout[-1][1] > base_loss
+
+
+def append(path: Path, result: Result) -> None:
+    """Add one line, on the disk when this returns. A killed run leaves at most its own line torn."""
+    line = (json.dumps(asdict(result)) + "\n").encode()  # NaN as Python writes and reads it
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "ab+", buffering=0) as file:
+        if file.tell() and os.pread(file.fileno(), 1, file.tell() - 1) != b"\n":
+            line = b"\n" + line  # after a torn line, which stays as it is
+        if file.write(line) != len(line):
+            raise LoraDAError(f"{path}: the disk took a part of the line only: is it full? The cell has to run again.")
+        os.fsync(file.fileno())
+
+
+def read(paths: Iterable[Path]) -> Finished:
+    """All results of the files, in their order. Of a cell that is there twice the first counts.
+
+    Raises:
+        LoraDAError: a line is JSON and no result: the file, the line and what is wrong with it.
+    """
+    found: dict[Cell, tuple[Result, str]] = {}
+    notes = []
+    for path in paths:
+        for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").split("\n"), 1):
+            if not line:
+                continue
+            where = f"{path.name}, line {number}"
+            try:
+                fields = json.loads(line)
+            except json.JSONDecodeError:
+                notes.append(f"{where}: not whole, as a killed run leaves it; ignored.")
+                continue
+            result = _result(fields, where)
+            if result.cell in found:
+                notes.append(f"{where}: the same cell as {found[result.cell][1]}, which counts; this one is ignored.")
+            else:
+                found[result.cell] = (result, where)
+    return Finished(tuple(result for result, _ in found.values()), tuple(notes))
+
+
+def _result(fields: Any, where: str) -> Result:
+    try:
+        cell = Cell(**fields["cell"])
+        heldout = [(int(step), float(loss)) for step, loss in fields["heldout"]]
+        result = Result(**{**fields, "cell": cell, "heldout": heldout})
+        if not heldout:
+            raise ValueError("heldout is empty")
+    except (TypeError, KeyError, ValueError) as error:
+        raise LoraDAError(
+            f"{where}: no result of this benchmark: {error}. Take the file out, or report it with the version that "
+            "wrote it."
+        ) from error
+    return result

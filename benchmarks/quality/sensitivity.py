@@ -1,0 +1,75 @@
+"""How the final loss depends on one setting, all else equal."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from benchmarks.quality.analysis import PLAIN, Comparison, Conditions
+from benchmarks.quality.intervals import Interval, interval
+from benchmarks.quality.pairs import own_difference
+
+KNOBS = ("init_samples", "damping", "gamma")  # beside the rank
+PRESET = "preset's"  # the value of a setting that is not set
+
+
+@dataclass(frozen=True)
+class Point:
+    """One value of a setting: final losses by seed at the start's best rate, paired difference to plain LoRA's best."""
+
+    value: Any
+    rate: float | None
+    finals: dict[int, float]
+    difference: Interval | None
+
+
+@dataclass(frozen=True)
+class Line:
+    """One start along one setting; `conditions` are the first point's."""
+
+    knob: str
+    conditions: Conditions
+    start: str
+    points: tuple[Point, ...]
+
+
+def lines(comparisons: Sequence[Comparison]) -> list[Line]:
+    """All starts that were run with several ranks, and all sets of starts that differ in one other setting only."""
+    return [*_along_rank(comparisons), *(line for knob in KNOBS for c in comparisons for line in _along(c, knob))]
+
+
+def _along_rank(comparisons: Sequence[Comparison]) -> Iterator[Line]:
+    found: dict[tuple[Conditions, str], list[Comparison]] = {}
+    for comparison in sorted(comparisons, key=lambda comparison: comparison.conditions.rank):
+        for label in comparison.starts:
+            found.setdefault((replace(comparison.conditions, rank=0), label), []).append(comparison)
+    for (_, label), members in found.items():
+        if len(members) > 1:
+            points = tuple(_point(c.conditions.rank, c, label) for c in members)
+            yield Line("rank", members[0].conditions, label, points)
+
+
+def _along(comparison: Comparison, knob: str) -> Iterator[Line]:
+    families: list[tuple[Any, dict[Any, str]]] = []  # what is equal, and by value the start's label
+    for label, runs in comparison.starts.items():
+        if label == PLAIN:
+            continue
+        everything = {"init_samples": runs.cell.init_samples, "method": runs.cell.method, **runs.cell.settings}
+        value = everything.pop(knob, PRESET)
+        for equal, by_value in families:
+            if equal == everything:
+                by_value.setdefault(value, label)
+                break
+        else:
+            families.append((everything, {value: label}))
+    for _, by_value in families:
+        if len(by_value) > 1:
+            values = sorted(by_value, key=lambda value: (value == PRESET, value if value != PRESET else 0))
+            points = tuple(_point(value, comparison, by_value[value]) for value in values)
+            yield Line(knob, comparison.conditions, " / ".join(by_value[value] for value in values), points)
+
+
+def _point(value: Any, comparison: Comparison, label: str) -> Point:
+    rate = comparison.rate(label)
+    return Point(value, rate, comparison.finals(label, rate), interval(own_difference(comparison, label).values()))

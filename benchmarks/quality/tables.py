@@ -1,0 +1,182 @@
+"""The tables of a report, as lines of Markdown."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from benchmarks.quality.analysis import DEVELOPMENT, FEWEST_POINTS, PLAIN, Choice, Comparison
+from benchmarks.quality.goals import GOALS, Verdict, verdicts
+from benchmarks.quality.intervals import interval, mean, spread
+from benchmarks.quality.markdown import NOTHING, average, learning_rate, loss, percent, share, table
+from benchmarks.quality.pairs import diverged, own_difference, same_rate_difference, share_of_steps
+from benchmarks.quality.results import Result
+from benchmarks.quality.sections import Section
+from benchmarks.quality.sensitivity import Line
+
+OWN_BASE = " †"
+MET = {True: "yes", False: "no", None: "undecided"}
+
+
+def goals(sections: Sequence[Section], judged: Sequence[str]) -> list[str]:
+    """Every goal held against the judged starts, in every section that has them."""
+    header = ["goal", "start", "of", "measured", "met"]
+    lines = []
+    for section in sections:
+        rows = [_verdict(label, verdict) for label in section.named(judged) for verdict in verdicts(section, label)]
+        if rows:
+            lines += [f"### {section.title}", "", *table(header, rows)]
+    missing = [name for name in judged if not any(section.named([name]) for section in sections)]
+    lines += [f"No result of a start named `{name}`: it is not judged." for name in missing]
+    return [*(f"{number}. {text}" for number, text in GOALS.items()), "", *lines, ""]
+
+
+def _verdict(label: str, verdict: Verdict) -> list[str]:
+    return [f"({verdict.goal})", label, verdict.of, verdict.value, MET[verdict.met]]
+
+
+def finals(comparison: Comparison, labels: Sequence[str]) -> list[str]:
+    """Final losses at the chosen rates, and what they are against plain LoRA's."""
+    header = [
+        *("start", "best rate", "final loss", "to plain, both at their best", "final loss at plain's rate"),
+        *("to plain, both at plain's rate", "steps to plain's final loss", "accuracy", "diverged at"),
+    ]
+    rows = []
+    for label in labels:
+        if label not in comparison.starts:
+            rows.append([label, "not run", *[NOTHING] * (len(header) - 2)])
+            continue
+        own, plain = (comparison.finals(label, comparison.rate(name)) for name in (label, PLAIN))
+        differences = [
+            NOTHING if label == PLAIN else percent(interval(difference(comparison, label).values()))
+            for difference in (own_difference, same_rate_difference)
+        ]
+        rows.append(
+            [
+                label + OWN_BASE * comparison.starts[label].own_base,
+                _chosen(comparison.choices[label], comparison.conditions.split),
+                loss(own.values()),
+                differences[0],
+                loss(plain.values()),
+                differences[1],
+                share(share_of_steps(comparison, label)),
+                _accuracy(comparison, label),
+                ", ".join(map(learning_rate, diverged(comparison, label))) or NOTHING,
+            ]
+        )
+    return table(header, rows)
+
+
+def _chosen(choice: Choice, split: str) -> str:
+    remarks = []
+    if choice.rate is not None and choice.at_edge:
+        remarks.append("the grid's end")
+    if choice.points < FEWEST_POINTS:
+        remarks.append(f"of {choice.points}")
+    if split != DEVELOPMENT and choice.split == split:
+        remarks.append("chosen on these rows")
+    return learning_rate(choice.rate) + (f" ({', '.join(remarks)})" if remarks else "")
+
+
+def _accuracy(comparison: Comparison, label: str) -> str:
+    found = [result.accuracy for result in comparison.starts[label].at(comparison.rate(label)).values()]
+    measured = [accuracy["heldout"] for accuracy in found if accuracy]
+    return f"{mean(measured):.3f} ± {spread(measured):.3f}" if len(measured) > 1 else average(measured, 3)
+
+
+def majority(comparison: Comparison) -> list[str]:
+    """A line on what the accuracies are to be held against; none where plain LoRA has none."""
+    plain = comparison.starts.get(PLAIN)
+    found = [] if plain is None else [result.accuracy for result in plain.at(comparison.rate(PLAIN)).values()]
+    measured = [accuracy for accuracy in found if accuracy]
+    if not measured:
+        return []
+    heldout, most = (mean(accuracy[name] for accuracy in measured) for name in ("heldout", "majority"))
+    verdict = "beats it" if heldout > most else "does not beat it, so the accuracies say nothing and the loss has to"
+    return [f"Always the most frequent class: {most:.3f}; plain LoRA, {heldout:.3f}, {verdict}.", ""]
+
+
+def means(section: Section, labels: Sequence[str]) -> list[str]:
+    """The mean over tasks of each start against plain LoRA; nothing for a single task."""
+    if len(section.comparisons) < 2:
+        return []
+    header = ["start", "to plain, both at their best", "to plain, both at plain's rate", "steps to plain's final loss"]
+    rows = [
+        [label]
+        + [percent(interval(section.average(d, label).values())) for d in (own_difference, same_rate_difference)]
+        + [share(section.average_share(label))]
+        for label in labels
+        if label != PLAIN
+    ]
+    return [f"Mean over {', '.join(section.tasks)}:", "", *table(header, rows)]
+
+
+def rates(comparison: Comparison) -> list[str]:
+    """The final loss at every rate that was run."""
+    grid = sorted({rate for runs in comparison.starts.values() for rate in runs.by_rate})
+    rows = []
+    for label, runs in comparison.starts.items():
+        cells = []
+        for rate in grid:
+            found = runs.at(rate).values()
+            bad = sum(result.diverged for result in found)
+            cells.append((loss(r.final for r in found) + (f", {bad} diverged" if bad else "")) if found else NOTHING)
+        rows.append([label, *cells])
+    return table(["start", *map(learning_rate, grid)], rows)
+
+
+def costs(comparison: Comparison) -> list[str]:
+    """Loss of the start itself, and what it takes: means over all runs."""
+    header = ["start", "step-0 loss", "init, s", "training, s", "peak memory, GiB", "layers from data"]
+    rows = []
+    for label, runs in comparison.starts.items():
+        found: list[Result] = [result for results in runs.by_rate.values() for result in results.values()]
+        layers = sorted({result.initialized for result in found if result.initialized is not None})
+        owner = ", ".join(sorted({result.memory_of for result in found}))
+        rows.append(
+            [
+                label,
+                average((result.heldout[0][1] for result in found), 4),
+                average((result.init_seconds for result in found), 1),
+                average((result.train_seconds for result in found), 1),
+                f"{average((result.peak_memory_gib for result in found), 2)} ({owner})",
+                ", ".join(map(str, layers)) or NOTHING,
+            ]
+        )
+    base = average(
+        (
+            r.base_loss
+            for runs in comparison.starts.values()
+            for by in runs.by_rate.values()
+            for r in by.values()
+            if not r.own_base
+        ),
+        4,
+    )
+    return [f"The untouched base: {base}.", "", *table(header, rows)]
+
+
+def predictions(comparisons: Sequence[Comparison]) -> list[str]:
+    """The predicted factor between a start's best rate and plain LoRA's beside the one found."""
+    rows = []
+    for comparison in comparisons:
+        at, reference = comparison.conditions, comparison.rate(PLAIN)
+        for label, runs in comparison.starts.items():
+            found = [r.prediction for by in runs.by_rate.values() for r in by.values() if r.prediction is not None]
+            own = comparison.rate(label)
+            measured = NOTHING if own is None or reference is None else f"{own / reference:.3g}"
+            if found:
+                rows.append([at.split, at.task, str(at.rank), label, f"{mean(found):.3g}", measured])
+    return table(["split", "task", "rank", "start", "predicted", "found (best rate ÷ plain's)"], rows)
+
+
+def sensitivity(found: Sequence[Line]) -> list[str]:
+    """A row for each value: the loss at the best rate, and the difference to plain LoRA at its best."""
+    rows = []
+    for line in found:
+        at = line.conditions
+        where = f"{at.split}, {at.task}" + (f", rank {at.rank}" if line.knob != "rank" else "")
+        for point in line.points:
+            against = NOTHING if line.start == PLAIN else percent(point.difference)
+            value = f"{line.knob} {point.value}"
+            rows.append([where, line.start, value, learning_rate(point.rate), loss(point.finals.values()), against])
+    return table(["where", "start", "setting", "best rate", "final loss", "to plain, both at their best"], rows)
