@@ -13,7 +13,8 @@ from lora_da.config import PRESETS
 pytestmark = pytest.mark.once
 
 BAD_SETTINGS = [
-    ("preset", ["papper", None, 3]),
+    ("method", ["lora", None, 3]),
+    ("preset", ["papper", 3, {"gamma": 1.0}]),
     ("averaging", ["sample", 1]),
     ("samples", [0, -1, 2.0, "256", None, True]),
     ("seed", [-1, 0.5, "1", True]),
