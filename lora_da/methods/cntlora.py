@@ -116,7 +116,9 @@ def find_shift(input_cov: Tensor | None, damping: float) -> DomainShift:
     mean, added = trace / len(cov), damping * trace / len(cov)
     dense = cov if float32_suffices(cov, trace, added) else cov.double()
     values, vectors = torch.linalg.eigh(dense / mean)  # in units of c
-    values = values.clamp_min(0)  # rounding leaves some a little below zero
+    # What rounding makes of a direction that no sample has, of either sign; its root would be no longer small.
+    floor = torch.finfo(cov.dtype).eps * len(cov) ** 0.5 * values.max()
+    values = torch.where(values > floor, values, 0)
     damped = values + damping
     if not damped.min() > torch.finfo(damped.dtype).eps * damped.max():
         raise UnsolvableLayer(
