@@ -47,33 +47,38 @@ def oracle_filet(weight: Tensor, input_cov: Tensor, output_fisher: Tensor, rank:
 
 
 class ShiftProblem:
-    """The constrained problem behind `cntlora`, on fine-tuning activations themselves.
+    """The constrained problem behind `cntlora`, on activations themselves.
 
-    Each x of X (n, i) has a pre-training partner x_pre = T x with T = sqrt(c) Z^(-1/2), c = tr(Z) / i, so that their
-    second moment is c I. The objective over dW (o, i) is
+    Each x of X (n, i) is seen with noise, which has the second moment mu c I with c = tr(Z) / i and is not correlated
+    with X. Its pre-training partner is x_pre = T (x + noise), where the symmetric T makes their second moment
+    (1 + mu) c I. The objective over dW (o, i) is
 
-        J(dW) = mean |(W + dW) x - W x_pre|^2 + mu mean |dW x_pre|^2
+        J(dW) = mean |(W + dW) x - W x_pre|^2 + mu / (1 + mu) mean |dW x_pre|^2
 
     Args:
-        x: (n, i), of full column rank.
+        x: (n, i), n at least 2 i.
         weight: W.
         mu: weight of the second constraint.
     """
 
     def __init__(self, x: Tensor, weight: Tensor, mu: float) -> None:
-        _, s, vt = torch.linalg.svd(x, full_matrices=False)
-        c = x.square().sum() / len(x) / x.shape[1]
-        to_pre = vt.T @ torch.diag(c.sqrt() * math.sqrt(len(x)) / s) @ vt  # T, symmetric
-        self.x, self.x_pre, self.weight, self.mu = x, x @ to_pre.T, weight, mu
+        n, i = x.shape
+        c = x.square().sum() / n / i
+        random = torch.randn(n, i, generator=torch.Generator().manual_seed(7), dtype=x.dtype)
+        apart = torch.linalg.qr(torch.cat([x, random], 1)).Q[:, i:]  # orthonormal, and orthogonal to X
+        noisy = x + apart * (mu * c * n).sqrt()
+        _, s, vt = torch.linalg.svd(noisy, full_matrices=False)
+        to_pre = vt.T @ torch.diag(((1 + mu) * c * n).sqrt() / s) @ vt  # T
+        self.x, self.x_pre, self.weight, self.share = x, noisy @ to_pre.T, weight, mu / (1 + mu)
 
     def objective(self, step: Tensor) -> Tensor:
         missed = self.x @ (self.weight + step).T - self.x_pre @ self.weight.T  # (n, o)
         moved = self.x_pre @ step.T
-        return missed.square().sum(1).mean() + self.mu * moved.square().sum(1).mean()
+        return missed.square().sum(1).mean() + self.share * moved.square().sum(1).mean()
 
     def stacked(self) -> tuple[Tensor, Tensor]:
         """Both constraints as one regression: inputs (2n, i) and what they should give (2n, o)."""
-        inputs = torch.cat([self.x, math.sqrt(self.mu) * self.x_pre])
+        inputs = torch.cat([self.x, math.sqrt(self.share) * self.x_pre])
         missing = (self.x_pre - self.x) @ self.weight.T
         return inputs, torch.cat([missing, torch.zeros_like(missing)])
 

@@ -12,13 +12,13 @@ import pytest
 import torch
 from collecting import PREFIX, distance, documents, llama, packed, padded
 from method_oracles import ShiftProblem, oracle_filet, oracle_lora_ga, oracle_lora_one
-from models import Stream, tiny_quantized
+from models import Stream
 from oracle import OracleStatistics, oracle_statistics, projector
 from peft import LoraConfig, PeftModel, get_peft_model
 from picture import content, differences, picture
 from planning import Way, forced, recorded
 from test_experts import mixture
-from test_quantized import bits, twin
+from test_quantized import bits, four_bit, twin
 from torch import nn
 
 import lora_da.needs
@@ -51,8 +51,7 @@ every_method = pytest.mark.parametrize("method", METHODS)
 
 def nf4(folder: Path) -> nn.Module:
     pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
-    kind = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True, "bnb_4bit_compute_dtype": torch.float32}
-    return tiny_quantized(folder, load_in_4bit=True, **kind)
+    return four_bit(folder, "nf4, double")
 
 
 BASES: dict[str, Callable[[Path], nn.Module]] = {"unquantised": lambda _: llama(), "nf4": nf4}
@@ -100,8 +99,10 @@ def check_factors(
     else:
         if method == "filet":
             rows = oracle_filet(weight, seen.input_cov, seen.output_fisher, RANK)[1].T
-        else:  # tokens with that very second moment
-            x = torch.linalg.cholesky(seen.input_cov).T * lora_A.shape[1] ** 0.5
+        else:  # on tokens with that very second moment
+            values, vectors = torch.linalg.eigh(seen.input_cov)
+            root = values.clamp_min(0).sqrt().unsqueeze(1) * vectors.T
+            x = torch.cat([root, torch.zeros_like(root)]) * (2 * len(root)) ** 0.5
             rows = torch.linalg.svd(ShiftProblem(x, weight.double(), 0.1).solve(RANK), full_matrices=False).Vh[:RANK]
         assert distance(projector(lora_A.T), projector(rows.T)) <= TURNED
         assert distance(torch.trace(lora_A @ seen.input_cov @ lora_A.T), energy) <= FLOAT32
@@ -114,7 +115,7 @@ def test_it_starts_where_its_oracle_does(method: str, base: str, tmp_path: Path)
     model = BASES[base](tmp_path)
     dense = twin(model) if base == "nf4" else llama()
     before = bits(model)
-    peft_model = with_lora(model)
+    peft_model = with_lora(model).train()  # in evaluation, bitsandbytes repacks weights on a CPU
     layers = [a.name.removeprefix(PREFIX) for a in find_adapter(peft_model).layers]
     truth = oracle_statistics(dense, ROWS, layers, "tokens")
     logits = peft_model(input_ids=ROWS[0]["input_ids"][None]).logits

@@ -4,25 +4,29 @@ What is public of the paper: the start of LoRA is a domain shift between pre-tra
 constraints tie W and ΔW to both, and give ΔW in closed form from W and the fine-tuning activations alone, which is then
 split into the two factors. Its formulas are not. The derivation here is ours, from that statement.
 
-Fine-tuning activations x have the second moment Z. Of the pre-training ones nothing is kept but the scale: take them as
-isotropic, x_pre with second moment c·I, at the same mean energy c = tr(Z)/i. Of all linear maps that turn the one
-domain into the other, T Z Tᵀ = c·I, the one that moves activations least is T = √c Z^-½ (optimal transport), so
-x_pre = T x is what x would have been before the shift. Two constraints then tie ΔW to W:
+Fine-tuning activations x have the second moment Z, with the mean energy c = tr(Z)/i. Z is that of a few samples: let n
+be isotropic noise of energy μc, and Z + μcI the second moment of x + n. Of the pre-training activations nothing is kept
+but the scale: take them as isotropic, of the same mean energy (1 + μ)c. Of all linear maps that turn the one domain
+into the other, the one that moves activations least is T = √((1 + μ)c) (Z + μcI)^-½ (optimal transport), so
+x_pre = T (x + n) is what x would have been before the shift. Two constraints then tie ΔW to W:
 
     (W + ΔW) x = W x_pre      fine-tuning inputs give the outputs that the layer was trained to give
     ΔW x_pre = 0              and what it gives for pre-training inputs stays
 
-in the least-squares sense, the second with weight μ:
+in the least-squares sense, the second with the weight μ/(1 + μ), so that it is μc ‖ΔW‖²_F:
 
-    J(ΔW) = E‖(W + ΔW) x − W T x‖² + μ E‖ΔW x_pre‖²
+    J(ΔW) = E‖(W + ΔW) x − W x_pre‖² + μ/(1 + μ) E‖ΔW x_pre‖²
 
-Its gradient is zero where ΔW (Z + μ c I) = W (√c Z^½ − Z). With H = (Z + μ c I)^½ and N = W (√c Z^½ − Z) H⁻¹,
+Its gradient is zero where ΔW (Z + μcI) = W (T − I) Z. With H = (Z + μcI)^½ and N = W (T − I) Z H⁻¹,
 J(ΔW) = ‖ΔW H − N‖²_F + a constant, so among all ΔW of rank r the least J has ΔW = [N]_r H⁻¹ (Eckart and Young):
 
     N ≈ U_r S_r V_rᵀ,   down: V_rᵀ H⁻¹ (r, i),   up: U_r S_r (o, r)
 
-All functions of Z share its eigenvectors: with Z = Q diag(λ) Qᵀ, N Q = W Q diag(g), g = (√(cλ) − λ)/√(λ + μ c), which
-is 0 where λ = c or 0. Directions that the samples never touch are left alone, those they use far more than others count
+All functions of Z share its eigenvectors: with Z = Q diag(cλ) Qᵀ, N Q = √c W Q diag(g), where
+
+    g = λ (√(1 + μ) − √(λ + μ)) / (λ + μ)
+
+is 0 where λ = 1 or 0. Directions that the samples never touch are left alone; those they use far more than others count
 by what W makes of them. The rows of V_rᵀ H⁻¹ see inputs that are close to white.
 
 Up is not used: W + ΔW is not the model, and a weight changed as far as that is no start. lora_B = 0 keeps the start
@@ -59,8 +63,8 @@ class DomainShift:
 
     Args:
         cov: Z, (i, i). vectors: Q, (i, i).
-        shift: g, (i,), in units of √c. whitening: (λ + μ c)^-½, (i,), in units of 1/√c.
-        damping: μ c. condition: of the damped Z.
+        shift: g, (i,). whitening: (λ + μ)^-½, (i,).
+        damping: μc. condition: of the damped Z.
     """
 
     cov: Tensor
@@ -106,7 +110,7 @@ def find_shift(input_cov: Tensor | None, damping: float) -> DomainShift:
 
     Args:
         input_cov: Z, (i, i).
-        damping: μ, the weight of the pre-training constraint.
+        damping: μ, the energy of the noise and the weight of the pre-training constraint.
 
     Raises:
         UnsolvableLayer: Z is not finite, zero, or not positive definite after damping.
@@ -115,15 +119,13 @@ def find_shift(input_cov: Tensor | None, damping: float) -> DomainShift:
     trace = cov.diagonal().double().sum().item()
     mean, added = trace / len(cov), damping * trace / len(cov)
     dense = cov if float32_suffices(cov, trace, added) else cov.double()
-    values, vectors = torch.linalg.eigh(dense / mean)  # in units of c
-    # What rounding makes of a direction that no sample has, of either sign; its root would be no longer small.
-    floor = torch.finfo(cov.dtype).eps * len(cov) ** 0.5 * values.max()
-    values = torch.where(values > floor, values, 0)
+    values, vectors = torch.linalg.eigh(dense / mean)  # λ and Q
+    values = values.clamp_min(0)  # rounding leaves some a little below zero
     damped = values + damping
     if not damped.min() > torch.finfo(damped.dtype).eps * damped.max():
         raise UnsolvableLayer(
             f"its input covariance is not positive definite with damping {added:.3g}; set a larger damping"
         )
-    shift = (values.sqrt() - values) / damped.sqrt()
+    shift = values * ((1 + damping) ** 0.5 - damped.sqrt()) / damped
     condition = (damped.max() / damped.min()).item()
     return DomainShift(cov, vectors, shift, damped.rsqrt(), added, condition)
