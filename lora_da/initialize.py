@@ -41,7 +41,6 @@ from lora_da.solve import LayerSolver
 from lora_da.survey import survey
 from lora_da.sweep import Sweep
 from lora_da.tasks import RewardLoss, Task, find_task
-from lora_da.weights import dense_weight
 
 logger = logging.getLogger(__name__)
 
@@ -208,7 +207,7 @@ def _solve(
     for layer in layers:
         own = collector.owner(layer.name) == ranks.rank
         # Where the base is sharded, all processes gather the weight that one of them reads.
-        weight = dense_weight(layer.base) if solver.reads_weight and (own or ranks.sharded) else None
+        weight = solver.weight(layer) if own or ranks.sharded else None
         if not own:
             continue
         progress.update()

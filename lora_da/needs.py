@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from lora_da.adapter import Adapter, AdapterLayer, describe_left
 from lora_da.config import LoraDAConfig, Preset
 from lora_da.errors import LoraDAError
+from lora_da.methods.filet import CANDIDATES
 from lora_da.statistics import Sums
 
 # Outputs for which a method that needs the full output Fisher is offered: above, its o² float32 numbers are 4 GiB and
@@ -35,19 +36,15 @@ class Needs:
 NEEDS = {
     # the damped copy of Z and its factor, D and what it is made of, in float32
     "lora_da": Needs(Sums(), lambda i, o: 4 * (2 * i**2 + 4 * i * o)),
-    # W as it is dequantised and in float32, twice, and Z and Y scaled; the candidates are a few columns
+    # Z and Y scaled, W dequantised, in float32 and scaled, and a block of candidates with their products
     "filet": Needs(
         Sums(grad=False),
-        lambda i, o: 4 * (i**2 + o**2 + 4 * i * o),
+        lambda i, o: 4 * (i**2 + o**2 + 3 * i * o + 4 * min(i, CANDIDATES) * (i + o)),
         weight=True,
         full_fisher=True,
     ),
-    # Z's copy, its eigenvectors and their workspace, W dequantised and turned, and the residual in float64
-    "cntlora": Needs(
-        Sums(grad=False, output_fisher=False),
-        lambda i, o: 4 * (5 * i**2 + 6 * i * o),
-        weight=True,
-    ),
+    # Z's copy, its eigenvectors and their workspace, W dequantised, scaled and turned, and the residual in float64
+    "cntlora": Needs(Sums(grad=False, output_fisher=False), lambda i, o: 4 * (5 * i**2 + 7 * i * o), weight=True),
     # G scaled and in float64
     "lora_one": Needs(Sums(input_cov=False, output_fisher=False), lambda i, o: 4 * 3 * i * o),
     "lora_ga": Needs(Sums(input_cov=False, output_fisher=False), lambda i, o: 4 * 3 * i * o),

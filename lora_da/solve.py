@@ -24,6 +24,7 @@ from lora_da.methods.lora_ga import lora_ga
 from lora_da.methods.lora_one import lora_one
 from lora_da.needs import NEEDS
 from lora_da.statistics import LayerStatistics, full_float32
+from lora_da.weights import dense_weight
 
 logger = logging.getLogger(__name__)
 
@@ -31,29 +32,43 @@ T = TypeVar("T")
 
 
 class LayerSolver:
-    """Solves one layer after the other; layers that share an input follow each other and share what is made of its Z.
-
-    Attributes:
-        reads_weight: whether the method asks for the layers' weights.
-    """
+    """Solves one layer after the other; layers that share an input follow each other and share what comes of its Z."""
 
     def __init__(self, collector: Collector, data: InitData, config: LoraDAConfig) -> None:
         self._collector, self._data, self._method = collector, data, config.method
         self._numbers = config.numbers()
         # The gradient is averaged over, and N counted in, samples or loss tokens.
         self._n_units = data.n_loss_tokens if self._numbers.averaging == "tokens" else data.n_samples
-        self.reads_weight = NEEDS[config.method].weight
+        self._needs = NEEDS[config.method]
         self._of_input: tuple[str, Any] | None = None
+
+    def weight(self, layer: AdapterLayer) -> Tensor | None:
+        """W, (o, i), dequantised on its device, for a method that reads it; all processes ask where it is sharded.
+
+        Raises:
+            LoraDAError: it does not fit in memory.
+        """
+        if not self._needs.weight:
+            return None
+        try:
+            return dense_weight(layer.base)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            raise LoraDAError(
+                f"the weight of layer {layer.name} does not fit in memory beside what was collected; set a smaller "
+                "`memory_budget`, so that fewer layers are served at a time"
+            ) from error
 
     def solve(self, layer: AdapterLayer, weight: Tensor | None = None) -> LoraFactors | str:
         """The layer's factors, or why it has none. Its statistics are used up.
 
         Args:
             layer: the layer.
-            weight: W, (o, i), for methods that read it; None where it cannot be dequantised.
+            weight: as `weight` gives it.
 
         Raises:
-            LoraDAError: the layer was never seen, or no gradient reached it.
+            LoraDAError: the layer was never seen, or no gradient reached it; or it does not fit in the CPU's memory.
         """
         if layer.name in self._collector.misshapen:
             shape = self._collector.misshapen[layer.name]
@@ -63,11 +78,12 @@ class LayerSolver:
             )
         statistics = self._collector.statistics(layer.name, self._n_units)
         if statistics is None:
+            what = "a gradient" if self._needs.sums.backward else "a token"
             raise LoraDAError(
-                f"layer {layer.name} was never reached by a gradient: its forward is replaced (a fused kernel?) or it "
+                f"layer {layer.name} was never reached by {what}: its forward is replaced (a fused kernel?) or it "
                 "takes no part in the loss; switch the kernel off or take the layer out of target_modules"
             )
-        if self.reads_weight and weight is None:
+        if self._needs.weight and weight is None:
             return (
                 f"method {self._method} reads its weight, which PEFT cannot dequantise from {type(layer.base).__name__}"
                 "; use a method that does not, such as lora_da"
@@ -79,7 +95,8 @@ class LayerSolver:
         except (UnsolvableLayer, torch.linalg.LinAlgError) as error:  # the latter where LAPACK does not converge
             return str(error)
         if not layer.can_hold(factors.lora_A, factors.lora_B):
-            return f"its solution overflows {layer.lora_A.dtype}; keep adapters in float32 or set a larger gamma"
+            gamma = " or set a larger gamma" if self._numbers.gamma is not None else ""
+            return f"its solution overflows {layer.lora_A.dtype}; keep adapters in float32{gamma}"
         # In the parameters' own dtypes and on the CPU: those of all layers are memory that no one has counted.
         return replace(
             factors,
