@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from lora_da.config import PRESETS, LoraDAConfig
+from lora_da.config import METHODS, PRESETS, LoraDAConfig
 from lora_da.errors import LoraDAError
 from lora_da.files import read_rows
 
@@ -55,7 +55,8 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     quantised.add_argument("--load-in-8bit", action="store_true", help="bitsandbytes LLM.int8")
     parser.add_argument("--samples", type=int, default=256, help="rows to estimate on (default: %(default)s)")
     parser.add_argument("--max-length", type=int, default=2048, help="tokens of a row at most (default: %(default)s)")
-    parser.add_argument("--preset", choices=tuple(PRESETS), default="default", help="default: %(default)s")
+    parser.add_argument("--method", choices=METHODS, default="lora_da", help="default: %(default)s")
+    parser.add_argument("--preset", choices=tuple(PRESETS), help="of method lora_da (default: default)")
     parser.add_argument("--cache-dir", help="folder for solved factors: the same command then starts from them")
     parser.add_argument("--device", help="cpu, cuda, cuda:1 … (default: cuda if there is one)")
     parser.add_argument("--dtype", choices=DTYPES, default="auto", help="of the model (default: as it is stored)")
@@ -73,7 +74,7 @@ def _config(asked: argparse.Namespace) -> LoraDAConfig:
             raise LoraDAError(f"--{name.replace('_', '-')} is {getattr(asked, name)}; set at least 1")
     if (asked.load_in_4bit or asked.load_in_8bit) and importlib.util.find_spec("bitsandbytes") is None:
         raise LoraDAError("--load-in-4bit and --load-in-8bit need bitsandbytes; run: pip install bitsandbytes")
-    return LoraDAConfig(preset=asked.preset, samples=asked.samples, cache_dir=asked.cache_dir)
+    return LoraDAConfig(method=asked.method, preset=asked.preset, samples=asked.samples, cache_dir=asked.cache_dir)
 
 
 def _export(asked: argparse.Namespace, config: LoraDAConfig) -> None:

@@ -55,17 +55,21 @@ class BlockRow:
     def __len__(self) -> int:
         return len(self._blocks)
 
-    def learn(self, **inputs: Any) -> Tensor:
+    def learn(self, gradients: bool = True, **inputs: Any) -> Tensor:
         """Run all blocks, to see that they are a row and what they return; the hidden state behind the last.
 
         Then each alone, after a run over other tokens: what a block left lying for another one is stale by then.
+
+        Args:
+            gradients: whether there are graphs to follow; where no backward pass is to come, the runs alone decide.
+            inputs: of the decoder.
 
         Raises:
             NotARow: they are not.
         """
         self._leaves = []
         try:
-            with torch.enable_grad(), self.only(0, len(self)), kept_on_device():
+            with torch.set_grad_enabled(gradients), self.only(0, len(self)), kept_on_device():
                 last = self.run(None, **inputs)[len(self)].detach()
             entered = [leaf.detach() for leaf in self._leaves] + [last]
         finally:

@@ -1,8 +1,8 @@
-"""Statistics of the targeted layers, from hooks on an ordinary forward and backward pass.
+"""Statistics of the targeted layers, from hooks on an ordinary forward and backward pass, or on a forward alone.
 
 A layer's input x is kept by an autograd function wrapped around its output, and met by the output's gradient d in the
 backward pass. What checkpointing computes twice is therefore counted once, re-entrant or not: only the graph that is
-really backpropagated through ever reaches `backward`.
+really backpropagated through ever reaches `backward`. Where no sum needs d, x is summed in the forward hook.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from lora_da.errors import LoraDAError
 from lora_da.memory import is_out_of_memory
 from lora_da.ranks import Ranks
 from lora_da.routing import KnownRows, Routed
-from lora_da.statistics import InputSums, LayerStatistics, LayerSums, summable
+from lora_da.statistics import ALL_SUMS, InputSums, LayerStatistics, LayerSums, Sums, summable
 from lora_da.streams import ENCODER, ROWS, TOKENS, Streams
 
 UNKNOWN = "unknown"  # instead of the rows of an input that count
@@ -37,6 +37,7 @@ class Collector:
         routed: the layers that are inside an expert and read some of the tokens only.
         head: the language-model head, which reads what `reading_head` says.
         streams: where the layers are that read other than the tokens of the loss.
+        sums: which are taken. Of those that need no d a forward pass is enough, and none of it is counted twice.
     """
 
     def __init__(
@@ -48,8 +49,10 @@ class Collector:
         routed: Mapping[str, Routed] | None = None,
         head: str | None = None,
         streams: Streams | None = None,
+        sums: Sums = ALL_SUMS,
     ) -> None:
         self.layers = layers
+        self._taken = sums
         self.full_fisher = full_fisher
         self.misshapen: dict[str, tuple[int, ...]] = {}  # layers whose input is not (rows, columns, i)
         self.overflowed: Tensor | None = None  # whether a float16 gradient was not finite
@@ -68,9 +71,9 @@ class Collector:
         self._computes_in: dict[str, torch.dtype] = {}  # layer → the dtype it casts its input to
         self._n_positions: int | None = None
         self._others: dict[str, tuple[int, Tensor]] = {}  # of other streams: positions, and which of them count
-        self._last_input: tuple[Tensor, str] | None = None
-        self._last_selected: tuple[Tensor, Tensor] | None = None
-        self._inputs = {name: InputSums() for name in self.layers}
+        self._last_input: tuple[Tensor, int, str] | None = None
+        self._last_selected: tuple[Tensor, int, Tensor] | None = None
+        self._inputs = {name: InputSums(sums) for name in self.layers}
         self._sums: dict[str, LayerSums] = {}
         self._owner: dict[str, int] = {}  # the process that has a layer's sums; missing where there is one only
 
@@ -112,7 +115,9 @@ class Collector:
         """Sum over the processes. Each layer's sums are with one of them then, its owner; counts are with all."""
         if ranks.size == 1:
             return
-        seen = {name: (self._reads_like[name], *sums.shape) for name, sums in self._sums.items()}
+        seen = {
+            name: (self._reads_like[name], *sums.shape) for name, sums in self._sums.items() if sums.shape is not None
+        }
         counts = {name: inputs.n_tokens for name, inputs in self._inputs.items()}
         shapes: dict[str, tuple[str, int, int, torch.dtype]] = {}
         tokens = dict.fromkeys(self.layers, 0)
@@ -134,9 +139,9 @@ class Collector:
             if name == source:
                 inputs.reduce(ranks, owners[source], i, like)
                 inputs.n_tokens = tokens[source]
-            sums = self._sums.pop(name, None) or LayerSums(inputs, name in self.full_fisher)
-            sums.reduce(ranks, owners[source], o, i, like)
             self._reads_like[name], self._owner[name] = source, owners[source]
+            sums = self._sums.pop(name, None) or self._new_sums(name)
+            sums.reduce(ranks, owners[source], o, i, like)
             if owners[source] == ranks.rank:
                 self._sums[name] = sums
 
@@ -177,17 +182,21 @@ class Collector:
 
     def _hook(self, name: str) -> Callable[..., Tensor]:
         def observe(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
-            if not torch.is_grad_enabled():
+            backward = self._taken.backward
+            if backward and not torch.is_grad_enabled():
                 return output  # the first forward of a re-entrant checkpoint
             x = args[0]
-            if x.requires_grad and not output.requires_grad:
+            if backward and x.requires_grad and not output.requires_grad:
                 raise _blocked(name, module)
             self._note_sharing(name, x)
             if self._n_positions is None:
                 return output  # only looked at, in a survey
             self._computes_in[name] = _compute_dtype(module, x)
-            anchor = torch.empty(0, device=output.device, requires_grad=True)
             chosen = self._chosen(name, x)
+            if not backward:
+                self._add_input(name, chosen, x, output.shape[-1])
+                return output
+            anchor = torch.empty(0, device=output.device, requires_grad=True)
             weights = self._head_weights if name == self._head else None
             wrapped: Tensor = _Observe.apply(output, anchor, x.detach(), self._add, (name, chosen, weights))
             return wrapped
@@ -196,13 +205,14 @@ class Collector:
 
     def _note_sharing(self, name: str, x: Tensor) -> None:
         """Layers that are handed the very same tensor share one Z; decided when a layer is first seen."""
-        shares_with = self._last_input[1] if self._last_input is not None and self._last_input[0] is x else name
+        last = self._last_input  # one that was changed in place since is another
+        shares_with = last[2] if last is not None and last[0] is x and last[1] == x._version else name
         if self._reads_like.setdefault(name, shares_with) != shares_with:
             raise LoraDAError(
                 f"layer {name} read the same input as {self._reads_like[name]} at first and another one later; "
                 "exclude it from target_modules"
             )
-        self._last_input = (x, shares_with)
+        self._last_input = (x, x._version, shares_with)
 
     def look_for_overflow(self, gradient: Tensor) -> None:
         """Note in `overflowed` if a float16 gradient is not finite, without waiting for the device."""
@@ -262,27 +272,46 @@ class Collector:
             self.misshapen[name] = tuple(x.shape)
             return
         self.look_for_overflow(d)
-        inputs = self._inputs[self._reads_like[name]]
         if name not in self._sums:
-            self._sums[name] = LayerSums(inputs, name in self.full_fisher)
+            self._sums[name] = self._new_sums(name)
         with self._timed(), torch.autocast(x.device.type, enabled=False):
             x, d = self._selected(x.detach(), d.detach(), chosen, self._computes_in[name])
             if weights is not None:
                 d = d * weights.to(d).unsqueeze(1)
             if self._reads_like[name] == name:
-                inputs.add(x)
+                self._inputs[name].add(x)
             self._sums[name].add(x, d)
+
+    @torch.no_grad()
+    def _add_input(self, name: str, chosen: Tensor | str | None, x: Tensor, o: int) -> None:
+        """One call's tokens x (…, i), of which the layer makes (…, o), where no d is to come."""
+        if isinstance(chosen, str):
+            self.misshapen[name] = tuple(x.shape)
+            return
+        if name not in self._sums:
+            self._sums[name] = self._new_sums(name)
+        with self._timed(), torch.autocast(x.device.type, enabled=False):
+            rows = self._summable_input(x.detach(), chosen, self._computes_in[name])
+            if self._reads_like[name] == name:
+                self._inputs[name].add(rows)
+            self._sums[name].note(rows, o)
+
+    def _new_sums(self, name: str) -> LayerSums:
+        return LayerSums(self._inputs[self._reads_like[name]], name in self.full_fisher, self._taken)
 
     def _selected(self, x: Tensor, d: Tensor, counted: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """The counted tokens, (n, i) and (n, o), ready to be summed; x only once for layers that share it."""
         d = summable(_rows(d, counted), dtype)
-        if self._last_selected is not None and _same_memory(self._last_selected[0], x):
-            chosen = self._last_selected[1]
-        else:
-            chosen = summable(_rows(x, counted), dtype)
-            self._last_selected = (x, chosen)  # x is held, so that its memory cannot become another tensor's
-        common = torch.promote_types(chosen.dtype, d.dtype)
-        return chosen.to(common), d.to(common)
+        x = self._summable_input(x, counted, dtype)
+        common = torch.promote_types(x.dtype, d.dtype)
+        return x.to(common), d.to(common)
+
+    def _summable_input(self, x: Tensor, counted: Tensor | None, dtype: torch.dtype) -> Tensor:
+        last = self._last_selected
+        if last is None or last[1] != x._version or not _same_memory(last[0], x):
+            # x is held, so that its memory cannot become another tensor's
+            last = self._last_selected = (x, x._version, summable(_rows(x, counted), dtype))
+        return last[2]
 
 
 @contextlib.contextmanager

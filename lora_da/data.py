@@ -29,7 +29,7 @@ class InitData:
     Args:
         batches: the batches, the longest rows first, each with at least one counted document.
         n_samples, n_tokens, n_loss_tokens: counted documents, their tokens, and those that carry loss.
-        population_size: N, in documents.
+        population_size: N, in documents; None where it is neither known nor needed.
         unit: what a sample is: `row`, or `document (from …)`.
     """
 
@@ -37,7 +37,7 @@ class InitData:
     n_samples: int
     n_tokens: int
     n_loss_tokens: int
-    population_size: int
+    population_size: int | None
     unit: str
 
 
@@ -61,6 +61,7 @@ def draw(
     seed: int | None,
     population: int | None,
     read: Read = read_causal,
+    needs_population: bool = True,
 ) -> InitData:
     """Take the first `samples` documents of the data, or random ones if `seed` is given, and batch them by length.
 
@@ -73,12 +74,13 @@ def draw(
         samples: documents to take.
         seed, population: of `LoraDAConfig`.
         read: counts what the collator made, up to so many documents.
+        needs_population: whether the method asks for N.
 
     Raises:
         LoraDAError: empty data, all labels masked, no length where one is needed.
     """
     rows, collate, n_rows, unit = _own_rows(dataloader, samples, seed)
-    if population is None and n_rows is None:
+    if needs_population and population is None and n_rows is None:
         raise LoraDAError(
             "the dataset has no length, so the size of the training population is unknown; set "
             "`population_size` (Axolotl: `lora_da.population_size`) to the number of documents to be trained on"
@@ -104,7 +106,6 @@ def draw(
         )
     if population is None and n_rows is not None:
         population = max(n_samples, round(n_rows * n_found / rows_seen))
-    assert population is not None
     batches = _batched(drawn, collate, read)
     boundaries = [b.tokens.boundaries for b in batches if b.tokens.boundaries != "row"]
     return InitData(

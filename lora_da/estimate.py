@@ -11,7 +11,7 @@ from lora_da.adapter import Adapter, AdapterLayer, describe_left
 from lora_da.cache import Solution
 from lora_da.data import InitData
 from lora_da.errors import LoraDAError
-from lora_da.methods.lora_da import LoraFactors
+from lora_da.methods.common import LoraFactors
 from lora_da.plan import Plan
 from lora_da.report import InitReport, LayerReport
 from lora_da.routing import Routed

@@ -2,8 +2,8 @@
 
 In the key: everything that is stored of the base (each parameter and buffer, quantised bytes and their scales), its
 class, config, attention and loss; names, shapes, ranks, scaling and dtypes of the adapter's layers; every tensor of the
-drawn batches, which of their tokens count, and the population; the settings; the autocast dtype; the versions of
-lora-da, torch, peft and transformers.
+drawn batches, which of their tokens count, and the population; the method and its settings; the autocast dtype; the
+versions of lora-da, torch, peft and transformers.
 
 Not in the key, because they change a solution by rounding only: the memory budget and the plan, the device and its
 number formats (TF32), checkpointing, fused kernels. Nor what neither a tensor nor the config says of a model: a forward
@@ -35,7 +35,7 @@ from lora_da.tasks import RewardLoss
 
 ROW = 1 << 14  # words that have multipliers of their own
 CHUNK = 1 << 20  # words whose products exist at once, in 8 MiB: a multiple of ROW
-NOT_IN_THE_KEY = ("memory_budget", "cache_dir")
+NOT_IN_THE_KEY = ("memory_budget", "cache_dir", "preset")  # its numbers are
 NOT_OF_THE_CONFIG = ("_name_or_path", "transformers_version")  # where the model lies; what is in the key already
 
 
@@ -53,7 +53,7 @@ def fingerprint(
     words = _Words()
     base = model.get_base_model()
     device = base.get_input_embeddings().weight.device.type
-    settings = dataclasses.asdict(config) | dataclasses.asdict(config.resolved_preset())
+    settings = dataclasses.asdict(config) | dataclasses.asdict(config.numbers())
     ingredients = {
         "base": words.of("the model", stored_base(model)),
         "model": words.of("the model's config", _model(base)),

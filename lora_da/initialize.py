@@ -1,5 +1,7 @@
 """The story: draw the samples; plan; for each segment of the model collect its statistics and solve; write the factors.
 
+Which statistics, and what is made of them, is the method's: `needs` has the one, `solve` the other.
+
 What an earlier run has solved for the same model, data and settings is taken from the cache where the user keeps one.
 
 Nothing is written before everything is solved, so an error or an interrupt leaves the model as it was.
@@ -28,8 +30,9 @@ from lora_da.errors import LoraDAError
 from lora_da.estimate import Estimate, solution_of, warn_of_kept
 from lora_da.fingerprint import fingerprint
 from lora_da.memory import PeakMemory
-from lora_da.methods.lora_da import LoraFactors
+from lora_da.methods.common import LoraFactors
 from lora_da.mode import estimation_mode, random_states
+from lora_da.needs import NEEDS, full_fisher_layers, servable
 from lora_da.plan import make_plan
 from lora_da.ranks import Ranks
 from lora_da.report import InitReport
@@ -50,7 +53,7 @@ def initialize_lora_da_weights(
     show_progress: bool = True,
     reward: RewardLoss | None = None,
 ) -> InitReport:
-    """Start a LoRA adapter from data (LoRA-DA, arXiv 2510.24561), in place.
+    """Start a LoRA adapter from data, in place: LoRA-DA (arXiv 2510.24561), or another `method` of the settings.
 
     Args:
         peft_model: a causal or sequence-to-sequence language model, with or without images, or a classifier of
@@ -74,7 +77,7 @@ def initialize_lora_da_weights(
     started = time.perf_counter()
     config = config or LoraDAConfig()
     with Ranks().together():
-        adapter = find_adapter(peft_model, adapter_name)
+        adapter = servable(find_adapter(peft_model, adapter_name), config.method)
         task = find_task(peft_model.get_base_model(), reward)
         ranks = Ranks(is_sharded(peft_model))
     show_progress = show_progress and ranks.rank == 0
@@ -92,7 +95,9 @@ def initialize_lora_da_weights(
     folder = None if config.cache_dir is None else ranks.from_first(lambda: cache_folder(str(config.cache_dir)))
     with estimation_mode(peft_model):
         data = ranks.from_first(
-            lambda: draw(dataloader, config.samples, config.seed, config.population_size, task.read)
+            lambda: draw(
+                dataloader, config.samples, config.seed, config.population_size, task.read, config.method == "lora_da"
+            )
         )
         if data.n_samples < config.samples and ranks.rank == 0:
             logger.warning("LoRA-DA: the data hold %d samples, %d were asked for", data.n_samples, config.samples)
@@ -114,7 +119,7 @@ def initialize_lora_da_weights(
 
     report = replace(
         solution.report,
-        settings={**dataclasses.asdict(config), **dataclasses.asdict(config.resolved_preset())},
+        settings={**dataclasses.asdict(config), **dataclasses.asdict(config.numbers())},
         seconds=time.perf_counter() - started,
         peak_memory_gib=memory.gib(),
         memory_of=memory.name,
@@ -139,21 +144,29 @@ def _estimate(
     show_progress: bool,
 ) -> Estimate:
     """Collect and solve, one segment of the model after the other, as much of it in a segment as fits in memory."""
-    preset = config.resolved_preset()
-    full_fisher = frozenset(a.name for a in adapter.layers if a.out_features <= preset.full_fisher_up_to)
+    needs, full_fisher = NEEDS[config.method], full_fisher_layers(config, adapter.layers)
     with ranks.together():
-        surveyed = survey(task, adapter.layers, task.inputs(data.batches[-1].glimpse(), device))
+        surveyed = survey(task, adapter.layers, task.inputs(data.batches[-1].glimpse(), device), needs.sums)
     why_not = next(filter(None, ranks.gathered(surveyed.why_not)), "")
     if why_not:  # in one process is in all
         surveyed = replace(surveyed, row=None, why_not=why_not)
     while True:
-        plan = make_plan(surveyed, adapter.layers, full_fisher, data.batches, device, config.memory_budget, ranks=ranks)
+        plan = make_plan(
+            surveyed,
+            adapter.layers,
+            full_fisher,
+            data.batches,
+            device,
+            config.memory_budget,
+            ranks=ranks,
+            needs=needs,
+        )
         if plan.device_bytes > plan.budget:
             logger.warning("LoRA-DA: more memory is needed than there is to plan with: %s", plan.line())
         estimate = Estimate(plan, full_fisher, surveyed.routed)
         try:
-            sweep = Sweep(task, data, plan, surveyed, preset, full_fisher, device, ranks)
-            _collect_and_solve(estimate, sweep, ranks, show_progress)
+            sweep = Sweep(task, data, plan, surveyed, config.numbers(), full_fisher, device, ranks, needs)
+            _collect_and_solve(estimate, sweep, config, ranks, show_progress)
             return estimate
         except NotARow as reason:
             if ranks.sharded:  # the others are inside a forward that waits for this process
@@ -165,26 +178,40 @@ def _estimate(
             surveyed = replace(surveyed, row=None, why_not=str(reason))
 
 
-def _collect_and_solve(estimate: Estimate, sweep: Sweep, ranks: Ranks, show_progress: bool) -> None:
+def _collect_and_solve(
+    estimate: Estimate, sweep: Sweep, config: LoraDAConfig, ranks: Ranks, show_progress: bool
+) -> None:
     title = f"LoRA-DA, {estimate.plan.line()}"
     with tqdm(total=sweep.steps, desc=title, disable=not show_progress, leave=False) as progress:
         for layers, collector in sweep.collected(progress):
             own = Estimate(estimate.plan, estimate.full_fisher, estimate.routed)
+            solver = LayerSolver(collector, sweep.drawn, config)
             with ranks.together():
-                _solve(own, [a for a in layers if collector.owner(a.name) == ranks.rank], collector, sweep, progress)
-            del collector  # what it holds must be gone before the next segment
+                _solve(own, layers, collector, solver, sweep, ranks, progress)
+            del collector, solver  # what they hold must be gone before the next segment
             for part in ranks.gathered((own.factors, own.failed, own.left, own.tokens)):
                 estimate.add(*part)
     estimate.loss, estimate.timings = sweep.loss, sweep.watch.seconds()
 
 
 def _solve(
-    estimate: Estimate, layers: Sequence[AdapterLayer], collector: Collector, sweep: Sweep, progress: tqdm
+    estimate: Estimate,
+    layers: Sequence[AdapterLayer],
+    collector: Collector,
+    solver: LayerSolver,
+    sweep: Sweep,
+    ranks: Ranks,
+    progress: tqdm,
 ) -> None:
-    solver = LayerSolver(collector, sweep.drawn, sweep.preset)
+    """Solve this process's layers."""
     for layer in layers:
+        own, passed_by = collector.owner(layer.name) == ranks.rank, collector.was_passed_by(layer.name)
+        if not own:
+            if ranks.sharded and not passed_by:
+                solver.weight(layer)  # where the base is sharded, all processes gather what its owner reads
+            continue
         progress.update()
-        if collector.was_passed_by(layer.name):
+        if passed_by:
             estimate.left[layer.name] = "an expert that no token of the samples was routed to"
             continue
         with sweep.watch("solve"):

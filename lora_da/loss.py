@@ -36,6 +36,8 @@ def backward(
 ) -> Tensor:
     """Backpropagate `scale` times the weighted cross-entropy summed over the batch's counted loss tokens.
 
+    Under `torch.no_grad` the loss alone is computed.
+
     Args:
         model: the causal language model inside the PEFT model.
         batch: what its forward takes, on its device, labels left out.
@@ -100,6 +102,8 @@ def backward_from_head(
             with kept_on_device():
                 mean = mean_loss(chunk, targets[positions])
             total += mean.detach().float() * len(positions)
+            if not torch.is_grad_enabled():
+                continue
             (mean * (len(positions) * scale)).backward()
             if chunk.grad is None:
                 raise LoraDAError("the model's head does not take its hidden states from its decoder; not supported")

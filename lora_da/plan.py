@@ -18,6 +18,7 @@ from lora_da.adapter import AdapterLayer
 from lora_da.batching import Batch
 from lora_da.loss import CHUNK
 from lora_da.memory import GIB, used_bytes
+from lora_da.needs import NEEDS, Needs
 from lora_da.ranks import Ranks
 from lora_da.statistics import gradient_bytes, input_bytes
 from lora_da.survey import Survey
@@ -96,6 +97,7 @@ def make_plan(
     budget_gib: float | None,
     n_segments: int | None = None,
     ranks: Ranks | None = None,
+    needs: Needs = NEEDS["lora_da"],
 ) -> Plan:
     """The fewest segments that fit; where single blocks do not, those with the fewest runs. Every process makes the
     same: for the largest share of the batches, and the least memory that any of them has.
@@ -109,6 +111,7 @@ def make_plan(
         budget_gib: GiB that may be used beside the model; a share of what is free if None.
         n_segments: so many, whether they fit or not; those that fit if None.
         ranks: the processes.
+        needs: of the method.
     """
     ranks = ranks or Ranks()
     shares = ranks.shares(batches)
@@ -121,7 +124,7 @@ def make_plan(
     room = (BORDER_SHARE if device.type == "cpu" else CPU_SHARE) * ranks.free_bytes(torch.device("cpu"))
     while most > 1 and _border_bytes(most - 1, batches, survey, device) > room:
         most -= 1
-    needed = _Needed(survey, full_fisher, largest)
+    needed = _Needed(survey, full_fisher, largest, needs)
     segments = None if n_segments is None else cut(survey, layers, n_segments)
     while segments is None:
         segments = next((s for s in _ways(survey, layers, most) if all(needed.bytes(p) <= budget for p in s)), None)
@@ -184,13 +187,16 @@ class _Needed:
     survey: Survey
     full_fisher: frozenset[str]
     batch_tokens: int
+    needs: Needs
 
     def bytes(self, segment: Segment) -> int:
         return self.sums(segment.layers) + max(self.running(segment), self.solving(segment.layers))
 
     def sums(self, layers: Sequence[AdapterLayer]) -> int:
-        inputs = {self.survey.reads_like.get(a.name, a.name): input_bytes(a.in_features) for a in layers}
-        gradients = (gradient_bytes(a.in_features, a.out_features, a.name in self.full_fisher) for a in layers)
+        taken, inputs = self.needs.sums, {}
+        if taken.input_cov:
+            inputs = {self.survey.reads_like.get(a.name, a.name): input_bytes(a.in_features) for a in layers}
+        gradients = (gradient_bytes(a.in_features, a.out_features, a.name in self.full_fisher, taken) for a in layers)
         return sum(gradients) + sum(inputs.values())
 
     def running(self, segment: Segment) -> int:
@@ -199,7 +205,10 @@ class _Needed:
         stop = min(segment.stop, len(features))
         kept = ACTIVATIONS * self.survey.itemsize * sum(features[segment.first : stop])
         weights = sum(self.survey.kept_weights[segment.first : stop])
-        if self.survey.row is None:  # the model's own checkpointing stays as it is, so that training's memory suffices
+        if not self.needs.sums.backward:  # nothing is kept beyond the block that runs
+            kept = self.survey.itemsize * max(features)
+            weights = max(self.survey.kept_weights)
+        elif self.survey.row is None:  # the model's own checkpointing stays, so that training's memory suffices
             kept = ACTIVATIONS * self.survey.itemsize * max(features) + self.survey.bytes_per_token * len(features)
             weights = max(self.survey.kept_weights)
         borders = 4 * self.survey.bytes_per_token
@@ -213,8 +222,8 @@ class _Needed:
         return tokens + weight + self.survey.itemsize * weights + head + self.survey.gathered_bytes
 
     def solving(self, layers: Sequence[AdapterLayer]) -> int:
-        """The damped copy of Z and its factor, D and what it is made of, in float32, of the largest layer."""
-        return max((4 * (2 * a.in_features**2 + 4 * a.in_features * a.out_features) for a in layers), default=0)
+        """Of the largest layer."""
+        return max((self.needs.solving(a.in_features, a.out_features) for a in layers), default=0)
 
 
 def _border_bytes(borders: int, batches: Sequence[Batch], survey: Survey, device: torch.device) -> int:

@@ -19,9 +19,10 @@ class LayerReport:
     Args:
         rank: r.
         tokens: tokens its statistics were taken over.
-        bias_captured: share of the bias term that the chosen subspace holds, 0 to 1.
+        bias_captured: share of the bias term that the chosen subspace holds, 0 to 1; of ‖G‖²_F in `lora_one` and
+            `lora_ga`. None, as in the next ones, where the method has no such figure.
         damping_input, damping_output: what was added to the diagonals of Z and Y.
-        full_fisher: whether Y was estimated in full or as its diagonal.
+        full_fisher: whether Y was estimated in full, and not as its diagonal or not at all.
         condition: estimated condition number of the damped Z.
         residual: of the eigenpairs, relative to the largest eigenvalue.
         relative_step: ‖s·BA‖_F / ‖W‖_F as written; None where the base's format gives no W.
@@ -29,12 +30,12 @@ class LayerReport:
 
     rank: int
     tokens: int
-    bias_captured: float
-    damping_input: float
-    damping_output: float
+    bias_captured: float | None
+    damping_input: float | None
+    damping_output: float | None
     full_fisher: bool
-    condition: float
-    residual: float
+    condition: float | None
+    residual: float | None
     relative_step: float | None
 
 
@@ -47,14 +48,14 @@ class InitReport:
         failed: layers that keep PEFT's init because of their statistics (name → why).
         left: layers that keep PEFT's init because of their kind (name → why).
         samples, tokens, loss_tokens: counted documents and tokens. sample_unit: what a sample is.
-        population_size: N, in samples.
+        population_size: N, in samples; None where it is neither known nor needed.
         loss: mean loss over the init samples at the untouched base model, per loss token.
         seconds: wall time. peak_memory_gib: peak during it, of `memory_of`.
         plan: how the samples were run through the model, with the memory that was forecast.
         forecast: bytes planned with: `device` (used before, and beside that), `cpu` (hidden states at borders).
         timings: seconds by what they were spent on.
         from_cache: the factors were solved by an earlier run, which loss, plan, forecast and timings are of.
-        settings: preset and numbers used.
+        settings: method, preset and numbers used.
         layers: per initialised layer.
     """
 
@@ -66,7 +67,7 @@ class InitReport:
     sample_unit: str = "row"
     tokens: int = 0
     loss_tokens: int = 0
-    population_size: int = 0
+    population_size: int | None = 0
     loss: float | None = None
     seconds: float = 0.0
     peak_memory_gib: float = 0.0
@@ -84,9 +85,11 @@ class InitReport:
         if self.skipped is not None:
             return f"LoRA-DA: left the adapter as it is: {self.skipped}"
         failed = f" (kept PEFT's init: {', '.join(self.failed)})" if self.failed else ""
+        method = self.settings.get("method", "lora_da")
+        other = "" if method == "lora_da" else f" by {method}"
         return (
-            f"LoRA-DA: initialised {self.initialized} of {self.targeted} layers{failed} from {self.samples} samples, "
-            f"{self.tokens:,} tokens in {self.seconds:.1f} s, "
+            f"LoRA-DA: initialised {self.initialized} of {self.targeted} layers{other}{failed} "
+            f"from {self.samples} samples, {self.tokens:,} tokens in {self.seconds:.1f} s, "
             f"peak {self.memory_of} memory {self.peak_memory_gib:.1f} GiB; "
             f"{'from the cache' if self.from_cache else self.plan}"
         )

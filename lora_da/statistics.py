@@ -25,8 +25,29 @@ HALF = (torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True)
+class Sums:
+    """Which sums a method reads; the others are neither computed nor held.
+
+    Args:
+        grad: Σ d xᵀ. input_cov: Σ x xᵀ. output_fisher: Σ d dᵀ, or its diagonal.
+    """
+
+    grad: bool = True
+    input_cov: bool = True
+    output_fisher: bool = True
+
+    @property
+    def backward(self) -> bool:
+        """Whether any of them needs d, and so a backward pass."""
+        return self.grad or self.output_fisher
+
+
+ALL_SUMS = Sums()
+
+
+@dataclass(frozen=True)
 class LayerStatistics:
-    """Means of one layer over the init samples.
+    """Means of one layer over the init samples; None where a method has no use for one.
 
     Args:
         grad: G, (o, i): gradient of the loss in the layer's weight.
@@ -35,41 +56,53 @@ class LayerStatistics:
         n_tokens: counted tokens.
     """
 
-    grad: Tensor
-    input_cov: Tensor
-    output_fisher: Tensor
+    grad: Tensor | None
+    input_cov: Tensor | None
+    output_fisher: Tensor | None
     n_tokens: int
+
+    @property
+    def device(self) -> torch.device:
+        """Where they are."""
+        return next(t.device for t in (self.grad, self.input_cov, self.output_fisher) if t is not None)
 
     def to(self, device: torch.device) -> LayerStatistics:
         """The same on another device."""
-        grad, input_cov, fisher = (t.to(device) for t in (self.grad, self.input_cov, self.output_fisher))
+        means = (self.grad, self.input_cov, self.output_fisher)
+        grad, input_cov, fisher = (None if t is None else t.to(device) for t in means)
         return LayerStatistics(grad, input_cov, fisher, self.n_tokens)
 
 
 class InputSums:
-    """Σ x xᵀ over the counted tokens, one for all layers that read the same tensor."""
+    """Σ x xᵀ over the counted tokens, one for all layers that read the same tensor; their number alone where nobody
+    reads it."""
 
-    def __init__(self) -> None:
+    def __init__(self, sums: Sums = ALL_SUMS) -> None:
+        self._taken = sums.input_cov
         self.sigma_xx_: Tensor | None = None  # (i, i); of wide inputs only the blocks on and below the diagonal
         self.n_tokens = 0
         self._mean: Tensor | None = None
 
     def add(self, x: Tensor) -> None:  # x (n, i), in a dtype of `summable`
+        self.n_tokens += x.shape[0]
+        if not self._taken:
+            return
         i = x.shape[1]
         if self.sigma_xx_ is None:
             self.sigma_xx_ = torch.zeros(i, i, dtype=_sum_dtype(x), device=x.device)
         for start, stop in _block_rows(i):
             _add_product(self.sigma_xx_[start:stop, :stop], x[:, start:stop], x[:, :stop])
-        self.n_tokens += x.shape[0]
 
     def reduce(self, ranks: Ranks, owner: int, i: int, like: Tensor) -> None:
         """Sum over the processes; whole in `owner` then, and gone elsewhere. `like` has the dtype and device."""
+        if not self._taken:
+            return
         sigma_xx_ = like.new_zeros(i, i) if self.sigma_xx_ is None else self.sigma_xx_
         ranks.sum_to(owner, sigma_xx_)
         self.sigma_xx_ = sigma_xx_ if ranks.rank == owner else None
 
     def mean(self) -> Tensor | None:
-        """Z, (i, i), in the memory of the sum, which is used up; None where nothing was seen."""
+        """Z, (i, i), in the memory of the sum, which is used up; None where nothing was seen or nobody reads it."""
         if self._mean is None and self.sigma_xx_ is not None and self.n_tokens:
             for start, stop in _block_rows(self.sigma_xx_.shape[0]):
                 self.sigma_xx_[:start, start:stop] = self.sigma_xx_[start:stop, :start].T
@@ -78,41 +111,48 @@ class InputSums:
 
 
 class LayerSums:
-    """Σ d xᵀ and Σ d dᵀ (or its diagonal Σ d²) over the counted tokens of one layer."""
+    """Σ d xᵀ and Σ d dᵀ (or its diagonal Σ d²) over the counted tokens of one layer, as far as they are read.
 
-    def __init__(self, inputs: InputSums, full_fisher: bool) -> None:
+    Attributes:
+        shape: o, i and the dtype of the sums; None before the first tokens.
+    """
+
+    def __init__(self, inputs: InputSums, full_fisher: bool, sums: Sums = ALL_SUMS) -> None:
         self.inputs = inputs
-        self.full_fisher = full_fisher
+        self.full_fisher, self._taken = full_fisher, sums
+        self.shape: tuple[int, int, torch.dtype] | None = None
         self.sigma_dx_: Tensor | None = None  # (o, i)
         self.sigma_dd_: Tensor | None = None  # (o,) or (o, o)
 
-    @property
-    def shape(self) -> tuple[int, int, torch.dtype]:
-        """o, i and the dtype of the sums."""
-        assert self.sigma_dx_ is not None, "nothing was added"
-        return *self.sigma_dx_.shape, self.sigma_dx_.dtype
-
     def add(self, x: Tensor, d: Tensor) -> None:  # x (n, i), d (n, o), in one dtype of `summable`
-        o, i = d.shape[1], x.shape[1]
-        if self.sigma_dx_ is None or self.sigma_dd_ is None:
-            self.sigma_dx_ = torch.zeros(o, i, dtype=_sum_dtype(x), device=x.device)
-            self.sigma_dd_ = self.sigma_dx_.new_zeros((o, o) if self.full_fisher else (o,))
-        _add_product(self.sigma_dx_, d, x)
-        if self.full_fisher:
+        self.note(x, d.shape[1])
+        if self._taken.grad and self.sigma_dx_ is None:
+            self.sigma_dx_ = torch.zeros(d.shape[1], x.shape[1], dtype=_sum_dtype(x), device=x.device)
+        if self._taken.output_fisher and self.sigma_dd_ is None:
+            self.sigma_dd_ = torch.zeros(self._fisher_shape(d.shape[1]), dtype=_sum_dtype(d), device=d.device)
+        if self.sigma_dx_ is not None:
+            _add_product(self.sigma_dx_, d, x)
+        if self.sigma_dd_ is not None and self.full_fisher:
             _add_product(self.sigma_dd_, d, d)
-        else:
+        elif self.sigma_dd_ is not None:
             d = d.to(self.sigma_dd_.dtype)
             self.sigma_dd_ += (d * d).sum(0)
 
+    def note(self, x: Tensor, o: int) -> None:
+        """That the layer has made (n, o) of x (n, i): all there is to be known without a backward pass."""
+        self.shape = (o, x.shape[1], _sum_dtype(x))
+
     def reduce(self, ranks: Ranks, owner: int, o: int, i: int, like: Tensor) -> None:
         """Sum over the processes; whole in `owner` then, and gone elsewhere. `like` has the dtype and device."""
-        if self.sigma_dx_ is None or self.sigma_dd_ is None:
-            self.sigma_dx_ = like.new_zeros(o, i)
-            self.sigma_dd_ = like.new_zeros((o, o) if self.full_fisher else (o,))
-        ranks.sum_to(owner, self.sigma_dx_)
-        ranks.sum_to(owner, self.sigma_dd_)
-        if ranks.rank != owner:
-            self.sigma_dx_ = self.sigma_dd_ = None
+        self.shape = (o, i, like.dtype)
+        if self._taken.grad:
+            sigma_dx_ = like.new_zeros(o, i) if self.sigma_dx_ is None else self.sigma_dx_
+            ranks.sum_to(owner, sigma_dx_)
+            self.sigma_dx_ = sigma_dx_ if ranks.rank == owner else None
+        if self._taken.output_fisher:
+            sigma_dd_ = like.new_zeros(self._fisher_shape(o)) if self.sigma_dd_ is None else self.sigma_dd_
+            ranks.sum_to(owner, sigma_dd_)
+            self.sigma_dd_ = sigma_dd_ if ranks.rank == owner else None
 
     def means(self, n_units: float, scale: float = 1.0) -> LayerStatistics | None:
         """The means, in the memory of the sums, which are used up; None where nothing was seen.
@@ -121,13 +161,16 @@ class LayerSums:
             n_units: samples or loss tokens to average the gradient over.
             scale: the factor that every d carries.
         """
-        cov = self.inputs.mean()
-        if cov is None or self.sigma_dx_ is None or self.sigma_dd_ is None:
-            return None
         n = self.inputs.n_tokens
-        grad, fisher = self.sigma_dx_.div_(n_units * scale), self.sigma_dd_.div_(scale).div_(scale * n)
+        if self.shape is None or n == 0:
+            return None
+        grad = None if self.sigma_dx_ is None else self.sigma_dx_.div_(n_units * scale)
+        fisher = None if self.sigma_dd_ is None else self.sigma_dd_.div_(scale).div_(scale * n)
         self.sigma_dx_ = self.sigma_dd_ = None
-        return LayerStatistics(grad, cov, fisher, n)
+        return LayerStatistics(grad, self.inputs.mean(), fisher, n)
+
+    def _fisher_shape(self, o: int) -> tuple[int, ...]:
+        return (o, o) if self.full_fisher else (o,)
 
 
 def summable(rows: Tensor, computed_in: torch.dtype) -> Tensor:
@@ -169,9 +212,10 @@ def input_bytes(in_features: int) -> int:
     return 4 * in_features**2
 
 
-def gradient_bytes(in_features: int, out_features: int, full_fisher: bool) -> int:
-    """Bytes of one layer's float32 Σ d xᵀ and Σ d dᵀ."""
-    return 4 * (in_features * out_features + (out_features**2 if full_fisher else out_features))
+def gradient_bytes(in_features: int, out_features: int, full_fisher: bool, sums: Sums = ALL_SUMS) -> int:
+    """Bytes of one layer's float32 Σ d xᵀ and Σ d dᵀ, as far as they are taken."""
+    fisher = out_features**2 if full_fisher else out_features
+    return 4 * (sums.grad * in_features * out_features + sums.output_fisher * fisher)
 
 
 @contextlib.contextmanager

@@ -16,6 +16,7 @@ from lora_da.collect import Collector, gradients_must_pass
 from lora_da.mode import without_checkpointing
 from lora_da.routing import Routed, find_routed
 from lora_da.sharded import gathered_bytes, shape
+from lora_da.statistics import ALL_SUMS, Sums
 from lora_da.tasks import Task
 
 
@@ -50,26 +51,28 @@ class Survey:
     gathered_bytes: int = 0
 
 
-def survey(task: Task, layers: Sequence[AdapterLayer], inputs: Mapping[str, Any]) -> Survey:
+def survey(task: Task, layers: Sequence[AdapterLayer], inputs: Mapping[str, Any], sums: Sums = ALL_SUMS) -> Survey:
     """Look at a model.
 
     Args:
         task: its model in estimation mode.
         layers: those to be served.
         inputs: what its body takes; the beginning of one row will do. It is run three times, block by block at last.
+        sums: what is to be taken; gradients are looked for where one of them needs a backward pass.
 
     Raises:
         LoraDAError: no gradient passes through a layer of the kinds that are targeted.
     """
     model, blocks = task.model, task.blocks
     block_of = _block_of(blocks, layers)
-    collector = Collector({layer.name: layer.base for layer in layers})
+    collector = Collector({layer.name: layer.base for layer in layers}, sums=sums)
+    must_pass = _like(layers, model, blocks) if sums.backward else {}
     row, why_not = BlockRow(task.body, blocks), task.why_not_a_row or _why_not(blocks, layers, block_of)
     hidden: Tensor | None = None
-    with without_checkpointing(model), collector.observing(), gradients_must_pass(_like(layers, model, blocks)):
+    with without_checkpointing(model), collector.observing(), gradients_must_pass(must_pass):
         if not why_not:
             try:
-                hidden = row.learn(**inputs)
+                hidden = row.learn(sums.backward, **inputs)
             except NotARow as error:
                 why_not = str(error)
     layers_of = [_widths(block) for block in blocks or [model]]

@@ -1,4 +1,4 @@
-"""Runs a plan: the samples forward and backward through each segment, with its layers watched."""
+"""Runs a plan: the samples forward and, where a sum needs it, backward through each segment, its layers watched."""
 
 from __future__ import annotations
 
@@ -17,11 +17,12 @@ from lora_da.batching import Batch, divided
 from lora_da.blocks import BlockRow, NotARow, check
 from lora_da.borders import Border, Borders
 from lora_da.collect import Collector, outputs_with_gradients
-from lora_da.config import Preset
+from lora_da.config import Numbers, Preset
 from lora_da.data import InitData
 from lora_da.errors import LoraDAError
 from lora_da.memory import is_out_of_memory
 from lora_da.mode import reentrant_checkpointing, without_checkpointing
+from lora_da.needs import NEEDS, Needs
 from lora_da.plan import Plan, Segment, split
 from lora_da.ranks import Ranks
 from lora_da.survey import Survey
@@ -43,10 +44,11 @@ class Sweep:
         data: the init samples.
         plan: what to run.
         survey: of the model; its row is what is cut.
-        preset: whose averaging says what d is the gradient of, one sample's mean loss or one token's loss.
+        numbers: of the method; their averaging says what d is the gradient of, one sample's mean loss or one token's.
         full_fisher: names of the layers whose output Fisher is kept in full.
         device: where the samples go.
         ranks: the processes; each runs its share of the samples.
+        needs: of the method.
 
     Attributes:
         loss: the mean loss per loss token, once a segment has been collected.
@@ -59,12 +61,13 @@ class Sweep:
         data: InitData,
         plan: Plan,
         survey: Survey,
-        preset: Preset,
+        numbers: Preset | Numbers,
         full_fisher: frozenset[str],
         device: torch.device,
         ranks: Ranks | None = None,
+        needs: Needs = NEEDS["lora_da"],
     ) -> None:
-        self.drawn, self.preset = data, preset
+        self.drawn = data
         self.loss = math.nan
         self.watch = Stopwatch(device)
         self._task, self._model, self._survey, self._plan = task, task.model, survey, plan
@@ -75,9 +78,10 @@ class Sweep:
         self._n_loss_tokens = data.n_loss_tokens
         # Under `samples` a token's loss is weighted by the mean number of loss tokens over its document's own: about 1,
         # so that float16 gradients stay in their range; what remains is part of the scale.
-        self._mean_tokens = data.n_loss_tokens / data.n_samples if preset.averaging == "samples" else None
+        self._mean_tokens = data.n_loss_tokens / data.n_samples if numbers.averaging == "samples" else None
         self._scale = LOSS_SCALE
-        self._reentrant = survey.row is None and reentrant_checkpointing(task.model)
+        self._sums, self._backward = needs.sums, needs.sums.backward
+        self._reentrant = self._backward and survey.row is None and reentrant_checkpointing(task.model)
         self._borders = Borders(device)
 
     @property
@@ -103,9 +107,8 @@ class Sweep:
             if not segment.layers and not pending:
                 break  # what is left of a segment in two, with nothing to serve in it or below
             again = [s for s in pending if (s.first, s.stop) == (segment.first, segment.stop)]
-            collector = self._attempt(
-                segment, gradient_below=not again and any(s.first < segment.first for s in pending)
-            )
+            is_lowest = not any(s.first < segment.first for s in pending)
+            collector = self._attempt(segment, gradient_below=self._backward and not again and not is_lowest)
             if collector is None:
                 pending += self._smaller(segment, by_layers=bool(again))
                 continue
@@ -125,6 +128,7 @@ class Sweep:
                 routed=self._survey.routed,
                 head=next((layer.name for layer in segment.layers if layer.is_head), None),
                 streams=self._task.streams,
+                sums=self._sums,
             )
             try:
                 self._collect(segment, collector, gradient_below)
@@ -152,7 +156,13 @@ class Sweep:
         total = torch.zeros((), device=self._device)
         cut = contextlib.nullcontext() if whole or row is None else row.only(segment.first, segment.stop)
         reads_inputs = any(self._survey.block_of.get(a.name, 0) == segment.first for a in segment.layers)
-        with self._own_activations(segment.first == 0 and reads_inputs), collector.observing(), cut:
+        reads_inputs = reads_inputs and self._backward
+        with (
+            torch.set_grad_enabled(self._backward),
+            self._own_activations(segment.first == 0 and reads_inputs),
+            collector.observing(),
+            cut,
+        ):
             for number in range(self._ranks.most(len(self._batches))):
                 with self._ranks.together():
                     if number < len(self._batches):
@@ -298,13 +308,13 @@ class Sweep:
 
     @contextlib.contextmanager
     def _own_activations(self, inputs_with_gradients: bool) -> Iterator[None]:
-        """Where the plan decides what is computed again, the model's own checkpointing is off.
+        """Where the plan decides what is computed again, or nothing is, the model's own checkpointing is off.
 
         Embeddings require gradients where the segment's lowest block is served, as they do in training with PEFT; a
         pass that serves higher blocks goes back no further than those, unless its checkpointing needs it to.
         """
         with contextlib.ExitStack() as stack:
-            if self._survey.row is not None:
+            if self._survey.row is not None or not self._backward:
                 stack.enter_context(without_checkpointing(self._model))
             if inputs_with_gradients or self._reentrant:
                 for module in self._task.embeddings:

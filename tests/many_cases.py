@@ -55,7 +55,8 @@ def adapter(model: PeftModel) -> dict[str, Tensor]:
 
 def initialized(model: PeftModel, way: Way, rows: Any = None, **settings: Any) -> dict[str, Any]:
     """The adapter, what the report counts, and which layers this process solved, under one forced plan."""
-    config = LoraDAConfig(population_size=1000, samples=SAMPLES, **settings)
+    population = 1000 if settings.get("method", "lora_da") == "lora_da" else None
+    config = LoraDAConfig(population_size=population, samples=SAMPLES, **settings)
     with forced(way), recorded() as statistics:
         report = initialize_lora_da_weights(model, rows or batches(ROWS, 3), config, show_progress=False)
     return {
@@ -97,6 +98,12 @@ CASES: dict[str, Callable[[Path], dict[str, Any]]] = {
     "full Fisher": lambda _: initialized(llama(), Way(cuts=2), full_fisher_up_to=4096),
     "fewer samples than processes": lambda _: initialized(llama(), Way(cuts=2), rows=batches(ROWS[:1], 1)),
     "nf4": lambda folder: initialized(nf4(folder), Way()),
+    "filet": lambda _: initialized(llama(), Way(cuts=2), method="filet"),
+    "filet, nf4": lambda folder: initialized(nf4(folder), Way(), method="filet"),
+    "cntlora": lambda _: initialized(llama(), Way(cuts=3), method="cntlora"),
+    "cntlora, experts": lambda _: initialized(experts(), Way(), method="cntlora"),
+    "lora_one": lambda _: initialized(llama(), Way(parts=2, row=False), method="lora_one"),
+    "lora_ga": lambda _: initialized(llama(), Way(), method="lora_ga", averaging="samples"),
     "experts": lambda _: initialized(experts(), Way()),
 }
 

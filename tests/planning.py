@@ -93,7 +93,7 @@ def recorded() -> Iterator[dict[str, LayerStatistics]]:
     def statistics(self: Collector, name: str, n_units: int) -> LayerStatistics | None:
         found = original(self, name, n_units)
         if found is not None:
-            copied = (t.clone() for t in (found.grad, found.input_cov, found.output_fisher))
+            copied = (None if t is None else t.clone() for t in (found.grad, found.input_cov, found.output_fisher))
             seen[name.removeprefix(PREFIX)] = LayerStatistics(*copied, found.n_tokens)
         return found
 

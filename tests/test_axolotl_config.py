@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from types import SimpleNamespace
 
 import pytest
@@ -12,9 +13,12 @@ from axolotl.cli.config import prepare_plugins
 from axolotl.integrations.base import PluginManager
 from axolotl.utils.config import validate_config
 from axolotl_host import callbacks, fresh_manager, load, raw  # noqa: F401
+from pydantic import ValidationError
 
+from axolotl_lora_da.args import LoraDAArgs
 from axolotl_lora_da.bare_name import PLUGIN
 from axolotl_lora_da.settings import read_settings
+from lora_da.config import PRESETS, LoraDAConfig
 from lora_da.errors import LoraDAError
 
 pytestmark = [
@@ -36,6 +40,26 @@ def test_the_block_reaches_the_validated_config():
     block = {"preset": "reference", "samples": 32, "damping": 1e-3}
     validated = load(lora_da=block).lora_da
     assert {key: validated[key] for key in block} == block
+
+
+def test_a_method_reaches_the_validated_config():
+    block = {"method": "lora_one", "gamma": "1e2", "averaging": "samples"}
+    loaded = load(lora_da=block)
+    assert {key: loaded.lora_da[key] for key in block} == {**block, "gamma": 100.0}
+    config = read_settings(loaded)
+    assert (config.method, config.preset, config.numbers().gamma) == ("lora_one", None, 100.0)
+
+
+def test_a_preset_is_a_name_in_a_file():
+    """In Python it may be an object; pydantic must not make one of a mapping."""
+    numbers = dataclasses.asdict(PRESETS["paper"])
+    with pytest.raises(LoraDAError, match=r"^lora_da\.preset is \{.*\}; set one of default, reference, paper"):
+        load(lora_da={"preset": numbers})
+    with pytest.raises(ValidationError, match="preset"):
+        LoraDAArgs(lora_da={"preset": numbers})
+    assert LoraDAArgs(lora_da={"method": "filet"}).lora_da == LoraDAConfig(method="filet")
+    with pytest.raises(ValidationError, match="smaples"):
+        LoraDAArgs(lora_da={"method": "filet", "smaples": 3})
 
 
 def test_yaml_numbers_without_a_dot_are_numbers():
@@ -120,6 +144,10 @@ def test_a_block_that_is_no_mapping(block):
         ({"samples": 1.5}, r"^lora_da\.samples is 1\.5; set a whole number"),
         ({"samples": None}, r"^lora_da\.samples is None"),
         ({"seed": True}, r"^lora_da\.seed is True"),
+        ({"method": "pissa"}, r"^lora_da\.method is 'pissa'; set one of lora_da, filet, cntlora, lora_one, lora_ga"),
+        ({"method": "cntlora", "preset": "paper"}, r"^lora_da\.preset is 'paper', and presets .* method cntlora$"),
+        ({"method": "filet", "gamma": "1e2"}, r"^lora_da\.gamma is 100\.0, which method filet has no use for"),
+        ({"method": "lora_one", "variance_weight": 1}, r"^lora_da\.variance_weight is 1, which method lora_one has"),
         ({"preset": "fast"}, r"^lora_da\.preset is 'fast'; set one of default, reference, paper"),
         ({"gamma": "much"}, r"^lora_da\.gamma is 'much'"),
         ({"damping": "nan"}, r"^lora_da\.damping is nan"),

@@ -13,7 +13,8 @@ from lora_da.config import PRESETS
 pytestmark = pytest.mark.once
 
 BAD_SETTINGS = [
-    ("preset", ["papper", None, 3]),
+    ("method", ["lora", None, 3]),
+    ("preset", ["papper", 3, {"gamma": 1.0}]),
     ("averaging", ["sample", 1]),
     ("samples", [0, -1, 2.0, "256", None, True]),
     ("seed", [-1, 0.5, "1", True]),
@@ -38,6 +39,70 @@ def test_settings_out_of_range(field, value):
 
 def test_every_setting_has_a_bad_value():
     assert {field for field, _ in BAD_SETTINGS} == {field.name for field in dataclasses.fields(LoraDAConfig)}
+
+
+TAKES = {
+    "filet": {"averaging": "samples"},
+    "cntlora": {"damping": 0.5},
+    "lora_one": {"averaging": "samples", "gamma": 7.0},
+    "lora_ga": {"averaging": "samples", "gamma": 7.0},
+}
+OF_LORA_DA = {
+    "population_size": 1000,
+    "averaging": "tokens",
+    "variance_weight": 0.0,
+    "damping": 0.0,
+    "gamma": 64.0,
+    "full_fisher_up_to": 0,
+}
+
+
+@pytest.mark.parametrize("method", TAKES)
+def test_another_methods_own_numbers_are_taken(method):
+    given = LoraDAConfig(method=method, **TAKES[method]).numbers()
+    assert {name: value for name, value in dataclasses.asdict(given).items() if value is not None} == TAKES[method]
+    defaults = LoraDAConfig(method=method).numbers()
+    assert defaults != given
+    assert [v is None for v in vars(defaults).values()] == [v is None for v in vars(given).values()]
+
+
+def test_published_numbers():
+    gammas = {method: LoraDAConfig(method=method).numbers().gamma for method in ("lora_one", "lora_ga")}
+    assert gammas == {"lora_one": 128.0, "lora_ga": 16.0}
+
+
+@pytest.mark.parametrize("method", TAKES)
+def test_numbers_that_a_method_has_no_use_for_are_refused(method):
+    """Whatever the number, 0 too; the message names the key, the method and what it takes."""
+    refused = [name for name in OF_LORA_DA if name not in TAKES[method]]
+    assert refused
+    for name in refused:
+        with pytest.raises(LoraDAError) as error:
+            LoraDAConfig(method=method, **{name: OF_LORA_DA[name]})
+        assert str(error.value) == (
+            f"lora_da.{name} is {OF_LORA_DA[name]!r}, which method {method} has no use for; leave it out (of the "
+            f"numbers, this method takes {' and '.join(TAKES[method])})"
+        )
+    LoraDAConfig(**OF_LORA_DA)
+
+
+@pytest.mark.parametrize("method", TAKES)
+@pytest.mark.parametrize("preset", ["default", PRESETS["paper"]])
+def test_a_preset_is_of_lora_da_alone(method, preset):
+    with pytest.raises(LoraDAError, match=rf"^lora_da\.preset is .* variants of method lora_da; .* method {method}$"):
+        LoraDAConfig(method=method, preset=preset)
+
+
+def test_no_preset_is_the_default_one():
+    assert LoraDAConfig().numbers() == LoraDAConfig(preset="default").numbers() == PRESETS["default"]
+
+
+def test_a_preset_of_ones_own():
+    own = dataclasses.replace(PRESETS["paper"], gamma=3.0, match_input_energy=True)
+    assert LoraDAConfig(preset=own).numbers() == own
+    assert LoraDAConfig(preset=own, gamma=5.0).numbers() == dataclasses.replace(own, gamma=5.0)
+    with pytest.raises(LoraDAError, match=r"^lora_da\.gamma is -1; set a number above 0"):
+        LoraDAConfig(preset=dataclasses.replace(own, gamma=-1))
 
 
 @pytest.mark.parametrize("preset", PRESETS)

@@ -203,7 +203,9 @@ def test_the_same_with_hardly_any_damping(build: Any, preset: str) -> None:
     model = with_lora(build())
     before = picture(model)
     try:
-        report = initialize_lora_da_weights(model, batches(ROWS, 4), LoraDAConfig(preset, 12), show_progress=False)
+        report = initialize_lora_da_weights(
+            model, batches(ROWS, 4), LoraDAConfig(preset=preset, samples=12), show_progress=False
+        )
     except LoraDAError as error:
         assert "layers have no solution; base_model" in str(error) and "set a larger damping" in str(error)
         assert differences(before, picture(model)) == []

@@ -178,6 +178,7 @@ def test_another_adapter_is_another_key():
 
 
 SETTINGS = {
+    "method": "lora_one",
     "preset": "reference",
     "samples": 7,
     "seed": 1,

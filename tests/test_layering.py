@@ -33,7 +33,7 @@ RULES = (
     Imports("the product runs without what surrounds it", PRODUCT, ("tests", "oracle", "examples", "benchmarks")),
     Imports(
         "the oracle does not know what it judges",
-        ("tests/oracle.py",),
+        ("tests/oracle.py", "tests/method_oracles.py"),
         ("lora_da", "axolotl_lora_da", "trl_integration"),
     ),
     Imports("only the adapter knows PEFT's layers", PRODUCT, ("peft.tuners",), but=("lora_da/adapter.py",)),
@@ -83,6 +83,7 @@ PLANTED = [
     ("lora_da/x.py", "from examples import demo", "the product runs without what surrounds it"),
     ("trl_integration/x.py", "import tests.oracle", "the product runs without what surrounds it"),
     ("tests/oracle.py", "from lora_da.statistics import LayerStatistics", "the oracle does not know what it judges"),
+    ("tests/method_oracles.py", "import lora_da.methods.filet", "the oracle does not know what it judges"),
     ("lora_da/collect.py", "from peft.tuners.lora import LoraLayer", "only the adapter knows PEFT's layers"),
     ("lora_da/mode.py", "import peft\npeft.tuners.lora", "only the adapter knows PEFT's layers"),
     ("lora_da/mode.py", "model.register_forward_pre_hook(f)", "only the collector hooks"),

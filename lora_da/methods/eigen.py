@@ -21,6 +21,7 @@ MAX_RESTARTS = 40
 # Of the residual, relative to the largest eigenvalue: in float64 what float32 sums can tell apart, in float32 what the
 # arithmetic reaches.
 TOLERANCE = {torch.float64: 1e-7, torch.float32: 1e-5}
+SINGULAR_TOLERANCE = 1e-10  # of squares: singular values of 1e-4 of the largest still stand out
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,34 @@ def largest_eigenpairs(
                 q, aq = torch.cat([q, block], 1), torch.cat([aq, apply(block)], 1)  # (n, b·blocks)
         basis = torch.linalg.qr(q @ keep).Q
     return _dense(apply, start, k)
+
+
+@dataclass(frozen=True)
+class SingularTriplets:
+    """`left` (m, k) and `right` (n, k) orthonormal, `values` (k,) falling; `residual` of the eigenpairs behind them."""
+
+    left: Tensor
+    values: Tensor
+    right: Tensor
+    residual: float
+
+
+def largest_singular_triplets(matrix: Tensor, start: Tensor, k: int) -> SingularTriplets:
+    """The `k` largest singular values of a matrix and their vectors, in float64: their squares are what is iterated on,
+    and in float32 what is below a three-hundredth of the largest would drown.
+
+    Args:
+        matrix: (m, n), float64.
+        start: (max(m, n), b) with b ≥ k, any block of noise.
+        k: number of triplets, at most min(m, n).
+    """
+    if matrix.shape[0] < matrix.shape[1]:  # the smaller Gram matrix is the one to iterate on
+        found = largest_singular_triplets(matrix.T, start, k)
+        return SingularTriplets(found.right, found.values, found.left, found.residual)
+    pairs = largest_eigenpairs(lambda v: matrix.T @ (matrix @ v), matrix.T @ start, k, SINGULAR_TOLERANCE)
+    # Small values are more exact from the image of the vectors than as the roots of eigenvalues.
+    left, values, rotation = torch.linalg.svd(matrix @ pairs.vectors, full_matrices=False)
+    return SingularTriplets(left, values, pairs.vectors @ rotation.T, pairs.residual)
 
 
 def _rayleigh_ritz(q: Tensor, aq: Tensor, width: int, k: int) -> tuple[Tensor, Eigenpairs]:

@@ -22,19 +22,22 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lora_da.methods.common import (
+    LoraFactors,
+    UnsolvableLayer,
+    canonical_signs,
+    checked,
+    float32_suffices,
+    noise,
+    plain_energy_scale,
+)
 from lora_da.methods.eigen import OVERSAMPLING, largest_eigenpairs
 from lora_da.statistics import LayerStatistics
 
-# Where Z's condition number can be above this, half of float32's digits are gone and Z is factored in float64.
-MAX_FLOAT32_CONDITION = 1e6
 # An eigenvalue's error is the square of its residual: at these, a norm and an order of magnitude are settled.
 NORM_TOLERANCE = 1e-4
 CONDITION_TOLERANCE = 0.1
 NORM_BLOCK = 4  # vectors in the block for a single eigenvalue
-
-
-class UnsolvableLayer(ArithmeticError):
-    """One layer's statistics admit no solution; the message says why."""
 
 
 @dataclass(frozen=True)
@@ -56,27 +59,6 @@ class DampedInput:
     def solve(self, right: Tensor) -> Tensor:
         """(Z + damping·I)⁻¹ right, for right (i, b)."""
         return torch.cholesky_solve(right, self.factor)
-
-
-@dataclass(frozen=True)
-class LoraFactors:
-    """The start of one adapter layer and how well it was determined.
-
-    Args:
-        lora_A: (r, i). lora_B: (o, r).
-        bias_captured: share of ‖D‖²_F, the bias term's trace, that lies in the chosen subspace.
-        damping_input, damping_output: what was added to the diagonals of Z and Y.
-        condition: estimated condition number of the damped Z.
-        residual: ‖Ω A0 − A0 Λ‖_F / max|Λ| of the eigenpairs.
-    """
-
-    lora_A: Tensor
-    lora_B: Tensor
-    bias_captured: float
-    damping_input: float
-    damping_output: float
-    condition: float
-    residual: float
 
 
 def lora_da(
@@ -110,18 +92,16 @@ def lora_da(
     Raises:
         UnsolvableLayer: statistics are not finite or all zero, or Z or Y is not positive definite after damping.
     """
-    _check("gradient", statistics.grad)
-    _check("output Fisher", statistics.output_fisher)
+    grad = checked("gradient", statistics.grad)
+    fisher = checked("output Fisher", statistics.output_fisher)
     if damped_input is None:
         damped_input = damp_input(statistics.input_cov, damping, relative_damping)
     dtype = damped_input.factor.dtype
-    inverse_fisher, damping_output = _inverse_fisher_diagonal(
-        statistics.output_fisher.double(), damping, relative_damping
-    )  # (o,)
+    inverse_fisher, damping_output = _inverse_fisher_diagonal(fisher.double(), damping, relative_damping)  # (o,)
     variance = variance_weight * inverse_fisher.sum().item() / population
     # G and 1/Y may be as small and as large as they like: D is held in units of their largest entries.
-    grad_unit, fisher_unit = statistics.grad.abs().max(), inverse_fisher.max()
-    weighted = (statistics.grad / grad_unit).T.to(dtype) * (inverse_fisher / fisher_unit).to(dtype)  # (i, o)
+    grad_unit, fisher_unit = grad.abs().max(), inverse_fisher.max()
+    weighted = (grad / grad_unit).T.to(dtype) * (inverse_fisher / fisher_unit).to(dtype)  # (i, o)
     direction = damped_input.solve(weighted).neg_()  # D / unit (i, o)
     unit = grad_unit.item() * fisher_unit.item()
     variance /= unit**2
@@ -133,9 +113,9 @@ def lora_da(
         return bias(v) - variance * damped_input.solve(v) if variance else bias(v)
 
     width = min(rank + OVERSAMPLING, *direction.shape)
-    start = direction @ _noise(direction.shape[1], width, like=direction)
+    start = direction @ noise(direction.shape[1], width, like=direction)
     pairs = largest_eigenpairs(minus_omega, start, rank)
-    a0 = pairs.vectors * _canonical_signs(pairs.vectors)  # (i, r)
+    a0 = pairs.vectors * canonical_signs(pairs.vectors)  # (i, r)
     b0 = a0.T @ direction  # (r, o)
     size = unit
     if normalize_step:  # the eigenvectors of Ω do not change with the scale of D
@@ -145,8 +125,7 @@ def lora_da(
 
     scale = 1 / math.sqrt(gamma)
     if plain_variance is not None:
-        cov = damped_input.cov.to(dtype)
-        scale = math.sqrt(plain_variance * rank * cov.trace() / (a0 * (cov @ a0)).sum())
+        scale = plain_energy_scale(a0, damped_input.cov.to(dtype), plain_variance)
     factors = LoraFactors(
         lora_A=a0.T.double() * scale,
         lora_B=b0.T / (gamma * scale),
@@ -161,28 +140,21 @@ def lora_da(
     return factors
 
 
-def damp_input(input_cov: Tensor, damping: float, relative_damping: bool) -> DampedInput:
+def damp_input(input_cov: Tensor | None, damping: float, relative_damping: bool) -> DampedInput:
     """Damp and factor Z.
 
     Raises:
         UnsolvableLayer: Z is not finite, zero, or not positive definite after damping.
     """
-    _check("input covariance", input_cov)
+    input_cov = checked("input covariance", input_cov)
     diagonal = input_cov.diagonal().double()
     trace, added = diagonal.sum().item(), _damping(diagonal, damping, relative_damping)
-    float32_suffices = input_cov.dtype == torch.float32 and trace <= MAX_FLOAT32_CONDITION * added
-    factor = _cholesky(input_cov if float32_suffices else input_cov.double(), added, "input covariance")
-    start = _noise(factor.shape[0], min(NORM_BLOCK, factor.shape[0]), like=factor)
+    dense = input_cov if float32_suffices(input_cov, trace, added) else input_cov.double()
+    factor = _cholesky(dense, added, "input covariance")
+    start = noise(factor.shape[0], min(NORM_BLOCK, factor.shape[0]), like=factor)
     largest = largest_eigenpairs(lambda v: factor @ (factor.T @ v), start, 1, CONDITION_TOLERANCE).values
     smallest = largest_eigenpairs(lambda v: torch.cholesky_solve(v, factor), start, 1, CONDITION_TOLERANCE).values
     return DampedInput(input_cov, factor, added, (largest * smallest).item())
-
-
-def _check(name: str, tensor: Tensor) -> None:
-    if not torch.isfinite(tensor).all():
-        raise UnsolvableLayer(f"its {name} is not finite")
-    if not tensor.any():
-        raise UnsolvableLayer(f"its {name} is zero; does it take part in the loss?")
 
 
 def _damping(diagonal: Tensor, damping: float, relative: bool) -> float:
@@ -208,15 +180,3 @@ def _inverse_fisher_diagonal(fisher: Tensor, damping: float, relative: bool) -> 
     if damped.min() <= 0:
         raise UnsolvableLayer("its output Fisher has a zero on the diagonal; set a damping above 0")
     return damped.reciprocal(), added
-
-
-def _noise(rows: int, columns: int, like: Tensor) -> Tensor:
-    """The same Gaussian block every time, whatever the device, and no one's global generator moved."""
-    generator = torch.Generator("cpu").manual_seed(0)
-    return torch.randn(rows, columns, generator=generator, dtype=like.dtype, device="cpu").to(like.device)
-
-
-def _canonical_signs(vectors: Tensor) -> Tensor:
-    """Signs (k,) that make each column's entry of largest magnitude positive."""
-    peak = vectors.abs().argmax(0, keepdim=True)
-    return vectors.gather(0, peak).sign().squeeze(0)

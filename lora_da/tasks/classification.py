@@ -38,22 +38,26 @@ class _Classification(Task):
         """The pass over a batch of `n` labels that count; weights (…, 1) fit the logits."""
         with timed("forward"):
             output = self.model(**inputs, labels=labels if n else None)  # the mean over no label is not a number
-        with timed("head"):
-            gradient = self._of_logits(output, n * scale) if n else torch.zeros_like(output.logits)
-        if output.logits.requires_grad:
-            with timed("backward"):
-                output.logits.backward(gradient if weights is None else (gradient * weights).to(gradient.dtype))
+        if n and output.loss is None:
+            raise self._no_loss()
+        if torch.is_grad_enabled():
+            with timed("head"):
+                gradient = self._of_logits(output, n * scale) if n else torch.zeros_like(output.logits)
+            if output.logits.requires_grad:
+                with timed("backward"):
+                    output.logits.backward(gradient if weights is None else (gradient * weights).to(gradient.dtype))
         return output.loss.detach().float() * n if n else output.logits.new_zeros((), dtype=torch.float32)
 
     def _of_logits(self, output: Any, factor: float) -> Tensor:
         """The gradient of `factor` times the loss in the logits. A label's loss depends on its own logits alone: to
         weigh this gradient is to weigh the loss."""
-        gradient = None
-        if output.loss is not None:
-            (gradient,) = torch.autograd.grad(output.loss * factor, output.logits, allow_unused=True)
+        (gradient,) = torch.autograd.grad(output.loss * factor, output.logits, allow_unused=True)
         if gradient is None:
-            raise LoraDAError(f"{type(self.model).__name__} returns no loss that is made of its logits; not supported")
+            raise self._no_loss()
         return gradient
+
+    def _no_loss(self) -> LoraDAError:
+        return LoraDAError(f"{type(self.model).__name__} returns no loss that is made of its logits; not supported")
 
 
 class SequenceClassification(_Classification):

@@ -91,7 +91,8 @@ class Task(ABC):
         timed: Timed = contextlib.nullcontext,
         before_head: BeforeHead = nobody,
     ) -> Tensor:
-        """Backpropagate `scale` times the weighted sum of the losses of the batch's counted loss tokens.
+        """Backpropagate `scale` times the weighted sum of the losses of the batch's counted loss tokens; under
+        `torch.no_grad` compute the loss alone.
 
         Args:
             batch: what is run, labels included.

@@ -1,0 +1,108 @@
+"""What the methods share: their result, the checks of what they read, and the scale of a start that moves nothing."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+# Where Z's condition number can be above this, half of float32's digits are gone and Z is decomposed in float64.
+MAX_FLOAT32_CONDITION = 1e6
+# Of the mean input energy of a direction: what float32 sums cannot tell from nothing.
+MIN_INPUT_ENERGY = 1e-7
+
+
+class UnsolvableLayer(ArithmeticError):
+    """One layer's statistics admit no solution; the message says why."""
+
+
+@dataclass(frozen=True)
+class LoraFactors:
+    """The start of one adapter layer and how well it was determined; None where a method has no such figure.
+
+    Args:
+        lora_A: (r, i). lora_B: (o, r).
+        bias_captured: share of LoRA-DA's bias term ‖D‖²_F that lies in the chosen subspace; of ‖G‖²_F, which it is for
+            Z = Y = I, in methods on the gradient alone.
+        damping_input, damping_output: what was added to the diagonals of Z and Y.
+        condition: (estimated) condition number of the damped Z.
+        residual: ‖A V − V Λ‖_F / max|Λ| of the eigenpairs of the operator A that was solved.
+    """
+
+    lora_A: Tensor
+    lora_B: Tensor
+    bias_captured: float | None = None
+    damping_input: float | None = None
+    damping_output: float | None = None
+    condition: float | None = None
+    residual: float | None = None
+
+
+def checked(name: str, tensor: Tensor | None, if_zero: str = "; does it take part in the loss?") -> Tensor:
+    """What a method reads of a layer.
+
+    Raises:
+        UnsolvableLayer: it is not finite, or all zero.
+    """
+    assert tensor is not None, f"the {name} was not taken"
+    if not torch.isfinite(tensor).all():
+        raise UnsolvableLayer(f"its {name} is not finite")
+    if not tensor.any():
+        raise UnsolvableLayer(f"its {name} is zero{if_zero}")
+    return tensor
+
+
+def float32_suffices(input_cov: Tensor, trace: float, damping: float) -> bool:
+    """Whether Z, with `damping` added to its diagonal, can be decomposed in float32."""
+    return input_cov.dtype == torch.float32 and trace <= MAX_FLOAT32_CONDITION * damping
+
+
+def plain_energy_scale(directions: Tensor, cov: Tensor, plain_variance: float) -> float:
+    """The factor c for which lora_A = c · directionsᵀ has plain LoRA's expected input energy tr(A Z Aᵀ).
+
+    Args:
+        directions: (i, r).
+        cov: Z, (i, i), undamped, in the same dtype.
+        plain_variance: variance of an entry of the lora_A that PEFT draws.
+    """
+    energy = (directions * (cov @ directions)).sum()
+    return math.sqrt(plain_variance * directions.shape[1] * cov.trace() / energy)
+
+
+def start_at_the_base(
+    directions: Tensor, cov: Tensor, plain_variance: float, out_features: int
+) -> tuple[Tensor, Tensor]:
+    """lora_A (r, i) along the directions with plain LoRA's input energy, and lora_B (o, r) zero: the model starts as it
+    is, whatever the scale of lora_A.
+
+    Args:
+        directions, cov, plain_variance: as for `plain_energy_scale`.
+        out_features: o.
+
+    Raises:
+        UnsolvableLayer: the samples have next to no input energy in these directions, and no scale gives it to them.
+    """
+    energy = (directions * (cov @ directions)).sum().item()
+    mean = directions.square().sum().item() * cov.trace().item() / len(cov)
+    if not energy > MIN_INPUT_ENERGY * mean:
+        raise UnsolvableLayer(
+            f"the directions chosen carry {energy / mean:.1e} of the mean input energy over the samples, which is "
+            "rounding; take more samples"
+        )
+    scale = plain_energy_scale(directions, cov, plain_variance)
+    lora_B = torch.zeros(out_features, directions.shape[1], dtype=torch.float64, device=directions.device)
+    return directions.T.double() * scale, lora_B
+
+
+def noise(rows: int, columns: int, like: Tensor) -> Tensor:
+    """The same Gaussian block every time, whatever the device, and no one's global generator moved."""
+    generator = torch.Generator("cpu").manual_seed(0)
+    return torch.randn(rows, columns, generator=generator, dtype=like.dtype, device="cpu").to(like.device)
+
+
+def canonical_signs(vectors: Tensor) -> Tensor:
+    """Signs (k,) that make each column's entry of largest magnitude positive."""
+    peak = vectors.abs().argmax(0, keepdim=True)
+    return vectors.gather(0, peak).sign().squeeze(0)
