@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from pathlib import Path
 
 import pytest
@@ -18,11 +17,14 @@ from test_rows import WORDS, as_lines, tokenizer
 
 from benchmarks.quality import run
 from benchmarks.quality.base import load_base
-from benchmarks.quality.heldout import Choice, Heldout
-from benchmarks.quality.starts import control
+from benchmarks.quality.heldout import Heldout, find_choice
+from benchmarks.quality.results import append, read
+from benchmarks.quality.starts import CONTROLS, control
 from benchmarks.quality.sweep import read_sweep
-from benchmarks.quality.tasks import choice_tokens, read_rows
+from benchmarks.quality.tasks import read_rows
 from lora_da.adapter import find_adapter
+
+pytestmark = [pytest.mark.once, pytest.mark.slow]
 
 LETTERS = WORDS[-7:]
 CHOICES = ("c d", "c e")
@@ -41,6 +43,7 @@ SWEEP = {
         "ours": {"method": "lora_da", "rates": [0.01]},
         "again": {"method": "plain", "rates": [0.01]},
     },
+    "judged": ["ours"],
     "rates": [0.001, 0.01],
     "ranks": 2,
     "seeds": [3, 4],
@@ -71,35 +74,47 @@ def sweep(folder: Path, **changes):
 
 
 @pytest.fixture(scope="module")
+def runner(folder):
+    return run.Runner(str(folder / "model"), "nf4", torch.device("cpu"))
+
+
+@pytest.fixture(scope="module")
 def base(folder):
     return load_base(str(folder / "model"), "nf4", torch.device("cpu"))
 
 
-@pytest.fixture(scope="module")
-def finished(folder, base):
-    """Of the sweep's first seed at the larger rate: the lines, the batches each saw, and whether the base changed."""
-    before = {name: value.clone() for name, value in base[0].state_dict().items()}
-    seen, lines = {}, {}
+def trained(runner, folder, cell):
+    """The result of a cell, and the batches that were trained on."""
+    batches: list[list[list[int]]] = []
     original = run.collate
+
+    def noting(rows):
+        batches.append([row["input_ids"] for row in rows])
+        return original(rows)
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("LORA_DA_DATA", str(folder))
-        for cell in sweep(folder).cells:
-            if cell.seed == 3 and cell.rate == 0.01:
-                batches: list[list[list[int]]] = []
-                patch.setattr(
-                    run,
-                    "collate",
-                    lambda rows, into=batches: into.append([r["input_ids"] for r in rows]) or original(rows),
-                )
-                lines[cell.start] = run.Runner(*base).run(cell, sweep(folder).tasks["letters"])
-                seen[cell.start] = batches[-cell.steps :]
-    after = base[0].state_dict()
-    return lines, seen, all(torch.equal(after[name], value) for name, value in before.items())
+        patch.setattr(run, "collate", noting)
+        result = runner.run(
+            cell, sweep(folder).tasks["letters"], {"versions": {}, "hardware": "", "command": "", "commit": ""}
+        )
+    return result, batches[-cell.steps :]
+
+
+@pytest.fixture(scope="module")
+def finished(folder, runner):
+    """Of the sweep's first seed at the larger rate, by start: results, batches; and whether the base has changed."""
+    before = {name: value.clone() for name, value in runner._model.state_dict().items()}
+    cells = [cell for cell in sweep(folder).cells if cell.seed == 3 and cell.rate == 0.01]
+    runs = {cell.start: trained(runner, folder, cell) for cell in cells}
+    after = runner._model.state_dict()
+    same = after.keys() == before.keys() and all(torch.equal(after[name], value) for name, value in before.items())
+    return {name: result for name, (result, _) in runs.items()}, {name: seen for name, (_, seen) in runs.items()}, same
 
 
 def test_every_cell_is_asked_for_once(folder):
     cells = sweep(folder).cells
-    assert len({cell.key for cell in cells}) == len(cells) == 2 * (2 + 1 + 1)
+    assert len(set(cells)) == len(cells) == 2 * (2 + 1 + 1)
     assert [(c.start, c.rate) for c in cells if c.seed == 3] == [
         ("plain", 0.001),
         ("plain", 0.01),
@@ -116,9 +131,9 @@ def test_a_sweep_that_nothing_reads_is_refused(folder, change):
 
 def test_the_same_start_gives_the_same_run(finished):
     lines, _, _ = finished
-    assert lines["plain"]["heldout"] == lines["again"]["heldout"]
-    assert lines["plain"]["train_loss"] == lines["again"]["train_loss"]
-    assert lines["plain"]["heldout"][1:] != lines["ours"]["heldout"][1:]
+    assert lines["plain"].heldout == lines["again"].heldout
+    assert lines["plain"].train_loss == lines["again"].train_loss
+    assert lines["plain"].heldout[1:] != lines["ours"].heldout[1:]
 
 
 def test_all_starts_see_the_same_batches(finished):
@@ -131,14 +146,26 @@ def test_the_base_is_as_it_was(finished):
     assert finished[2]
 
 
-def test_a_line_holds_what_happened(finished):
-    line = finished[0]["ours"]
-    assert json.loads(json.dumps(line))["cell"]["start"] == "ours"
-    assert [step for step, _ in line["heldout"]] == list(range(SWEEP["steps"] + 1))
-    assert len(line["train_loss"]) == SWEEP["steps"]
-    assert line["initialized"] == 14 and finished[0]["plain"]["initialized"] is None
-    assert finished[0]["plain"]["heldout"][0][1] == pytest.approx(line["base_loss"])
-    assert line["heldout"][0][1] != line["base_loss"]  # a step downhill
+def test_a_result_holds_what_happened(finished, tmp_path):
+    plain, ours = finished[0]["plain"], finished[0]["ours"]
+    append(tmp_path / "results.jsonl", ours)
+    assert read([tmp_path / "results.jsonl"]).results == (ours,)
+    assert [step for step, _ in ours.heldout] == list(range(SWEEP["steps"] + 1))
+    assert len(ours.train_loss) == SWEEP["steps"]
+    assert ours.initialized == 14 and plain.initialized is None
+    assert plain.heldout[0][1] == pytest.approx(plain.base_loss)
+    assert ours.heldout[0][1] != ours.base_loss  # a step downhill
+    assert set(ours.accuracy) == {"heldout", "majority"}
+
+
+@pytest.mark.parametrize("method", ["eva", "pissa", "olora", "orthogonal", "corda"])
+def test_starts_of_pefts_own_are_trained(folder, runner, method):
+    cell = dataclasses.replace(sweep(folder).cells[0], start=method, method=method)
+    result, _ = trained(runner, folder, cell)
+    assert not result.diverged and result.own_base == (method != "eva")
+    assert result.heldout[0][1] == pytest.approx(result.base_loss, rel=0.1)  # another rounding of the base at most
+    again, _ = trained(runner, folder, sweep(folder).cells[0])
+    assert again.base_loss == result.base_loss  # and the runner's own base is as it was
 
 
 def test_heldout_rows_are_never_trained_on(data, base):
@@ -159,11 +186,12 @@ def test_too_few_rows_are_refused(data, base):
 def test_loss_and_ranking_are_the_models_own(data, base):
     model, words = base
     rows = read_rows(sweep(data).tasks["letters"], words, "test", 20, 6, 2, seed=0).heldout
-    position, tokens = choice_tokens(CHOICES, words)
-    assert (position, tokens) == (1, [WORDS.index("d"), WORDS.index("e")])
+    choice = find_choice(sweep(data).tasks["letters"], words)
+    assert (choice.position, choice.tokens) == (1, (WORDS.index("d"), WORDS.index("e")))
+    tokens, heldout = choice.tokens, Heldout(rows, choice, torch.device("cpu"))
     adapted = run.get_peft_model(model, run.adapter_config(sweep(data).cells[0]))
     try:
-        loss, accuracy = Heldout(rows, Choice(position, tuple(tokens)), torch.device("cpu")).measure(adapted)
+        loss, accuracy = heldout.measure(adapted.get_base_model())
         total, count, right, gold = 0.0, 0, 0, []
         for row in rows:
             ids, labels = torch.tensor([row["input_ids"]]), torch.tensor([row["labels"]])
@@ -178,17 +206,21 @@ def test_loss_and_ranking_are_the_models_own(data, base):
         adapted.unload()
     assert loss == pytest.approx(total / count, rel=1e-3)
     assert accuracy == right / len(rows)
-    heldout = Heldout(rows, Choice(position, tuple(tokens)), torch.device("cpu"))
     assert heldout.majority == max(gold.count(t) for t in tokens) / len(gold)
 
 
-@pytest.mark.parametrize("kind", ["zero_B", "random_A", "plain_scale"])
-def test_a_control_keeps_what_it_says(data, base, kind):
+def test_choices_that_one_token_does_not_tell_apart_are_refused(data, base):
+    task = dataclasses.replace(sweep(data).tasks["letters"], choices=("c d", "c d e"))
+    with pytest.raises(ValueError, match="'c d', 'c d e' are not told apart by one token"):
+        find_choice(task, base[1])
+
+
+@pytest.mark.parametrize("kind", CONTROLS)
+def test_a_control_keeps_what_it_says(data, runner, base, kind):
     cell = dataclasses.replace(sweep(data).cells[0], method="lora_da")
-    adapted = run.get_peft_model(base[0], run.adapter_config(cell))
+    rows = read_rows(sweep(data).tasks["letters"], base[1], "development", 20, 4, 10, seed=0)
+    adapted, _ = runner._started(rows, cell)
     try:
-        rows = read_rows(sweep(data).tasks["letters"], base[1], "development", 20, 4, 10, seed=0)
-        run.Runner(*base)._start(adapted, rows, cell)
         chosen = {layer.name: layer.lora_A.detach().clone() for layer in find_adapter(adapted).layers}
         control(adapted, kind, seed=0)
         for layer in find_adapter(adapted).layers:

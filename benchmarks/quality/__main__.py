@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from benchmarks.quality.report import report
-from benchmarks.quality.results import append, read
 
 from benchmarks.measure import conditions
+from benchmarks.quality.report import report
+from benchmarks.quality.results import append, read
 from benchmarks.quality.run import Runner
 from benchmarks.quality.sweep import Sweep, read_sweep
 

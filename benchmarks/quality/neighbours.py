@@ -16,7 +16,6 @@ from peft import (
     initialize_lora_eva_weights,
 )
 from peft.tuners.lora.config import CordaConfig
-from peft.tuners.lora.corda import preprocess_corda
 from peft.tuners.lora.layer import LoraLayer
 from torch import nn
 from torch.utils.data import DataLoader
@@ -34,7 +33,7 @@ def eva(model: PreTrainedModel, fresh: PreTrainedModel, config: LoraConfig, load
         fresh: the same base once more. EVA evaluates, after which a 4-bit weight on a CPU passes no gradient.
     """
     config.init_lora_weights, config.eva_config = "eva", EvaConfig(rho=1.0)
-    found = get_eva_state_dict(fresh, loader, config, show_progress_bar=False)
+    found = get_eva_state_dict(get_peft_model(fresh, config, low_cpu_mem_usage=True), loader, show_progress_bar=False)
     peft_model = get_peft_model(model, config, low_cpu_mem_usage=True)
     initialize_lora_eva_weights(peft_model, eva_state_dict=found)
     return peft_model
@@ -47,9 +46,12 @@ def on_its_own_base(
 
     Args:
         dense: the unquantised model; it is changed.
+        loader: of single rows, which is all that CorDA's preparation takes.
     """
-    config.init_lora_weights = method  # type: ignore[assignment]
+    config.init_lora_weights = method
     if method == "corda":
+        from peft.tuners.lora.corda import preprocess_corda  # which wants attrs; PEFT does not install it
+
         config.corda_config = CordaConfig()
         # It looks for targets before PEFT knows `all-linear`.
         head = dense.get_output_embeddings()

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from benchmarks.quality.analysis import PLAIN
-from benchmarks.quality.results import Cell, Result, has_diverged
 from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch.utils.data import DataLoader
@@ -18,11 +16,13 @@ from transformers import TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
 from benchmarks.measure import measured
+from benchmarks.quality.analysis import PLAIN
 from benchmarks.quality.base import load_base
 from benchmarks.quality.heldout import Heldout, find_choice
 from benchmarks.quality.neighbours import OWN_BASE, eva, on_its_own_base
+from benchmarks.quality.results import Cell, Result, has_diverged
 from benchmarks.quality.starts import ours
-from benchmarks.quality.tasks import Rows, Task, read_rows
+from benchmarks.quality.tasks import Row, Rows, Task, read_rows
 from lora_da import InitReport
 from lora_da.memory import GIB
 from lora_da.rows import collate
@@ -113,17 +113,20 @@ class Runner:
 
     def _started(self, rows: Rows, cell: Cell) -> tuple[PeftModel, InitReport | None]:
         """The model with its adapter started, and the report where that is our own doing."""
-        loader = DataLoader(rows.train, cell.batch, collate_fn=collate)  # type: ignore[arg-type]
-        few = DataLoader(rows.train[: cell.init_samples], cell.batch, collate_fn=collate)  # type: ignore[arg-type]
+        samples = rows.train[: cell.init_samples]
         torch.manual_seed(cell.seed)  # plain LoRA's random A
         if cell.method in OWN_BASE:
             dense = load_base(self._name, "bf16", self._device)[0]
-            return on_its_own_base(cell.method, dense, adapter_config(cell), few, self._device), None
+            return on_its_own_base(cell.method, dense, adapter_config(cell), _loader(samples, 1), self._device), None
         if cell.method == "eva":
             fresh = load_base(self._name, self._base, self._device)[0]
-            return eva(self._model, fresh, adapter_config(cell), few), None
+            return eva(self._model, fresh, adapter_config(cell), _loader(samples, cell.batch)), None
         model = get_peft_model(self._model, adapter_config(cell))
-        return model, None if cell.method == PLAIN else ours(model, loader, cell, self._cache)
+        return model, None if cell.method == PLAIN else ours(model, _loader(rows.train, cell.batch), cell, self._cache)
+
+
+def _loader(rows: Sequence[Row], batch: int) -> DataLoader[Any]:
+    return DataLoader(rows, batch, collate_fn=collate)  # type: ignore[arg-type]
 
 
 def adapter_config(cell: Cell) -> LoraConfig:

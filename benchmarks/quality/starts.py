@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from benchmarks.quality.results import Cell
 from peft import PeftModel
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from benchmarks.quality.results import Cell
 from lora_da import InitReport, LoraDAConfig, initialize_lora_da_weights
 from lora_da.adapter import Adapter, find_adapter
 from lora_da.config import PRESETS
@@ -35,7 +35,8 @@ def ours(model: PeftModel, loader: DataLoader[Any], cell: Cell, cache: Path | No
         changes = dict(settings["preset"])
         settings["preset"] = replace(PRESETS[changes.pop("base")], **changes)
     folder = None if cache is None else str(cache)
-    config = LoraDAConfig(method=cell.method, samples=cell.init_samples, cache_dir=folder, **settings)
+    own = {"method": cell.method, "samples": cell.init_samples, "cache_dir": folder}
+    config = LoraDAConfig(**{**own, **settings})
     report = initialize_lora_da_weights(model, loader, config, show_progress=False)
     if kind is not None:
         control(model, kind, cell.seed)

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from benchmarks.quality.results import Cell
 
+from benchmarks.quality.results import Cell
 from benchmarks.quality.tasks import SPLITS, Task
 
 
