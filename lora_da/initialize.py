@@ -205,17 +205,17 @@ def _solve(
 ) -> None:
     """Solve this process's layers."""
     for layer in layers:
-        own = collector.owner(layer.name) == ranks.rank
-        # Where the base is sharded, all processes gather the weight that one of them reads.
-        weight = solver.weight(layer) if own or ranks.sharded else None
+        own, passed_by = collector.owner(layer.name) == ranks.rank, collector.was_passed_by(layer.name)
         if not own:
+            if ranks.sharded and not passed_by:
+                solver.weight(layer)  # where the base is sharded, all processes gather what its owner reads
             continue
         progress.update()
-        if collector.was_passed_by(layer.name):
+        if passed_by:
             estimate.left[layer.name] = "an expert that no token of the samples was routed to"
             continue
         with sweep.watch("solve"):
-            solved = solver.solve(layer, weight)
+            solved = solver.solve(layer)
         if isinstance(solved, LoraFactors):
             estimate.factors[layer.name] = solved
             estimate.tokens[layer.name] = collector.n_tokens(layer.name)

@@ -60,16 +60,13 @@ class LayerSolver:
                 "`memory_budget`, so that fewer layers are served at a time"
             ) from error
 
-    def solve(self, layer: AdapterLayer, weight: Tensor | None = None) -> LoraFactors | str:
+    def solve(self, layer: AdapterLayer) -> LoraFactors | str:
         """The layer's factors, or why it has none. Its statistics are used up.
-
-        Args:
-            layer: the layer.
-            weight: as `weight` gives it.
 
         Raises:
             LoraDAError: the layer was never seen, or no gradient reached it; or it does not fit in the CPU's memory.
         """
+        weight = self.weight(layer)
         if layer.name in self._collector.misshapen:
             shape = self._collector.misshapen[layer.name]
             return (

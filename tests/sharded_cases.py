@@ -52,7 +52,8 @@ def whole_adapter(model: nn.Module) -> dict[str, Tensor]:
 
 
 def initialized(model: PeftModel, way: Way, **settings: Any) -> dict[str, Any]:
-    config = LoraDAConfig(population_size=1000, samples=SAMPLES, **settings)
+    population = None if "method" in settings else 1000
+    config = LoraDAConfig(population_size=population, samples=SAMPLES, **settings)
     kinds = {name: type(p) for name, p in model.named_parameters()}
     with forced(way):
         report = initialize_lora_da_weights(model, batches(ROWS, 3), config, show_progress=False)
@@ -103,6 +104,7 @@ MODELS: dict[str, Callable[[Path], PeftModel]] = {
     "nf4 in bytes": lambda folder: nf4(folder / "bytes", torch.uint8),
     "nf4 in bfloat16": lambda folder: nf4(folder / "bfloat16", torch.bfloat16),
 }
+METHODS = ("filet", "cntlora", "lora_one", "lora_ga")
 WAYS = {"one pass": Way(), "3 segments": Way(cuts=3), "3 passes": Way(parts=3, row=False)}
 
 
@@ -110,7 +112,8 @@ def fsdp2(folder: Path) -> dict[str, Any]:
     with process_group():
         found = {name: initialized(sharded(model(folder)), Way(cuts=3)) for name, model in MODELS.items()}
         ways = {name: initialized(sharded(llama()), way) for name, way in WAYS.items()}
-        return {**found, **ways, "cache": cached(folder / "cache")}
+        methods = {name: initialized(sharded(llama()), Way(cuts=3), method=name) for name in METHODS}
+        return {**found, **ways, **methods, "cache": cached(folder / "cache")}
 
 
 def cached(folder: Path) -> list[dict[str, Any]]:

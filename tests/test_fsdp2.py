@@ -9,7 +9,7 @@ import pytest
 from many_cases import TIMEOUT, llama
 from planning import Way
 from processes import launch
-from sharded_cases import MODELS, WAYS, initialized
+from sharded_cases import METHODS, MODELS, WAYS, initialized
 from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 from trainers import same_bits, worst_difference
@@ -50,6 +50,13 @@ def test_a_sharded_model_gets_what_a_whole_one_gets(model: str, two: Any, tmp_pa
 @pytest.mark.parametrize("way", WAYS)
 def test_whatever_the_plan(way: str, two: Any) -> None:
     check([result[way] for result in two], initialized(llama(), WAYS[way]))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", METHODS)
+def test_whatever_the_method(method: str, two: Any) -> None:
+    """Also those that read weights, which all processes gather for the one that solves a layer."""
+    check([result[method] for result in two], initialized(llama(), Way(cuts=3), method=method))
 
 
 @pytest.mark.slow

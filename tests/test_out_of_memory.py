@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Callable
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -168,7 +167,7 @@ def test_not_even_the_borders_of_one_row_fit(way: str, monkeypatch: pytest.Monke
 class OnGpu:
     """Statistics that say they are on a GPU."""
 
-    grad = SimpleNamespace(device=torch.device("cuda"))
+    device = torch.device("cuda")
 
     def __init__(self, held: LayerStatistics, asked: list[str]) -> None:
         self.held, self.asked = held, asked
