@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeAlias, TypeVar
 
 from lora_da.errors import LoraDAError
@@ -168,6 +168,11 @@ class LoraDAConfig:
     def numbers(self) -> Preset | Numbers:
         """What the method, or LoRA-DA's preset, is set by, with this config's own numbers in the place of its."""
         return self._with_own(OTHER_METHODS[self.method]) if self.method != "lora_da" else self.resolved_preset()
+
+    def settings(self) -> dict[str, Any]:
+        """All there is to say of a run: these settings with the numbers in use, None where the method has none."""
+        preset = self.preset or ("default" if self.method == "lora_da" else None)
+        return {**asdict(replace(self, preset=preset)), **asdict(self.numbers())}
 
     def resolved_preset(self) -> Preset:
         """The preset with this config's own numbers in place of the preset's."""

@@ -53,14 +53,13 @@ def fingerprint(
     words = _Words()
     base = model.get_base_model()
     device = base.get_input_embeddings().weight.device.type
-    settings = dataclasses.asdict(config) | dataclasses.asdict(config.numbers())
     ingredients = {
         "base": words.of("the model", stored_base(model)),
         "model": words.of("the model's config", _model(base)),
         "reward": None if reward is None else dataclasses.asdict(reward),
         "adapter": _adapter(adapter),
         "data": _data(data, words),
-        "settings": {name: value for name, value in settings.items() if name not in NOT_IN_THE_KEY},
+        "settings": {name: value for name, value in config.settings().items() if name not in NOT_IN_THE_KEY},
         "autocast": str(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else None,
         "versions": {"lora-da": __version__} | {name: version(name) for name in ("torch", "peft", "transformers")},
     }

@@ -9,7 +9,6 @@ Nothing is written before everything is solved, so an error or an interrupt leav
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -119,7 +118,7 @@ def initialize_lora_da_weights(
 
     report = replace(
         solution.report,
-        settings={**dataclasses.asdict(config), **dataclasses.asdict(config.numbers())},
+        settings=config.settings(),
         seconds=time.perf_counter() - started,
         peak_memory_gib=memory.gib(),
         memory_of=memory.name,

@@ -97,6 +97,17 @@ def test_no_preset_is_the_default_one():
     assert LoraDAConfig().numbers() == LoraDAConfig(preset="default").numbers() == PRESETS["default"]
 
 
+def test_settings_say_what_is_in_use():
+    assert LoraDAConfig(gamma=7.0).settings()["preset"] == "default"
+    assert LoraDAConfig(preset="paper", gamma=7.0).settings() == {
+        **dataclasses.asdict(LoraDAConfig(preset="paper")),
+        **dataclasses.asdict(PRESETS["paper"]),
+        "gamma": 7.0,
+    }
+    other = LoraDAConfig(method="lora_one").settings()
+    assert (other["method"], other["preset"], other["gamma"], other["damping"]) == ("lora_one", None, 128.0, None)
+
+
 def test_a_preset_of_ones_own():
     own = dataclasses.replace(PRESETS["paper"], gamma=3.0, match_input_energy=True)
     assert LoraDAConfig(preset=own).numbers() == own
