@@ -79,7 +79,7 @@ OTHER_METHODS: dict[str, Numbers] = {
     "filet": Numbers(averaging="tokens"),
     "cntlora": Numbers(damping=0.1),  # as in LoRA-DA's default: the same Z is damped
     "lora_one": Numbers(averaging="tokens", gamma=128.0),  # the paper's
-    "lora_ga": Numbers(averaging="tokens", gamma=16.0),  # of the authors' code
+    "lora_ga": Numbers(averaging="tokens", gamma=16.0),  # PEFT's default
 }
 METHODS = ("lora_da", *OTHER_METHODS)
 # What some method has no use for.

@@ -10,6 +10,7 @@ from lora_da.config import LoraDAConfig, Preset
 from lora_da.errors import LoraDAError
 from lora_da.methods.filet import CANDIDATES
 from lora_da.statistics import Sums
+from lora_da.weights import dense_weight
 
 # Outputs for which a method that needs the full output Fisher is offered: above, its o² float32 numbers are 4 GiB and
 # more, as those of a language-model head's are.
@@ -71,7 +72,20 @@ def servable(adapter: Adapter, method: str) -> Adapter:
             for a in adapter.layers
             if a.out_features > WIDEST_FULL_FISHER
         }
+    if NEEDS[method].weight:
+        kinds = {_kind(a): a.base for a in adapter.layers}
+        unreadable = {kind for kind, base in kinds.items() if dense_weight(base) is None}
+        left |= {
+            a.name: f"method {method} needs its weight, which PEFT cannot dequantise"
+            for a in adapter.layers
+            if _kind(a) in unreadable
+        }
     layers = [a for a in adapter.layers if a.name not in left]
     if not layers:
         raise LoraDAError(f"{describe_left(left)}; use another method")
     return replace(adapter, layers=layers, left=left)
+
+
+def _kind(layer: AdapterLayer) -> tuple[type, type]:
+    """Layers of a kind hold their weights alike."""
+    return type(layer.base), type(getattr(layer.base, "weight", None))

@@ -80,11 +80,6 @@ class LayerSolver:
                 f"layer {layer.name} was never reached by {what}: its forward is replaced (a fused kernel?) or it "
                 "takes no part in the loss; switch the kernel off or take the layer out of target_modules"
             )
-        if self._needs.weight and weight is None:
-            return (
-                f"method {self._method} reads its weight, which PEFT cannot dequantise from {type(layer.base).__name__}"
-                "; use a method that does not, such as lora_da"
-            )
         try:
             # whatever the trainer has set for its own products
             with full_float32(), torch.autocast(statistics.device.type, enabled=False):

@@ -22,6 +22,7 @@ def cell(start: str = "plain", rate: float = 1e-3, seed: int = 0, **changes: Any
         "batch": 8,
         "length": 128,
         "heldout_rows": 128,
+        "curve_rows": 32,
         "init_samples": 64,
         "model": "tiny",
         "base": "nf4",
@@ -53,8 +54,10 @@ def result(
         "environment": {"versions": {"torch": "2"}, "hardware": "two cores", "command": "run", "commit": "abc"},
     }
     fields |= {name: changes.pop(name) for name in list(changes) if name in fields}
-    diverged = has_diverged(train, heldout, BASE_LOSS)
-    return Result(cell(start, rate, seed, **changes), train, heldout, diverged=diverged, own_base=own_base, **fields)
+    diverged = has_diverged(train, heldout, final, BASE_LOSS)
+    return Result(
+        cell(start, rate, seed, **changes), train, heldout, final=final, diverged=diverged, own_base=own_base, **fields
+    )
 
 
 def grid(start: str, finals: dict[float, list[float]], **changes: Any) -> list[Result]:

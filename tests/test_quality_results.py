@@ -156,4 +156,4 @@ def test_processes_may_share_a_file(tmp_path: Path) -> None:
     ],
 )
 def test_divergence(train: list[float], heldout: list[tuple[int, float]], diverged: bool) -> None:
-    assert has_diverged(train, heldout, BASE_LOSS) is diverged
+    assert has_diverged(train, heldout, heldout[-1][1], BASE_LOSS) is diverged

@@ -65,7 +65,7 @@ def share_of_steps(comparison: Comparison, label: str) -> float | None:
     seeds = sorted(set(reference) & set(own))
     if not seeds:
         return None
-    step = first_step_at(mean_curve(own, seeds), mean(reference[seed].final for seed in seeds))
+    step = first_step_at(mean_curve(own, seeds), mean(reference[seed].heldout[-1][1] for seed in seeds))
     return math.inf if step is None else step / comparison.conditions.steps
 
 

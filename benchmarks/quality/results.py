@@ -22,7 +22,8 @@ class Cell:
         start: name of the adapter's start in the sweep; method and settings: what it stands for.
         rank, rate, seed: of the adapter and its training.
         steps, batch: optimiser steps, and rows in each.
-        length: tokens in a row at most; heldout_rows: rows the held-out loss is the mean of.
+        length: tokens in a row at most; heldout_rows: rows the final held-out loss is the mean of; curve_rows: those of
+            them that are looked at during training.
         init_samples: documents that a data-aware start may look at.
         model, base: the model's name, and how its weights are stored while training (`nf4`).
     """
@@ -39,6 +40,7 @@ class Cell:
     batch: int
     length: int
     heldout_rows: int
+    curve_rows: int
     init_samples: int
     model: str
     base: str
@@ -54,8 +56,9 @@ class Result:
     Args:
         cell: what was run.
         train_loss: of each step.
-        heldout: (step, loss) on the held-out rows; step 0 is the start itself, the last one the end.
-        base_loss: held-out loss of the model without an adapter.
+        heldout: (step, loss) on the rows of the curve; step 0 is the start itself, the last one the end.
+        final: loss on all held-out rows after the last step.
+        base_loss: the same of the model without an adapter.
         accuracy: `heldout`, and `majority`, that of always answering the most frequent class; None if not measured.
         diverged: see `has_diverged`.
         own_base: started on the unquantised model, whose remaining base was then quantised: not the base of the others.
@@ -69,6 +72,7 @@ class Result:
     cell: Cell
     train_loss: Sequence[float]
     heldout: Sequence[tuple[int, float]]
+    final: float
     base_loss: float
     accuracy: Mapping[str, float] | None
     diverged: bool
@@ -81,11 +85,6 @@ class Result:
     prediction: float | None
     environment: Mapping[str, Any]
 
-    @property
-    def final(self) -> float:
-        """Held-out loss after the last step."""
-        return self.heldout[-1][1]
-
 
 @dataclass(frozen=True)
 class Finished:
@@ -95,10 +94,12 @@ class Finished:
     notes: tuple[str, ...]
 
 
-def has_diverged(train_loss: Iterable[float], heldout: Sequence[tuple[int, float]], base_loss: float) -> bool:
+def has_diverged(
+    train_loss: Iterable[float], heldout: Iterable[tuple[int, float]], final: float, base_loss: float
+) -> bool:
     """A loss is no number, or the training ends above the loss of the untouched base."""
-    losses = [*train_loss, *(loss for _, loss in heldout)]
-    return not all(map(math.isfinite, losses)) or heldout[-1][1] > base_loss
+    losses = [*train_loss, *(loss for _, loss in heldout), final]
+    return not all(map(math.isfinite, losses)) or final > base_loss
 
 
 def append(path: Path, result: Result) -> None:

@@ -37,7 +37,6 @@ class Curve:
 
     train_loss: list[float]
     heldout: list[tuple[int, float]]
-    accuracy: float | None = None
 
 
 class _Observer(TrainerCallback):
@@ -59,8 +58,7 @@ class _Observer(TrainerCallback):
             self.curve.train_loss.append(float(logs["loss"]))
 
     def _look(self, step: int, model: PeftModel) -> None:
-        loss, self.curve.accuracy = self._heldout.measure(model.get_base_model())
-        self.curve.heldout.append((step, loss))
+        self.curve.heldout.append((step, self._heldout.measure(model.get_base_model())[0]))
 
 
 class Runner:
@@ -85,22 +83,25 @@ class Runner:
             task, self._tokenizer, cell.split, cell.length, cell.heldout_rows, cell.steps * cell.batch, cell.seed
         )
         heldout = Heldout(rows.heldout, find_choice(task, self._tokenizer), self._device)
+        some = Heldout(rows.heldout[:: max(1, cell.heldout_rows // cell.curve_rows)], None, self._device)
         base_loss, _ = heldout.measure(self._model)
         (model, report), init = measured(lambda: self._started(rows, cell), self._device)
         try:
-            curve, train = measured(lambda: train_cell(model, rows, heldout, cell), self._device)
+            curve, train = measured(lambda: train_cell(model, rows, some, cell), self._device)
+            final, ranked_right = heldout.measure(model.get_base_model())
         finally:
             model.unload()
         accuracy = None
-        if curve.accuracy is not None and heldout.majority is not None:
-            accuracy = {"heldout": curve.accuracy, "majority": heldout.majority}
+        if ranked_right is not None and heldout.majority is not None:
+            accuracy = {"heldout": ranked_right, "majority": heldout.majority}
         return Result(
             cell=cell,
             train_loss=curve.train_loss,
             heldout=curve.heldout,
+            final=final,
             base_loss=base_loss,
             accuracy=accuracy,
-            diverged=has_diverged(curve.train_loss, curve.heldout, base_loss),
+            diverged=has_diverged(curve.train_loss, curve.heldout, final, base_loss),
             own_base=cell.method in OWN_BASE,
             init_seconds=init.seconds,
             train_seconds=train.seconds,

@@ -43,7 +43,7 @@ class Sweep:
     controls: Sequence[str]
 
 
-ONE_OF_EACH = ("split", "steps", "batch", "length", "heldout_rows", "model", "base")
+ONE_OF_EACH = ("split", "steps", "batch", "length", "heldout_rows", "curve_rows", "model", "base")
 
 
 def read_sweep(path: Path) -> Sweep:

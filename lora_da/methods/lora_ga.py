@@ -7,7 +7,7 @@ With G = U S Vᵀ and m the layer's output width, the paper takes
 so that the model starts as it is. Here the base is never changed, quantised or not, and a lora_B that is not zero would
 move the model by a step that is no descent. The start is kept by lora_B = 0, with the paper's lora_A: at the first step
 lora_B then learns the gradient in the same rows of V, while lora_A, which the paper's lora_B gives a gradient of its
-own, follows from the second step on. gamma is 16, as the authors' code and PEFT have it.
+own, follows from the second step on. gamma is 16, as in PEFT's LoraGAConfig.
 
 PEFT's `init_lora_weights="lora_ga"` is a third variant: its lora_A is orthonormal without a factor, its lora_B carries
 the singular values, and it changes the base.
