@@ -176,7 +176,8 @@ def sensitivity(found: Sequence[Line]) -> list[str]:
         at = line.conditions
         where = f"{at.split}, {at.task}" + (f", rank {at.rank}" if line.knob != "rank" else "")
         for point in line.points:
-            against = NOTHING if line.start == PLAIN else percent(point.difference)
+            against = NOTHING if line.start == PLAIN else percent(interval(point.differences.values()))
             value = f"{line.knob} {point.value}"
-            rows.append([where, line.start, value, learning_rate(point.rate), loss(point.finals.values()), against])
+            rate = _chosen(point.choice, at.split)
+            rows.append([where, line.start, value, rate, loss(point.finals.values()), against])
     return table(["where", "start", "setting", "best rate", "final loss", "to plain, both at their best"], rows)
