@@ -18,7 +18,8 @@ Losses are on held-out rows, mean ± standard deviation (number of seeds). Diffe
 final losses of the same seed, negative is better, with the 95 % interval of their mean (Student's t over seeds). They
 speak of these tasks and this model; the mean over tasks is taken seed by seed. Steps to plain's final loss: where the
 mean curve first gets there, over all steps of the run; each start at its own best rate. Best rates are those of the
-lowest mean loss on the development rows, on the test rows too. Diverged: a loss that is no number, or an end above the
+lowest mean loss on the development rows, on the test rows too; on the development rows themselves the loss at a best
+rate is therefore a little too good, for every start. Diverged: a loss that is no number, or an end above the
 untouched base; a rate is listed if one seed did. †: started on the unquantised model, so on a base of its own, and
 left out of the differences."""
 
@@ -96,7 +97,7 @@ def _section(section: Section, controls: Sequence[str], folder: Path) -> list[st
     lines += [f"![loss against rate]({name}_rates.png)", "", f"![loss against step]({name}_steps.png)", ""]
     for comparison in section.comparisons:
         lines += [f"{comparison.conditions.task}, final loss at every rate:", "", *tables.rates(comparison)]
-        lines += [f"{comparison.conditions.task}, the start itself and what it takes. ", *tables.costs(comparison)]
+        lines += tables.costs(comparison)
     return lines
 
 
