@@ -242,6 +242,24 @@ def test_sensitivity_takes_what_differs_in_one_setting_only() -> None:
     }
 
 
+def test_a_setting_is_judged_on_the_seeds_that_all_its_values_have() -> None:
+    results = [
+        *(
+            result("default", seed=seed, final=final, settings={"damping": 1e-3})
+            for seed, final in ((0, 0.9), (1, 0.8))
+        ),
+        *(
+            result("default", seed=seed, final=final, settings={"damping": 1e-2})
+            for seed, final in ((1, 0.7), (2, 0.6))
+        ),
+        *(result("default", seed=seed, final=NAN, settings={"damping": 1e-1}) for seed in (0, 1)),
+    ]
+    (line,) = sensitivity.lines(compare(results))
+    assert [(point.value, point.finals) for point in line.points] == [(1e-3, {1: 0.8}), (1e-2, {1: 0.7}), (1e-1, {})]
+    assert sensitivity.lines(compare([results[0], results[3]])) == []  # no seed in common
+    assert sensitivity.lines(compare(grid("default", {1e-3: [NAN]}) + grid("default", {1e-3: [NAN]}, rank=32))) == []
+
+
 ENDS = {"plain": (1.0, 1.2), "default": (0.95, 0.97), "eva": (0.98, 0.99), "lora_one": (0.99, 1.1)}
 ENDS["lora_ga"] = (0.99, 1.1)
 RIVALS = {(5, "eva"), (5, "lora_one"), (5, "lora_ga")}

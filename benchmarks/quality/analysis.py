@@ -45,11 +45,15 @@ class Runs:
     @property
     def cell(self) -> Cell:
         """One of the cells."""
-        return next(iter(next(iter(self.by_rate.values())).values())).cell
+        return self.all[0].cell
+
+    @property
+    def all(self) -> list[Result]:
+        return [result for results in self.by_rate.values() for result in results.values()]
 
     @property
     def own_base(self) -> bool:
-        return any(result.own_base for results in self.by_rate.values() for result in results.values())
+        return any(result.own_base for result in self.all)
 
     def at(self, rate: float | None) -> Mapping[int, Result]:
         """By seed; empty where nothing has finished at this rate."""
@@ -93,8 +97,13 @@ class Comparison:
         """The start's own best rate; None without one."""
         return self.choices[label].rate if label in self.choices else None
 
+    def results(self, label: str, rate: float | None) -> Mapping[int, Result]:
+        """By seed; empty where nothing has finished."""
+        return self.starts[label].at(rate) if label in self.starts else {}
+
     def finals(self, label: str, rate: float | None) -> dict[int, float]:
-        return self.starts[label].finals(rate) if label in self.starts else {}
+        """Final held-out loss by seed."""
+        return {seed: result.final for seed, result in self.results(label, rate).items()}
 
 
 def compare(results: Iterable[Result]) -> list[Comparison]:

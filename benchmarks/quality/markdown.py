@@ -23,10 +23,10 @@ def learning_rate(rate: float | None) -> str:
 
 
 def loss(values: Iterable[float]) -> str:
-    """Mean ± standard deviation (number of seeds)."""
+    """Mean ± standard deviation (number of seeds); a dash without any."""
     numbers = list(values)
     if not numbers:
-        return "not run"
+        return NOTHING
     if math.isnan(mean(numbers)):
         return f"NaN ({len(numbers)})"
     return f"{mean(numbers):.4f}{f' ± {spread(numbers):.4f}' if len(numbers) > 1 else ''} ({len(numbers)})"

@@ -58,10 +58,7 @@ def share_of_steps(comparison: Comparison, label: str) -> float | None:
 
     Infinite if the start never gets there, None if nothing can be said yet.
     """
-    plain, start = comparison.starts.get(PLAIN), comparison.starts.get(label)
-    if plain is None or start is None:
-        return None
-    reference, own = plain.at(comparison.rate(PLAIN)), start.at(comparison.rate(label))
+    reference, own = (comparison.results(name, comparison.rate(name)) for name in (PLAIN, label))
     seeds = sorted(set(reference) & set(own))
     if not seeds:
         return None

@@ -15,7 +15,7 @@ PRESET = "preset's"  # the value of a setting that is not set
 
 @dataclass(frozen=True)
 class Point:
-    """One value of a setting: the best rate there, final losses by seed, paired differences to plain LoRA's best."""
+    """One value of a setting: its best rate, final losses by seed there, paired differences to plain LoRA's best."""
 
     value: Any
     choice: Choice
@@ -34,8 +34,12 @@ class Line:
 
 
 def lines(comparisons: Sequence[Comparison]) -> list[Line]:
-    """All starts that were run with several ranks, and all sets of starts that differ in one other setting only."""
-    return [*_along_rank(comparisons), *(line for knob in KNOBS for c in comparisons for line in _along(c, knob))]
+    """All starts that were run with several ranks, and all sets of starts that differ in one other setting only.
+
+    Without those whose points share no seed yet: they cannot be compared.
+    """
+    found = [*_along_rank(comparisons), *(line for knob in KNOBS for c in comparisons for line in _along(c, knob))]
+    return [line for line in found if any(point.finals for point in line.points)]
 
 
 def _along_rank(comparisons: Sequence[Comparison]) -> Iterator[Line]:
@@ -76,8 +80,9 @@ def _point(value: Any, comparison: Comparison, label: str) -> Point:
 
 
 def _of_shared_seeds(points: Sequence[Point]) -> tuple[Point, ...]:
-    """Points are compared with each other: a point with nothing yet, or with other seeds, leaves nothing to compare."""
-    seeds = set.intersection(*(set(point.finals) for point in points if point.finals)) if points else set()
+    """Points are compared with each other, so over the same seeds; one that has none (yet) is left out of that."""
+    finished = [set(point.finals) for point in points if point.finals]
+    seeds = set.intersection(*finished) if finished else set()
     return tuple(
         replace(
             point,

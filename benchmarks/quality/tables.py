@@ -9,7 +9,6 @@ from benchmarks.quality.goals import GOALS, Verdict, verdicts
 from benchmarks.quality.intervals import interval, mean, spread
 from benchmarks.quality.markdown import NOTHING, average, learning_rate, loss, percent, share, table
 from benchmarks.quality.pairs import diverged, own_difference, same_rate_difference, share_of_steps
-from benchmarks.quality.results import Result
 from benchmarks.quality.sections import Section
 from benchmarks.quality.sensitivity import Line
 
@@ -43,7 +42,6 @@ def finals(comparison: Comparison, labels: Sequence[str]) -> list[str]:
     rows = []
     for label in labels:
         if label not in comparison.starts:
-            rows.append([label, "not run", *[NOTHING] * (len(header) - 2)])
             continue
         own, plain = (comparison.finals(label, comparison.rate(name)) for name in (label, PLAIN))
         differences = [
@@ -52,7 +50,7 @@ def finals(comparison: Comparison, labels: Sequence[str]) -> list[str]:
         ]
         rows.append(
             [
-                label + OWN_BASE * comparison.starts[label].own_base,
+                _marked(comparison, label),
                 _chosen(comparison.choices[label], comparison.conditions.split),
                 loss(own.values()),
                 differences[0],
@@ -66,9 +64,15 @@ def finals(comparison: Comparison, labels: Sequence[str]) -> list[str]:
     return table(header, rows)
 
 
+def _marked(comparison: Comparison, label: str) -> str:
+    return label + OWN_BASE * comparison.starts[label].own_base
+
+
 def _chosen(choice: Choice, split: str) -> str:
+    if choice.rate is None:
+        return f"none: NaN at all {choice.points}"
     remarks = []
-    if choice.rate is not None and choice.at_edge:
+    if choice.at_edge:
         remarks.append("the grid's end")
     if choice.points < FEWEST_POINTS:
         remarks.append(f"of {choice.points}")
@@ -96,17 +100,15 @@ def majority(comparison: Comparison) -> list[str]:
 
 
 def means(section: Section, labels: Sequence[str]) -> list[str]:
-    """The mean over tasks of each start against plain LoRA; nothing for a single task."""
+    """The mean over tasks of each start that has one, against plain LoRA; nothing for a single task."""
     if len(section.comparisons) < 2:
         return []
     header = ["start", "to plain, both at their best", "to plain, both at plain's rate", "steps to plain's final loss"]
-    rows = [
-        [label]
-        + [percent(interval(section.average(d, label).values())) for d in (own_difference, same_rate_difference)]
-        + [share(section.average_share(label))]
-        for label in labels
-        if label != PLAIN
-    ]
+    rows = []
+    for label in labels:
+        own, same = (interval(section.average(d, label).values()) for d in (own_difference, same_rate_difference))
+        if label != PLAIN and own is not None:
+            rows.append([label, percent(own), percent(same), share(section.average_share(label))])
     return [f"Mean over {', '.join(section.tasks)}:", "", *table(header, rows)]
 
 
@@ -120,7 +122,7 @@ def rates(comparison: Comparison) -> list[str]:
             found = runs.at(rate).values()
             bad = sum(result.diverged for result in found)
             cells.append((loss(r.final for r in found) + (f", {bad} diverged" if bad else "")) if found else NOTHING)
-        rows.append([label, *cells])
+        rows.append([_marked(comparison, label), *cells])
     return table(["start", *map(learning_rate, grid)], rows)
 
 
@@ -129,12 +131,12 @@ def costs(comparison: Comparison) -> list[str]:
     header = ["start", "step-0 loss", "init, s", "training, s", "peak memory, GiB", "layers from data"]
     rows = []
     for label, runs in comparison.starts.items():
-        found: list[Result] = [result for results in runs.by_rate.values() for result in results.values()]
+        found = runs.all
         layers = sorted({result.initialized for result in found if result.initialized is not None})
         owner = ", ".join(sorted({result.memory_of for result in found}))
         rows.append(
             [
-                label,
+                _marked(comparison, label),
                 average((result.heldout[0][1] for result in found), 4),
                 average((result.init_seconds for result in found), 1),
                 average((result.train_seconds for result in found), 1),
@@ -142,17 +144,12 @@ def costs(comparison: Comparison) -> list[str]:
                 ", ".join(map(str, layers)) or NOTHING,
             ]
         )
-    base = average(
-        (
-            r.base_loss
-            for runs in comparison.starts.values()
-            for by in runs.by_rate.values()
-            for r in by.values()
-            if not r.own_base
-        ),
-        4,
-    )
-    return [f"The untouched base: {base}.", "", *table(header, rows)]
+    base = average((r.base_loss for runs in comparison.starts.values() if not runs.own_base for r in runs.all), 4)
+    return [
+        f"{comparison.conditions.task}, what the starts themselves are and take; loss of the untouched base {base}:",
+        "",
+        *table(header, rows),
+    ]
 
 
 def predictions(comparisons: Sequence[Comparison]) -> list[str]:
@@ -161,7 +158,7 @@ def predictions(comparisons: Sequence[Comparison]) -> list[str]:
     for comparison in comparisons:
         at, reference = comparison.conditions, comparison.rate(PLAIN)
         for label, runs in comparison.starts.items():
-            found = [r.prediction for by in runs.by_rate.values() for r in by.values() if r.prediction is not None]
+            found = [result.prediction for result in runs.all if result.prediction is not None]
             own = comparison.rate(label)
             measured = NOTHING if own is None or reference is None else f"{own / reference:.3g}"
             if found:
@@ -178,6 +175,7 @@ def sensitivity(found: Sequence[Line]) -> list[str]:
         for point in line.points:
             against = NOTHING if line.start == PLAIN else percent(interval(point.differences.values()))
             value = f"{line.knob} {point.value}"
-            rate = _chosen(point.choice, at.split)
-            rows.append([where, line.start, value, rate, loss(point.finals.values()), against])
+            rows.append(
+                [where, line.start, value, _chosen(point.choice, at.split), loss(point.finals.values()), against]
+            )
     return table(["where", "start", "setting", "best rate", "final loss", "to plain, both at their best"], rows)

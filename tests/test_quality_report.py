@@ -1,0 +1,144 @@
+"""The quality benchmark's report says what its results say, and what is missing of them."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+from quality_results import BASE_LOSS, cell, grid, result
+
+from benchmarks.quality.results import Finished, Result
+
+pytest.importorskip("matplotlib")
+
+from benchmarks.quality.report import report
+
+pytestmark = pytest.mark.once
+
+PNG = b"\x89PNG\r\n\x1a\n"
+
+
+def row(markdown: str, *starts: str) -> list[str]:
+    """The cells of the first table row that begins so."""
+    for line in markdown.splitlines():
+        cells = [part.strip() for part in line.strip("|").split("|")]
+        if tuple(cells[: len(starts)]) == starts:
+            return cells
+    raise AssertionError(f"no row {starts}:\n{markdown}")
+
+
+def written(folder: Path, results: list[Result], **changes: object) -> str:
+    expected = [one.cell for one in results]
+    return report(Finished(tuple(results), ()), expected, folder, **changes)  # type: ignore[arg-type]
+
+
+def behind() -> list[Result]:
+    """`default` best at 3e-3 and worse than plain LoRA, whose best rate is 1e-3."""
+    return [
+        *grid("plain", {3e-4: [1.2, 1.2], 1e-3: [1.0, 0.8], 3e-3: [1.1, 1.1]}),
+        *grid("default", {3e-4: [1.3, 1.3], 1e-3: [1.2, 1.2], 3e-3: [1.1, 0.92]}, initialized=210, prediction=2.5),
+        *grid("pissa", {1e-3: [0.7, 0.7]}, own_base=True),
+        *grid("lora_ga", {1e-3: [1.05, math.nan], 3e-3: [math.nan, 1.6]}),
+    ]
+
+
+def test_losses_are_stated_as_they_are(tmp_path: Path) -> None:
+    markdown = written(tmp_path, behind())
+    assert (tmp_path / "report.md").read_text(encoding="utf-8") == markdown
+    # 1.1 and 0.92 over 1.0 and 0.8: +10 % and +15 %, t of one degree 12.706, so 12.5 ± 12.706 · 2.5; at plain's rate
+    # +20 % and +50 %, so 35 ± 12.706 · 15. Standard deviations: half the distance times √2.
+    found = row(markdown, "default")
+    assert found[1:] == [
+        "0.003 (the grid's end, of 3)",
+        "1.0100 ± 0.1273 (2)",
+        "+12.50% [-19.27%, +44.27%]",
+        "1.2000 ± 0.0000 (2)",
+        "+35.00% [-155.59%, +225.59%]",
+        "never",
+        "–",
+        "–",
+    ]
+    assert row(markdown, "plain")[1:3] == ["0.001 (of 3)", "0.9000 ± 0.1414 (2)"]
+    assert row(markdown, "(1)", "default", "gsm8k")[3:] == ["+35.00% [-155.59%, +225.59%]", "no"]
+    assert row(markdown, "(2)", "default")[4] == "no"
+    assert row(markdown, "(3)", "default", "gsm8k")[3:] == ["never", "no"]
+    assert row(markdown, "(4)", "default", "gsm8k")[3:] == ["none; run at 3 of 3 such rates", "yes"]
+    assert row(markdown, "(5)", "default", "eva")[3:] == ["not run", "undecided"]
+    assert row(markdown, "development", "gsm8k", "8", "default")[4:] == ["2.5", "3"]
+
+
+def test_a_start_on_its_own_base_is_marked_and_not_compared(tmp_path: Path) -> None:
+    found = row(written(tmp_path, behind()), "pissa †")
+    assert found[2] == "0.7000 ± 0.0000 (2)"
+    assert (found[3], found[5]) == ("–", "–")
+
+
+def test_what_is_no_number_is_said(tmp_path: Path) -> None:
+    markdown = written(tmp_path, behind())
+    found = row(markdown, "lora_ga")
+    assert found[1:6] == ["none: NaN at all 2", "–", "–", "NaN (2)", "NaN"]
+    assert found[8] == "0.001, 0.003"
+    assert "| lora_ga | – | NaN (2), 1 diverged | NaN (2), 2 diverged |" in markdown
+
+
+def test_every_chart_is_there(tmp_path: Path) -> None:
+    results = [*behind(), *grid("plain", {1e-3: [1.0]}, task="arc"), *grid("plain", {1e-3: [1.0]}, rank=32)]
+    markdown = written(tmp_path, results)
+    charts = sorted(tmp_path.glob("*.png"))
+    assert len(charts) == 5  # rates and steps of two ranks, sensitivity
+    assert all(chart.read_bytes().startswith(PNG) for chart in charts)
+    assert sorted(line.split("(")[1].strip(")") for line in markdown.splitlines() if line.startswith("![")) == [
+        chart.name for chart in charts
+    ]
+
+
+def test_what_is_not_finished_is_listed(tmp_path: Path) -> None:
+    expected = [cell(seed=seed) for seed in range(4)] + [cell("eva", seed=seed, rank=32) for seed in range(3)]
+    finished = Finished((result(), result(seed=3), result("beside")), ("cells.jsonl, line 7: not whole",))
+    markdown = report(finished, expected, tmp_path)
+    assert "2 of 7 cells of the sweep are finished." in markdown
+    assert "1 more cells are in the files and not in the sweep" in markdown
+    assert row(markdown, "development", "gsm8k", "8", "plain")[4] == "2 of 4"
+    assert row(markdown, "development", "gsm8k", "32", "eva")[4] == "3 of 3"
+    assert "- cells.jsonl, line 7: not whole" in markdown
+    assert "No result of a start named `default`" in markdown
+
+
+def test_a_finished_sweep_has_no_such_list(tmp_path: Path) -> None:
+    assert "Not finished" not in written(tmp_path, behind())
+
+
+def test_nothing_finished_is_a_report_too(tmp_path: Path) -> None:
+    markdown = report(Finished((), ()), [cell()], tmp_path)
+    assert "0 of 1 cells of the sweep are finished." in markdown
+    assert row(markdown, "development", "gsm8k", "8", "plain")[4] == "1 of 1"
+
+
+@pytest.mark.parametrize(("majority", "verdict"), [(0.2, "beats it"), (0.4, "does not beat it")])
+def test_accuracies_are_held_against_the_majority(tmp_path: Path, majority: float, verdict: str) -> None:
+    results = [result(seed=seed, accuracy={"heldout": 0.3 + 0.1 * seed, "majority": majority}) for seed in (0, 1)]
+    results += [result("default", seed=seed, accuracy={"heldout": 0.5, "majority": majority}) for seed in (0, 1)]
+    markdown = written(tmp_path, [one for one in results if one.cell.seed == 0 or majority == 0.2])
+    mean = "0.350 ± 0.071" if majority == 0.2 else "0.300"
+    assert row(markdown, "plain")[7] == mean
+    assert f"most frequent class: {majority:.3f}; plain LoRA, {mean[:5]}, {verdict}" in markdown
+
+
+def test_controls_have_a_table_of_their_own(tmp_path: Path) -> None:
+    markdown = written(tmp_path, [*behind(), *grid("random_a", {1e-3: [1.0, 0.8]})], controls=["random_a"])
+    before, after = markdown.split("Controls:")
+    assert row(after, "random_a")[3] == "+0.00% [+0.00%, +0.00%]"
+    assert "| random_a |" not in before
+
+
+def test_what_a_start_takes_is_said(tmp_path: Path) -> None:
+    results = [
+        result(),
+        result("default", seed=0, curve=[(0, 1.4)], init_seconds=1.0, train_seconds=9.0, initialized=7),
+        result("default", seed=1, curve=[(0, 1.6)], init_seconds=4.0, train_seconds=9.0, initialized=7),
+    ]
+    _, costs = written(tmp_path, results).split(f"loss of the untouched base {BASE_LOSS:.4f}")
+    assert row(costs, "default")[1:] == ["1.5000", "2.5", "9.0", "1.50 (process)", "7"]
+    assert row(costs, "plain")[1:] == ["1.5000", "2.0", "60.0", "1.50 (process)", "–"]
+    assert row(costs, "3")[1:] == ["two cores", "torch 2", "abc", "`run`"]
