@@ -17,7 +17,7 @@ import torch
 
 from benchmarks.measure import conditions
 from benchmarks.quality.report import report
-from benchmarks.quality.results import append, read
+from benchmarks.quality.results import Finished, append, read
 from benchmarks.quality.run import Runner
 from benchmarks.quality.sweep import Sweep, read_sweep
 
@@ -25,20 +25,26 @@ from benchmarks.quality.sweep import Sweep, read_sweep
 def main() -> None:
     arguments = _parse()
     sweep = read_sweep(arguments.sweep)
-    files = [arguments.results, *arguments.merge]
     if arguments.processes > 1:
         _in_processes(arguments)
     elif not arguments.report_only:
-        _run(sweep, files, arguments)
+        _run(sweep, arguments)
     if arguments.share is None:
-        report(read(files), sweep.cells, arguments.report or arguments.results.parent, sweep.judged, sweep.controls)
+        folder = arguments.report or arguments.results.parent
+        report(_finished(arguments), sweep.cells, folder, sweep.judged, sweep.controls)
 
 
-def _run(sweep: Sweep, files: list[Path], arguments: argparse.Namespace) -> None:
+def _finished(arguments: argparse.Namespace) -> Finished:
+    return read([*arguments.merge, *([arguments.results] if arguments.results.exists() else [])])
+
+
+def _run(sweep: Sweep, arguments: argparse.Namespace) -> None:
     """This process's share of the cells that no file has yet."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     number, of = arguments.share or (0, 1)
-    done = {result.cell for result in read([file for file in files if file.exists()]).results}
+    finished = _finished(arguments)
+    print("\n".join(finished.notes), end="\n" if finished.notes else "", file=sys.stderr)
+    done = {result.cell for result in finished.results}
     cells = [cell for cell in itertools.islice(sweep.cells, number, None, of) if cell not in done]
     runners: dict[tuple[str, str], Runner] = {}
     for position, cell in enumerate(cells):
