@@ -101,7 +101,7 @@ class _ResidentMemory:
 def conditions(device: torch.device) -> dict[str, Any]:
     """The command, the date, the versions and the hardware: what belongs beside every number."""
     return {
-        "command": shlex.join(["python", "-m", f"benchmarks.{Path(sys.argv[0]).stem}", *sys.argv[1:]]),
+        "command": shlex.join(["python", "-m", _module(), *sys.argv[1:]]),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "versions": {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
         "hardware": {
@@ -115,6 +115,13 @@ def conditions(device: torch.device) -> dict[str, Any]:
             "gpu": _gpu(device),
         },
     }
+
+
+def _module() -> str:
+    """What was started: a module of this package, or a package in it."""
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    name = f"benchmarks.{Path(sys.argv[0]).stem}" if spec is None else spec.name
+    return name.removesuffix(".__main__")
 
 
 def _version(package: str) -> str | None:

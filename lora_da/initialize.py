@@ -76,7 +76,7 @@ def initialize_lora_da_weights(
     started = time.perf_counter()
     config = config or LoraDAConfig()
     with Ranks().together():
-        adapter = servable(find_adapter(peft_model, adapter_name), config.method)
+        adapter = find_adapter(peft_model, adapter_name)
         task = find_task(peft_model.get_base_model(), reward)
         ranks = Ranks(is_sharded(peft_model))
     show_progress = show_progress and ranks.rank == 0
@@ -86,6 +86,8 @@ def initialize_lora_da_weights(
         if ranks.rank == 0:
             say(report.line())
         return report
+    with ranks.together():
+        adapter = servable(adapter, config.method)
     if adapter.left and ranks.rank == 0:
         logger.warning(describe_left(adapter.left))
 

@@ -73,7 +73,8 @@ def servable(adapter: Adapter, method: str) -> Adapter:
             if a.out_features > WIDEST_FULL_FISHER
         }
     if NEEDS[method].weight:
-        kinds = {_kind(a): a.base for a in adapter.layers}
+        # the smallest of each kind: it is dequantised to see whether it can be
+        kinds = {_kind(a): a.base for a in sorted(adapter.layers, key=lambda a: -a.in_features * a.out_features)}
         unreadable = {kind for kind, base in kinds.items() if dense_weight(base) is None}
         left |= {
             a.name: f"method {method} needs its weight, which PEFT cannot dequantise"

@@ -120,6 +120,8 @@ def prepared(model: PeftModel, blocks: Sequence[nn.Module], device: torch.device
     outside = [m for m in model.modules() if isinstance(m, FSDPModule) and id(m) not in inside]
     with contextlib.ExitStack() as stack:
         if outside:
+            # Where the user keeps blocks gathered, a forward alone leaves in them what was there before the write.
+            stack.callback(_reshard, model)
             _set_up(model, device)
             stack.enter_context(_unsharded(outside))
         in_blocks = {id(p) for block in blocks for p in block.parameters()}
@@ -127,6 +129,12 @@ def prepared(model: PeftModel, blocks: Sequence[nn.Module], device: torch.device
         if parameters:
             stack.enter_context(_gathered(parameters))
         yield
+
+
+def _reshard(model: nn.Module) -> None:
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 @torch.no_grad()

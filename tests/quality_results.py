@@ -15,7 +15,9 @@ def cell(start: str = "plain", rate: float = 1e-3, seed: int = 0, **changes: Any
     fields: dict[str, Any] = {
         "task": "gsm8k",
         "split": "development",
+        "data": "d",
         "method": start,
+        "numbers": "",
         "settings": {},
         "rank": 8,
         "steps": STEPS,
@@ -47,6 +49,7 @@ def result(
         "accuracy": None,
         "init_seconds": 2.0,
         "train_seconds": 60.0,
+        "from_cache": False,
         "peak_memory_gib": 1.5,
         "memory_of": "process",
         "initialized": None,

@@ -24,13 +24,13 @@ from lora_da import LoraDAConfig, initialize_lora_da_weights
 from lora_da.sweep import Sweep
 
 
-def sharded(model: PeftModel, block: str = "LlamaDecoderLayer") -> PeftModel:
+def sharded(model: PeftModel, block: str = "LlamaDecoderLayer", reshard: bool = True) -> PeftModel:
     """As the Trainer's accelerator prepares it."""
     kind = FullyShardedDataParallelPlugin(
         fsdp_version=2,
         auto_wrap_policy="transformer_based_wrap",
         transformer_cls_names_to_wrap=[block],
-        reshard_after_forward=True,
+        reshard_after_forward=reshard,
         cpu_ram_efficient_loading=False,
     )
     accelerator = SimpleNamespace(
@@ -105,6 +105,7 @@ MODELS: dict[str, Callable[[Path], PeftModel]] = {
     "nf4 in bfloat16": lambda folder: nf4(folder / "bfloat16", torch.bfloat16),
 }
 METHODS = ("filet", "cntlora", "lora_one", "lora_ga")
+KEPT = ("lora_da", "cntlora")  # with parameters that stay gathered after a forward
 WAYS = {"one pass": Way(), "3 segments": Way(cuts=3), "3 passes": Way(parts=3, row=False)}
 
 
@@ -113,7 +114,8 @@ def fsdp2(folder: Path) -> dict[str, Any]:
         found = {name: initialized(sharded(model(folder)), Way(cuts=3)) for name, model in MODELS.items()}
         ways = {name: initialized(sharded(llama()), way) for name, way in WAYS.items()}
         methods = {name: initialized(sharded(llama()), Way(cuts=3), method=name) for name in METHODS}
-        return {**found, **ways, **methods, "cache": cached(folder / "cache")}
+        kept = {f"{m} kept": initialized(sharded(llama(), reshard=False), Way(cuts=3), method=m) for m in KEPT}
+        return {**found, **ways, **methods, **kept, "cache": cached(folder / "cache")}
 
 
 def cached(folder: Path) -> list[dict[str, Any]]:

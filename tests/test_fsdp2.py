@@ -9,7 +9,7 @@ import pytest
 from many_cases import TIMEOUT, llama
 from planning import Way
 from processes import launch
-from sharded_cases import METHODS, MODELS, WAYS, initialized
+from sharded_cases import KEPT, METHODS, MODELS, WAYS, initialized
 from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 from trainers import same_bits, worst_difference
@@ -57,6 +57,13 @@ def test_whatever_the_plan(way: str, two: Any) -> None:
 def test_whatever_the_method(method: str, two: Any) -> None:
     """Also those that read weights, which all processes gather for the one that solves a layer."""
     check([result[method] for result in two], initialized(llama(), Way(cuts=3), method=method))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", KEPT)
+def test_parameters_that_stay_gathered_are_written_too(method: str, two: Any) -> None:
+    """FSDP2 with `reshard_after_forward` off; a pass without a backward would leave them as they were."""
+    check([result[f"{method} kept"] for result in two], initialized(llama(), Way(cuts=3), method=method))
 
 
 @pytest.mark.slow

@@ -23,6 +23,7 @@ from benchmarks.quality.starts import CONTROLS, control
 from benchmarks.quality.sweep import read_sweep
 from benchmarks.quality.tasks import read_rows
 from lora_da.adapter import find_adapter
+from lora_da.config import PRESETS
 
 pytestmark = [pytest.mark.once, pytest.mark.slow]
 
@@ -71,7 +72,9 @@ def data(folder, monkeypatch):
 def sweep(folder: Path, **changes):
     path = folder / "sweep.yml"
     path.write_text(yaml.safe_dump({**SWEEP, "model": str(folder / "model"), **changes}, sort_keys=False))
-    return read_sweep(path)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LORA_DA_DATA", str(folder))
+        return read_sweep(path)
 
 
 @pytest.fixture(scope="module")
@@ -179,6 +182,26 @@ def test_heldout_rows_are_never_trained_on(data, base):
     assert not rows["development"] & rows["test"]
 
 
+def test_rows_that_are_in_the_test_file_too_are_not_trained_on(data, base, tmp_path, monkeypatch):
+    as_lines(data / "both.jsonl", [*TRAIN, *TEST])
+    task = dataclasses.replace(sweep(data).tasks["letters"], train="both.jsonl")
+    found = read_rows(task, base[1], "test", 20, 6, 100, seed=0)
+    seen = {tuple(row["input_ids"]) for row in found.train}
+    assert seen and not seen & {tuple(row["input_ids"]) for row in found.heldout}
+
+
+def test_other_data_or_other_defaults_are_other_cells(data, monkeypatch):
+    before = sweep(data).cells
+    with monkeypatch.context() as patch:
+        patch.setitem(PRESETS, "default", dataclasses.replace(PRESETS["default"], damping=0.5))
+        changed = sweep(data).cells
+    assert [a == b for a, b in zip(before, changed, strict=True)] == [cell.start != "ours" for cell in before]
+    assert sweep(data).cells == before
+    as_lines(data / "other.jsonl", TRAIN[:-1])
+    tasks = {"letters": {**SWEEP["tasks"]["letters"], "train": "other.jsonl"}}
+    assert not set(before) & set(sweep(data, tasks=tasks).cells)
+
+
 def test_too_few_rows_are_refused(data, base):
     with pytest.raises(ValueError, match="letters: 6 held-out rows of up to 20 tokens, 7 asked for"):
         read_rows(sweep(data).tasks["letters"], base[1], "test", 20, 7, 10, seed=0)
@@ -220,7 +243,7 @@ def test_choices_that_one_token_does_not_tell_apart_are_refused(data, base):
 def test_a_control_keeps_what_it_says(data, runner, base, kind):
     cell = dataclasses.replace(sweep(data).cells[0], method="lora_da")
     rows = read_rows(sweep(data).tasks["letters"], base[1], "development", 20, 4, 10, seed=0)
-    adapted, _ = runner._started(rows, cell)
+    adapted, _ = runner._start(rows, cell)()
     try:
         chosen = {layer.name: layer.lora_A.detach().clone() for layer in find_adapter(adapted).layers}
         control(adapted, kind, seed=0)

@@ -25,7 +25,7 @@ from benchmarks.quality.sweep import Sweep, read_sweep
 def main() -> None:
     arguments = _parse()
     sweep = read_sweep(arguments.sweep)
-    if arguments.processes > 1:
+    if arguments.processes > 1 and not arguments.report_only:
         _in_processes(arguments)
     elif not arguments.report_only:
         _run(sweep, arguments)
@@ -81,8 +81,8 @@ def _in_processes(arguments: argparse.Namespace) -> None:
     command = [sys.executable, "-m", "benchmarks.quality", str(arguments.sweep), "--results", str(arguments.results)]
     command += itertools.chain.from_iterable(["--merge", str(file)] for file in arguments.merge)
     command += ["--cache", str(arguments.cache)] if arguments.cache else []
-    n = arguments.processes
-    runs = [subprocess.Popen([*command, "--share", f"{k}/{n}"]) for k in range(n)]
+    (number, of), n = arguments.share or (0, 1), arguments.processes
+    runs = [subprocess.Popen([*command, "--share", f"{number + of * k}/{of * n}"]) for k in range(n)]
     codes = [run.wait() for run in runs]
     if any(codes):
         sys.exit("a process failed; its message is above, and what was finished is kept")
@@ -105,7 +105,11 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--processes", type=int, default=1, help="that share this machine")
     parser.add_argument("--share", type=_share, help="K/N: every N-th cell from the K-th, without a report")
     parser.add_argument("--cache", type=Path, help="folder for solutions, so that the rates of a start share one")
-    return parser.parse_args()
+    arguments = parser.parse_args()
+    for file in arguments.merge:
+        if not file.exists():
+            parser.error(f"there is no {file} to merge")
+    return arguments
 
 
 if __name__ == "__main__":

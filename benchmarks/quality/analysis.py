@@ -27,8 +27,10 @@ class Conditions:
     model: str
     base: str
     task: str
+    data: str
     length: int
     heldout_rows: int
+    curve_rows: int
 
     @classmethod
     def of(cls, cell: Cell) -> Conditions:
@@ -146,11 +148,13 @@ def labels(cells: Iterable[Cell]) -> dict[Cell, str]:
 
 def _knobs(cell: Cell) -> dict[str, Any]:
     # Plain LoRA looks at no samples, whatever the sweep says for all.
-    return {} if cell.start == PLAIN else {"init_samples": cell.init_samples, "method": cell.method, **cell.settings}
+    if cell.start == PLAIN:
+        return {}
+    return {"init_samples": cell.init_samples, "method": cell.method, **cell.settings, "numbers": cell.numbers}
 
 
 def _choices(conditions: Conditions, runs: Mapping[Conditions, Mapping[str, Runs]]) -> dict[str, Choice]:
-    twins = [other for other in runs if replace(other, split="", heldout_rows=0) == _unsplit(conditions)]
+    twins = [other for other in runs if _unsplit(other) == _unsplit(conditions)]
     twins = [other for other in twins if other.split == DEVELOPMENT]
     development = runs[max(twins)] if twins and conditions.split != DEVELOPMENT else {}  # of several, the most rows
     found = {}
@@ -163,4 +167,4 @@ def _choices(conditions: Conditions, runs: Mapping[Conditions, Mapping[str, Runs
 
 
 def _unsplit(conditions: Conditions) -> Conditions:
-    return replace(conditions, split="", heldout_rows=0)
+    return replace(conditions, split="", heldout_rows=0, curve_rows=0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from torch import nn
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -36,4 +37,7 @@ def load_base(name: str, base: str, device: torch.device) -> tuple[PreTrainedMod
         path, dtype=DTYPE, attn_implementation="sdpa", device_map={"": device}, **options
     )
     model.config.use_cache = False
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0  # held-out rows are looked at in train mode, and all runs draw alike
     return model.train(), AutoTokenizer.from_pretrained(path)

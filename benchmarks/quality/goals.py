@@ -41,7 +41,7 @@ class Verdict:
 
 
 def verdicts(section: Section, label: str) -> list[Verdict]:
-    """Every goal of one start in one section. Undecided is what has not been run, or has no interval yet."""
+    """Every goal of one start in one section. Undecided is what has not been run, or for one seed only."""
     return [
         *_not_worse(section, label),
         _better(section, label),
@@ -63,13 +63,16 @@ def _not_worse(section: Section, label: str) -> Iterator[Verdict]:
 
 def _better(section: Section, label: str) -> Verdict:
     found = interval(section.average(own_difference, label).values())
-    return Verdict(2, AVERAGE, percent(found), None if found is None else found.mean < 0)
+    return Verdict(2, AVERAGE, percent(found), None if found is None or found.n < 2 else found.mean < 0)
 
 
 def _fewer_steps(section: Section, label: str) -> Iterator[Verdict]:
     for comparison in section.comparisons:
         found = share_of_steps(comparison, label)
-        yield Verdict(3, comparison.conditions.task, share(found), None if found is None else found <= FEWER_STEPS)
+        few = len(own_difference(comparison, label)) < 2
+        yield Verdict(
+            3, comparison.conditions.task, share(found), None if found is None or few else found <= FEWER_STEPS
+        )
 
 
 def _no_divergence(section: Section, label: str) -> Iterator[Verdict]:
@@ -82,7 +85,11 @@ def _no_divergence(section: Section, label: str) -> Iterator[Verdict]:
         run = sound & set(comparison.starts[label].by_rate)
         alone = diverged_alone(comparison, label)
         value = f"{', '.join(map(learning_rate, alone)) or 'none'}; run at {len(run)} of {len(sound)} such rates"
-        yield Verdict(4, task, value, False if alone else (True if run == sound else None))
+        seeds = set.intersection(
+            *(set(comparison.starts[name].at(r)) for r in run for name in (PLAIN, label)), *[set()] * (not run)
+        )
+        decided = run == sound and len(seeds) > 1
+        yield Verdict(4, task, value, False if alone else (True if decided else None))
 
 
 def _rivals(section: Section, label: str) -> Iterator[Verdict]:
@@ -107,7 +114,7 @@ def _against(section: Section, label: str, rival: str) -> Verdict:
         f"at plain LoRA's rate {percent(same)}; at the best rates {percent(own)}; steps {share(steps)} against "
         f"{share(its_steps)}; diverges alone at {alone} rates against {its_alone}"
     )
-    if same is None or own is None or steps is None or its_steps is None:
+    if same is None or own is None or steps is None or its_steps is None or min(same.n, own.n) < 2:
         return Verdict(5, rival, value, None)
     return Verdict(5, rival, value, same.mean < 0 and own.mean < 0 and steps < its_steps and alone <= its_alone)
 

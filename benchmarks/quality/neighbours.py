@@ -62,6 +62,9 @@ def on_its_own_base(
     for module in peft_model.modules():
         if isinstance(module, LoraLayer):
             module.base_layer = _nf4(module.get_base_layer(), device)
+    for parameter in peft_model.parameters():
+        if parameter.requires_grad:  # as TRL does where the model was loaded in 4 bit
+            parameter.data = parameter.data.bfloat16()
     return peft_model.train()
 
 

@@ -58,6 +58,8 @@ def share_of_steps(comparison: Comparison, label: str) -> float | None:
 
     Infinite if the start never gets there, None if nothing can be said yet.
     """
+    if label not in comparison.starts or comparison.starts[label].own_base:
+        return None
     reference, own = (comparison.results(name, comparison.rate(name)) for name in (PLAIN, label))
     seeds = sorted(set(reference) & set(own))
     if not seeds:

@@ -18,8 +18,10 @@ class Cell:
     """One training run as the sweep asks for it. Two runs are of the same cell only if all of this is equal.
 
     Args:
-        task: name of the task; split: `development` or `test`, the held-out rows' part of it.
-        start: name of the adapter's start in the sweep; method and settings: what it stands for.
+        task: name of the task; split: `development` or `test`, the held-out rows' part of it; data: digest of its files
+            and choices.
+        start: name of the adapter's start in the sweep; method and settings: what it stands for; numbers: digest of
+            what these resolve to, for a start of this project's.
         rank, rate, seed: of the adapter and its training.
         steps, batch: optimiser steps, and rows in each.
         length: tokens in a row at most; heldout_rows: rows the final held-out loss is the mean of; curve_rows: those of
@@ -30,9 +32,11 @@ class Cell:
 
     task: str
     split: str
+    data: str
     start: str
     method: str
     settings: Mapping[str, Any]
+    numbers: str
     rank: int
     rate: float
     seed: int
@@ -62,8 +66,9 @@ class Result:
         accuracy: `heldout`, and `majority`, that of always answering the most frequent class; None if not measured.
         diverged: see `has_diverged`.
         own_base: started on the unquantised model, whose remaining base was then quantised: not the base of the others.
-        init_seconds, train_seconds: wall time of the start and of the training.
-        peak_memory_gib: highest memory of the run; memory_of: whose it is, `GPU` or `process`.
+        init_seconds, train_seconds: wall time of the start and of the training; from_cache: the start was solved by an
+            earlier cell.
+        peak_memory_gib: highest memory of start and training; memory_of: whose it is, `GPU` or `process`.
         initialized: layers the start was written to; None for a start that is PEFT's own.
         prediction: best learning rate divided by plain LoRA's, as predicted from the statistics; None without one.
         environment: `versions`, `hardware`, `command` and `commit`.
@@ -79,6 +84,7 @@ class Result:
     own_base: bool
     init_seconds: float
     train_seconds: float
+    from_cache: bool
     peak_memory_gib: float
     memory_of: str
     initialized: int | None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -83,11 +83,14 @@ class Runner:
             task, self._tokenizer, cell.split, cell.length, cell.heldout_rows, cell.steps * cell.batch, cell.seed
         )
         heldout = Heldout(rows.heldout, find_choice(task, self._tokenizer), self._device)
-        some = Heldout(rows.heldout[:: max(1, cell.heldout_rows // cell.curve_rows)], None, self._device)
+        some = [rows.heldout[n * cell.heldout_rows // cell.curve_rows] for n in range(cell.curve_rows)]
         base_loss, _ = heldout.measure(self._model)
-        (model, report), init = measured(lambda: self._started(rows, cell), self._device)
+        start = self._start(rows, cell)
+        torch.manual_seed(cell.seed)  # of random factors
+        (model, report), init = measured(start, self._device)
         try:
-            curve, train = measured(lambda: train_cell(model, rows, some, cell), self._device)
+            looked_at = Heldout(some, None, self._device)
+            curve, train = measured(lambda: train_cell(model, rows, looked_at, cell), self._device)
             final, ranked_right = heldout.measure(model.get_base_model())
         finally:
             model.unload()
@@ -105,25 +108,32 @@ class Runner:
             own_base=cell.method in OWN_BASE,
             init_seconds=init.seconds,
             train_seconds=train.seconds,
-            peak_memory_gib=(train.gpu_peak or train.cpu_peak) / GIB,
+            from_cache=report is not None and report.from_cache,
+            peak_memory_gib=max(cost.gpu_peak or cost.cpu_peak for cost in (init, train)) / GIB,
             memory_of="process" if train.gpu_peak is None else "GPU",
             initialized=None if report is None else report.initialized,
             prediction=None,
             environment=environment,
         )
 
-    def _started(self, rows: Rows, cell: Cell) -> tuple[PeftModel, InitReport | None]:
-        """The model with its adapter started, and the report where that is our own doing."""
-        samples = rows.train[: cell.init_samples]
-        torch.manual_seed(cell.seed)  # plain LoRA's random A
+    def _start(self, rows: Rows, cell: Cell) -> Callable[[], tuple[PeftModel, InitReport | None]]:
+        """What makes the model with its adapter started, and the report where that is our own doing. Another model
+        that this takes is loaded before."""
+        samples, config = rows.train[: cell.init_samples], adapter_config(cell)
         if cell.method in OWN_BASE:
             dense = load_base(self._name, "bf16", self._device)[0]
-            return on_its_own_base(cell.method, dense, adapter_config(cell), _loader(samples, 1), self._device), None
+            return lambda: (on_its_own_base(cell.method, dense, config, _loader(samples, 1), self._device), None)
         if cell.method == "eva":
             fresh = load_base(self._name, self._base, self._device)[0]
-            return eva(self._model, fresh, adapter_config(cell), _loader(samples, cell.batch)), None
-        model = get_peft_model(self._model, adapter_config(cell))
-        return model, None if cell.method == PLAIN else ours(model, _loader(rows.train, cell.batch), cell, self._cache)
+            return lambda: (eva(self._model, fresh, config, _loader(samples, cell.batch)), None)
+
+        loader = _loader(rows.train, cell.batch)
+
+        def start() -> tuple[PeftModel, InitReport | None]:
+            model = get_peft_model(self._model, config)
+            return model, None if cell.method == PLAIN else ours(model, loader, cell, self._cache)
+
+        return start
 
 
 def _loader(rows: Sequence[Row], batch: int) -> DataLoader[Any]:

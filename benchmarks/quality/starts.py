@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -13,11 +15,33 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from benchmarks.quality.results import Cell
+from benchmarks.quality.tasks import DIGEST
 from lora_da import InitReport, LoraDAConfig, initialize_lora_da_weights
 from lora_da.adapter import Adapter, find_adapter
-from lora_da.config import PRESETS
+from lora_da.config import METHODS, PRESETS
 
 CONTROLS = ("zero_B", "random_A", "plain_scale")
+
+
+def config_of(method: str, settings: Mapping[str, Any]) -> LoraDAConfig:
+    """The settings of a start; the samples are the cell's.
+
+    Args:
+        settings: of `LoraDAConfig`, where `preset` may be a mapping, `base` and what is changed of it, and `control`.
+    """
+    own = {"method": method, **{name: value for name, value in settings.items() if name != "control"}}
+    if isinstance(own.get("preset"), Mapping):
+        changes = dict(own["preset"])
+        own["preset"] = replace(PRESETS[changes.pop("base")], **changes)
+    return LoraDAConfig(**own)
+
+
+def digest(method: str, settings: Mapping[str, Any]) -> str:
+    """Of what a start of this project's resolves to: a default that has changed is another start. Empty for others."""
+    if method not in METHODS:
+        return ""
+    found = json.dumps(config_of(method, settings).settings(), sort_keys=True)
+    return hashlib.sha256(found.encode()).hexdigest()[:DIGEST]
 
 
 def ours(model: PeftModel, loader: DataLoader[Any], cell: Cell, cache: Path | None) -> InitReport:
@@ -25,18 +49,15 @@ def ours(model: PeftModel, loader: DataLoader[Any], cell: Cell, cache: Path | No
 
     Args:
         loader: of all training rows; the first of them are looked at.
-        cell: its settings are those of `LoraDAConfig`, where `preset` may be a mapping, `base` and what is changed of
-            it, and `control`.
+        cell: with the settings of `config_of`.
         cache: a folder for solutions, so that the rates of a sweep share one.
     """
-    settings = dict(cell.settings)
-    kind = settings.pop("control", None)
-    if isinstance(settings.get("preset"), Mapping):
-        changes = dict(settings["preset"])
-        settings["preset"] = replace(PRESETS[changes.pop("base")], **changes)
-    folder = None if cache is None else str(cache)
-    own = {"method": cell.method, "samples": cell.init_samples, "cache_dir": folder}
-    config = LoraDAConfig(**{**own, **settings})
+    kind = cell.settings.get("control")
+    config = replace(
+        config_of(cell.method, cell.settings),
+        samples=cell.init_samples,
+        cache_dir=None if cache is None else str(cache),
+    )
     report = initialize_lora_da_weights(model, loader, config, show_progress=False)
     if kind is not None:
         control(model, kind, cell.seed)

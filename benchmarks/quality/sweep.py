@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 
 from benchmarks.quality.results import Cell
+from benchmarks.quality.starts import digest
 from benchmarks.quality.tasks import SPLITS, Task
 
 
@@ -65,10 +66,10 @@ def read_sweep(path: Path) -> Sweep:
         for name, fields in content["tasks"].items()
     }
     controls = [name for name, start in content["starts"].items() if "control" in (start.get("settings") or {})]
-    return Sweep(tasks, list(_cells(content)), content["judged"], controls)
+    return Sweep(tasks, list(_cells(content, tasks)), content["judged"], controls)
 
 
-def _cells(content: Mapping[str, Any]) -> Iterator[Cell]:
+def _cells(content: Mapping[str, Any], tasks: Mapping[str, Task]) -> Iterator[Cell]:
     """Seed by seed, so that a sweep that is cut short has whole seeds, and rate by rate over the starts."""
     common = {name: content[name] for name in ONE_OF_EACH}
     starts = {name: dict(fields or {}) for name, fields in content["starts"].items()}
@@ -77,20 +78,24 @@ def _cells(content: Mapping[str, Any]) -> Iterator[Cell]:
         for name, fields in starts.items()
     }
     built = [Start(name, **fields) for name, fields in starts.items()]
+    numbers = {start.name: digest(start.method, start.settings) for start in built}
+    data = {name: task.digest() for name, task in tasks.items()}
 
     def union(axis: str) -> list[Any]:
         return sorted({value for grid in grids.values() for value in _listed(grid[axis])})
 
     for seed, task, rank, samples, rate, start in product(
-        union("seeds"), content["tasks"], union("ranks"), union("init_samples"), union("rates"), built
+        union("seeds"), tasks, union("ranks"), union("init_samples"), union("rates"), built
     ):
         asked = {"seeds": seed, "ranks": rank, "init_samples": samples, "rates": rate}
         if all(value in _listed(grids[start.name][axis]) for axis, value in asked.items()):
             yield Cell(
                 task=task,
+                data=data[task],
                 start=start.name,
                 method=start.method,
                 settings=start.settings,
+                numbers=numbers[start.name],
                 rank=rank,
                 rate=rate,
                 seed=seed,

@@ -127,7 +127,7 @@ def rates(comparison: Comparison) -> list[str]:
 
 
 def costs(comparison: Comparison) -> list[str]:
-    """Loss of the start itself, and what it takes: means over all runs."""
+    """Loss of the start itself, and what it takes: means over all runs, of `init` over those that solved it."""
     header = ["start", "step-0 loss", "init, s", "training, s", "peak memory, GiB", "layers from data"]
     rows = []
     for label, runs in comparison.starts.items():
@@ -138,7 +138,7 @@ def costs(comparison: Comparison) -> list[str]:
             [
                 _marked(comparison, label),
                 average((result.heldout[0][1] for result in found), 4),
-                average((result.init_seconds for result in found), 1),
+                average((result.init_seconds for result in found if not result.from_cache), 1),
                 average((result.train_seconds for result in found), 1),
                 f"{average((result.peak_memory_gib for result in found), 2)} ({owner})",
                 ", ".join(map(str, layers)) or NOTHING,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import sys
 from collections.abc import Sequence
@@ -17,6 +18,7 @@ from lora_da.rows import TokenizedRows
 Row = dict[str, list[int]]  # input_ids and labels
 
 SPLIT_SEED = 0  # of the development rows: the same for every seed of a sweep
+DIGEST = 12  # characters
 SPLITS = ("development", "test")
 
 
@@ -35,6 +37,13 @@ class Task:
     test: str
     choices: tuple[str, ...] = ()
 
+    def digest(self) -> str:
+        """Of its rows and choices: other rows are another task."""
+        found = hashlib.sha256(repr(self.choices).encode())
+        for name in (self.train, self.test):
+            found.update(_path(name).read_bytes())
+        return found.hexdigest()[:DIGEST]
+
 
 @dataclass(frozen=True)
 class Rows:
@@ -49,8 +58,8 @@ def read_rows(
 ) -> Rows:
     """The rows of one seed.
 
-    The development rows are cut from the training file before anything is drawn from it, so neither they nor the test
-    file are ever trained on.
+    The development rows are cut from the training file before anything is drawn from it, and what is left is without
+    rows that also are in the test file, so neither are ever trained on.
 
     Args:
         split: `development` or `test`: where the held-out rows come from.
@@ -63,7 +72,10 @@ def read_rows(
     """
     pool = _encoded(task.train, tokenizer, length)
     development, pool = _taken(pool, heldout, SPLIT_SEED)
-    held = development if split == "development" else _taken(_encoded(task.test, tokenizer, length), heldout, 0)[0]
+    test = _encoded(task.test, tokenizer, length)
+    held = development if split == "development" else _taken(test, heldout, SPLIT_SEED)[0]
+    never = {tuple(row["input_ids"]) for row in development + test}
+    pool = [row for row in pool if tuple(row["input_ids"]) not in never]
     if len(held) < heldout or not pool:
         raise ValueError(f"{task.name}: {len(held)} held-out rows of up to {length} tokens, {heldout} asked for")
     generator = torch.Generator().manual_seed(seed)
@@ -80,5 +92,9 @@ def _taken(rows: Sequence[Row], count: int, seed: int) -> tuple[list[Row], list[
 
 
 def _encoded(name: str, tokenizer: PreTrainedTokenizerBase, length: int) -> list[Row]:
-    rows = TokenizedRows(read_file(Path(os.environ.get("LORA_DA_DATA", "."), name)), tokenizer, sys.maxsize)
+    rows = TokenizedRows(read_file(_path(name)), tokenizer, sys.maxsize)
     return [row for row in map(rows.__getitem__, range(len(rows))) if len(row["input_ids"]) <= length]
+
+
+def _path(name: str) -> Path:
+    return Path(os.environ.get("LORA_DA_DATA", "."), name)
