@@ -160,6 +160,7 @@ def test_a_result_holds_what_happened(finished, tmp_path):
     assert ours.heldout[0][1] < plain.heldout[0][1]  # a step downhill
     assert plain.base_loss == ours.base_loss and ours.final != ours.heldout[-1][1]  # on more rows
     assert set(ours.accuracy) == {"heldout", "majority"}
+    assert plain.prediction != ours.prediction and finished[0]["again"].prediction == plain.prediction
 
 
 @pytest.mark.parametrize("method", ["eva", "pissa", "olora", "orthogonal", "corda"])

@@ -52,7 +52,7 @@ def report(
         lines += ["## Sensitivity", "", "![sensitivity](sensitivity.png)", "", *tables.sensitivity(settings)]
     predicted = tables.predictions(comparisons)
     if predicted:
-        lines += ["## Best rates predicted from the statistics", "", *predicted]
+        lines += ["## Best rates predicted before training", "", *predicted]
     lines += _made_with(finished.results)
     if finished.notes:
         lines += ["## Lines that do not count", "", *(f"- {note}" for note in finished.notes), ""]

@@ -70,7 +70,7 @@ class Result:
             earlier cell.
         peak_memory_gib: highest memory of start and training; memory_of: whose it is, `GPU` or `process`.
         initialized: layers the start was written to; None for a start that is PEFT's own.
-        prediction: best learning rate divided by plain LoRA's, as predicted from the statistics; None without one.
+        prediction: learning rate that suits the start by `best_first_step`, before training; None without one.
         environment: `versions`, `hardware`, `command` and `commit`.
     """
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from benchmarks.quality.analysis import PLAIN
 from benchmarks.quality.base import load_base
 from benchmarks.quality.heldout import Heldout, find_choice
 from benchmarks.quality.neighbours import OWN_BASE, eva, on_its_own_base
+from benchmarks.quality.prediction import best_first_step
 from benchmarks.quality.results import Cell, Result, has_diverged
 from benchmarks.quality.starts import ours
 from benchmarks.quality.tasks import Row, Rows, Task, read_rows
@@ -29,6 +30,7 @@ from lora_da.rows import collate
 
 EVALUATIONS = 20  # over a run, and one before it
 WARMUP = 0.1  # of the steps
+PREDICTED_FROM = 32  # rows that the first step is looked at on
 
 
 @dataclass
@@ -72,6 +74,7 @@ class Runner:
     def __init__(self, name: str, base: str, device: torch.device, cache: Path | None = None) -> None:
         self._name, self._base, self._device, self._cache = name, base, device, cache
         self._model, self._tokenizer = load_base(name, base, device)
+        self._predictions: dict[Cell, float | None] = {}  # of cells at a rate of zero: they hold at any
 
     def run(self, cell: Cell, task: Task, environment: Mapping[str, Any]) -> Result:
         """Train one cell.
@@ -89,6 +92,7 @@ class Runner:
         torch.manual_seed(cell.seed)  # of random factors
         (model, report), init = measured(start, self._device)
         try:
+            prediction = self._prediction(model, rows, cell)
             looked_at = Heldout(some, None, self._device)
             curve, train = measured(lambda: train_cell(model, rows, looked_at, cell), self._device)
             final, ranked_right = heldout.measure(model.get_base_model())
@@ -112,9 +116,16 @@ class Runner:
             peak_memory_gib=max(cost.gpu_peak or cost.cpu_peak for cost in (init, train)) / GIB,
             memory_of="process" if train.gpu_peak is None else "GPU",
             initialized=None if report is None else report.initialized,
-            prediction=None,
+            prediction=prediction,
             environment=environment,
         )
+
+    def _prediction(self, model: PeftModel, rows: Rows, cell: Cell) -> float | None:
+        at_any_rate = replace(cell, rate=0.0)
+        if at_any_rate not in self._predictions:
+            looked_at = rows.train[: min(cell.init_samples, PREDICTED_FROM)]
+            self._predictions[at_any_rate] = best_first_step(model, looked_at, cell.batch)
+        return self._predictions[at_any_rate]
 
     def _start(self, rows: Rows, cell: Cell) -> Callable[[], tuple[PeftModel, InitReport | None]]:
         """What makes the model with its adapter started, and the report where that is our own doing. Another model

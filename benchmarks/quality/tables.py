@@ -153,17 +153,26 @@ def costs(comparison: Comparison) -> list[str]:
 
 
 def predictions(comparisons: Sequence[Comparison]) -> list[str]:
-    """The predicted factor between a start's best rate and plain LoRA's beside the one found."""
+    """The predicted best rates beside those found, and both as factors of plain LoRA's."""
     rows = []
     for comparison in comparisons:
-        at, reference = comparison.conditions, comparison.rate(PLAIN)
-        for label, runs in comparison.starts.items():
-            found = [result.prediction for result in runs.all if result.prediction is not None]
-            own = comparison.rate(label)
-            measured = NOTHING if own is None or reference is None else f"{own / reference:.3g}"
-            if found:
-                rows.append([at.split, at.task, str(at.rank), label, f"{mean(found):.3g}", measured])
-    return table(["split", "task", "rank", "start", "predicted", "found (best rate ÷ plain's)"], rows)
+        at = comparison.conditions
+        predicted = {
+            label: mean(known)
+            for label, runs in comparison.starts.items()
+            if (known := [result.prediction for result in runs.all if result.prediction is not None])
+        }
+        for label, rate in predicted.items():
+            found = comparison.rate(label)
+            factors = [_factor(rate, predicted.get(PLAIN)), _factor(found, comparison.rate(PLAIN))]
+            best = NOTHING if found is None else learning_rate(found)
+            rows.append([at.split, at.task, str(at.rank), label, learning_rate(rate), best, *factors])
+    header = ["split", "task", "rank", "start", "predicted", "found", "predicted ÷ plain's", "found ÷ plain's"]
+    return table(header, rows)
+
+
+def _factor(rate: float | None, of: float | None) -> str:
+    return NOTHING if rate is None or of is None else f"{rate / of:.2g}"
 
 
 def sensitivity(found: Sequence[Line]) -> list[str]:
