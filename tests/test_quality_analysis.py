@@ -132,6 +132,16 @@ def test_development_chooses_the_rates_of_the_test() -> None:
     assert own_difference(test, "eva") == pytest.approx({0: 0.8 / 0.9 - 1})
 
 
+@pytest.mark.parametrize(("lengths", "chosen"), [([64], (64, 1e-3)), ([64, 128], (128, 3e-4))])
+def test_rates_may_be_chosen_on_rows_of_another_length(lengths: list[int], chosen: tuple[int, float]) -> None:
+    """The test's rows have up to 128 tokens: development rows of the same length come first."""
+    best = {64: {3e-4: [1.1], 1e-3: [1.0]}, 128: {3e-4: [0.9], 1e-3: [1.0]}}
+    development = [run for length in lengths for run in grid("plain", best[length], length=length)]
+    found = compare([*development, *grid("plain", {3e-4: [0.9], 1e-3: [0.8]}, split="test", length=128)])
+    (test,) = [comparison for comparison in found if comparison.conditions.split == "test"]
+    assert (test.choices["plain"].length, test.choices["plain"].rate) == chosen
+
+
 def test_a_curve_is_interpolated() -> None:
     curve = [(0, 2.0), (50, 1.1), (100, 0.8)]
     assert first_step_at(curve, 1.0) == pytest.approx(50 + 50 / 3)

@@ -79,10 +79,12 @@ class Runs:
 
 @dataclass(frozen=True)
 class Choice:
-    """The learning rate a start is judged at: where it was chosen, from how many, and whether it is the grid's end."""
+    """The learning rate a start is judged at: on which rows it was chosen, from how many, and whether it is the grid's
+    end."""
 
     rate: float | None
     split: str
+    length: int
     points: int
     at_edge: bool
 
@@ -111,8 +113,9 @@ class Comparison:
 def compare(results: Iterable[Result]) -> list[Comparison]:
     """The results by conditions, in a fixed order.
 
-    On another split than development, the rates are those that development has chosen under the same conditions; only
-    a start that was not run there is judged at its best rate on the split itself, which its choice then says.
+    On another split than development, the rates are those that development has chosen under the same conditions, or
+    with rows of another length; only a start that was not run there is judged at its best rate on the split itself.
+    Its choice says which.
     """
     results = list(results)
     names = labels(result.cell for result in results)
@@ -154,17 +157,20 @@ def _knobs(cell: Cell) -> dict[str, Any]:
 
 
 def _choices(conditions: Conditions, runs: Mapping[Conditions, Mapping[str, Runs]]) -> dict[str, Choice]:
-    twins = [other for other in runs if _unsplit(other) == _unsplit(conditions)]
-    twins = [other for other in twins if other.split == DEVELOPMENT]
-    development = runs[max(twins)] if twins and conditions.split != DEVELOPMENT else {}  # of several, the most rows
+    twins = [other for other in runs if other.split == DEVELOPMENT and _unsplit(other) == _unsplit(conditions)]
+    # of several, the same length and then the most rows
+    twin = max(twins, key=lambda other: (other.length == conditions.length, other), default=conditions)
+    if conditions.split == DEVELOPMENT:
+        twin = conditions
     found = {}
     for label, own in runs[conditions].items():
-        split = DEVELOPMENT if label in development else conditions.split
-        start = development.get(label, own)
+        chosen_on = twin if label in runs[twin] else conditions
+        start = runs[twin].get(label, own)
         rate, rates = start.best_rate(), list(start.by_rate)
-        found[label] = Choice(rate, split, len(rates), rate in (rates[0], rates[-1]))
+        at_edge = rate in (rates[0], rates[-1])
+        found[label] = Choice(rate, chosen_on.split, chosen_on.length, len(rates), at_edge)
     return found
 
 
 def _unsplit(conditions: Conditions) -> Conditions:
-    return replace(conditions, split="", heldout_rows=0, curve_rows=0)
+    return replace(conditions, split="", length=0, heldout_rows=0, curve_rows=0)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from benchmarks.quality.analysis import DEVELOPMENT, FEWEST_POINTS, PLAIN, Choice, Comparison
+from benchmarks.quality.analysis import DEVELOPMENT, FEWEST_POINTS, PLAIN, Choice, Comparison, Conditions
 from benchmarks.quality.goals import GOALS, Verdict, verdicts
 from benchmarks.quality.intervals import interval, mean, spread
 from benchmarks.quality.markdown import NOTHING, average, learning_rate, loss, percent, share, table
@@ -51,7 +51,7 @@ def finals(comparison: Comparison, labels: Sequence[str]) -> list[str]:
         rows.append(
             [
                 _marked(comparison, label),
-                _chosen(comparison.choices[label], comparison.conditions.split),
+                _chosen(comparison.choices[label], comparison.conditions),
                 loss(own.values()),
                 differences[0],
                 loss(plain.values()),
@@ -68,7 +68,7 @@ def _marked(comparison: Comparison, label: str) -> str:
     return label + OWN_BASE * comparison.starts[label].own_base
 
 
-def _chosen(choice: Choice, split: str) -> str:
+def _chosen(choice: Choice, at: Conditions) -> str:
     if choice.rate is None:
         return f"none: NaN at all {choice.points}"
     remarks = []
@@ -76,8 +76,10 @@ def _chosen(choice: Choice, split: str) -> str:
         remarks.append("the grid's end")
     if choice.points < FEWEST_POINTS:
         remarks.append(f"of {choice.points}")
-    if split != DEVELOPMENT and choice.split == split:
+    if at.split != DEVELOPMENT and choice.split == at.split:
         remarks.append("chosen on these rows")
+    if choice.length != at.length:
+        remarks.append(f"chosen on rows of up to {choice.length} tokens")
     return learning_rate(choice.rate) + (f" ({', '.join(remarks)})" if remarks else "")
 
 
@@ -184,7 +186,5 @@ def sensitivity(found: Sequence[Line]) -> list[str]:
         for point in line.points:
             against = NOTHING if line.start == PLAIN else percent(interval(point.differences.values()))
             value = f"{line.knob} {point.value}"
-            rows.append(
-                [where, line.start, value, _chosen(point.choice, at.split), loss(point.finals.values()), against]
-            )
+            rows.append([where, line.start, value, _chosen(point.choice, at), loss(point.finals.values()), against])
     return table(["where", "start", "setting", "best rate", "final loss", "to plain, both at their best"], rows)
