@@ -14,6 +14,7 @@ from peft import PeftModel
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from benchmarks.quality.candidates import tried
 from benchmarks.quality.results import Cell
 from benchmarks.quality.tasks import DIGEST
 from lora_da import InitReport, LoraDAConfig, initialize_lora_da_weights
@@ -21,15 +22,17 @@ from lora_da.adapter import Adapter, find_adapter
 from lora_da.config import METHODS, PRESETS
 
 CONTROLS = ("zero_B", "random_A", "plain_scale")
+OWN_SETTINGS = ("control", "candidate")  # of a start, beside those of `LoraDAConfig`
 
 
 def config_of(method: str, settings: Mapping[str, Any]) -> LoraDAConfig:
     """The settings of a start; the samples are the cell's.
 
     Args:
-        settings: of `LoraDAConfig`, where `preset` may be a mapping, `base` and what is changed of it, and `control`.
+        settings: of `LoraDAConfig`, where `preset` may be a mapping, `base` and what is changed of it, and
+            `OWN_SETTINGS`.
     """
-    own = {"method": method, **{name: value for name, value in settings.items() if name != "control"}}
+    own = {"method": method, **{name: value for name, value in settings.items() if name not in OWN_SETTINGS}}
     if isinstance(own.get("preset"), Mapping):
         changes = dict(own["preset"])
         own["preset"] = replace(PRESETS[changes.pop("base")], **changes)
@@ -52,13 +55,14 @@ def ours(model: PeftModel, loader: DataLoader[Any], cell: Cell, cache: Path | No
         cell: with the settings of `config_of`.
         cache: a folder for solutions, so that the rates of a sweep share one.
     """
-    kind = cell.settings.get("control")
+    kind, candidate = (cell.settings.get(name) for name in OWN_SETTINGS)
     config = replace(
         config_of(cell.method, cell.settings),
         samples=cell.init_samples,
-        cache_dir=None if cache is None else str(cache),
+        cache_dir=None if cache is None or candidate else str(cache),  # which does not know of candidates
     )
-    report = initialize_lora_da_weights(model, loader, config, show_progress=False)
+    with tried(candidate):
+        report = initialize_lora_da_weights(model, loader, config, show_progress=False)
     if kind is not None:
         control(model, kind, cell.seed)
     return report

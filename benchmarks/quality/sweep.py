@@ -22,7 +22,7 @@ class Start:
     Args:
         name: as reports call it.
         method: `plain`; a `method:` of LoRA-DA's; `eva`; or what starts on the unquantised model.
-        settings: of `LoraDAConfig`, its preset possibly with changes to it, and `control`; see `starts`.
+        settings: of `LoraDAConfig`, its preset possibly with changes to it, `control` and `candidate`; see `starts`.
     """
 
     name: str

@@ -1,0 +1,132 @@
+"""What was tried in LoRA-DA's place is what it says."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("trl", reason="TRL is not installed")
+
+from benchmarks.quality.candidates import CANDIDATES, tried
+from lora_da import solve
+from lora_da.methods.common import LoraFactors
+from lora_da.methods.lora_da import lora_da
+from lora_da.statistics import LayerStatistics
+
+pytestmark = pytest.mark.once
+
+RANK, PLAIN_VARIANCE, DAMPING = 2, 0.02, 0.1
+SETTINGS: dict[str, Any] = {
+    "population": 1e4,
+    "variance_weight": 1.0,
+    "damping": DAMPING,
+    "relative_damping": True,
+    "gamma": 1024.0,
+    "normalize_step": True,
+    "plain_variance": PLAIN_VARIANCE,
+}
+
+
+def layer(i: int = 7, o: int = 5, cov: Tensor | None = None, fisher: Tensor | None = None) -> LayerStatistics:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(40, i, generator=generator) * torch.linspace(0.3, 3, i)
+    grad = torch.randn(o, i, generator=generator) * 1e-3
+    cov = x.T @ x / 40 if cov is None else cov
+    return LayerStatistics(grad, cov, torch.rand(o, generator=generator) * 1e-5 if fisher is None else fisher, 40)
+
+
+def solved(name: str, statistics: LayerStatistics) -> LoraFactors:
+    return CANDIDATES[name](statistics, RANK, **SETTINGS)
+
+
+def energy(lora_A: Tensor, statistics: LayerStatistics) -> float:
+    return float((lora_A @ statistics.input_cov.double() @ lora_A.T).trace())
+
+
+def same_span(a: Tensor, b: Tensor) -> bool:
+    """Of the rows."""
+    basis = torch.linalg.qr(b.double().T)[0]
+    return torch.allclose(a.double() @ basis @ basis.T, a.double(), atol=1e-6 * float(a.abs().max()))
+
+
+@pytest.mark.parametrize("name", ["half_powers", "gradient", "fisher_metric"])
+def test_another_A_starts_at_the_base_with_plain_loras_input_energy(name: str) -> None:
+    statistics = layer()
+    factors = solved(name, statistics)
+    expected = RANK * PLAIN_VARIANCE * statistics.input_cov.trace().item()
+    assert energy(factors.lora_A, statistics) == pytest.approx(expected, rel=1e-6)
+    assert not factors.lora_B.any()
+
+
+@pytest.mark.parametrize("name", ["half_powers", "fisher_metric"])
+def test_where_the_fisher_says_nothing_all_are_the_gradient(name: str) -> None:
+    statistics = layer(cov=torch.eye(7), fisher=torch.full((5,), 1e-5))
+    found, default = solved(name, statistics).lora_A, lora_da(statistics, RANK, **SETTINGS).lora_A
+    assert same_span(found, solved("gradient", statistics).lora_A)
+    assert same_span(found, default)
+
+
+def test_half_powers_are_half_way() -> None:
+    """Of a gradient that has been through Z^-½ once already, they make the natural gradient."""
+    statistics = layer(fisher=torch.full((5,), 1e-5))
+    values, vectors = torch.linalg.eigh(statistics.input_cov.double())
+    root = vectors @ ((values + DAMPING * values.mean()).rsqrt()[:, None] * vectors.T)
+    halved = LayerStatistics(
+        statistics.grad.double() @ root, statistics.input_cov, statistics.output_fisher, statistics.n_tokens
+    )
+    natural = lora_da(statistics, RANK, **(SETTINGS | {"variance_weight": 0.0})).lora_A
+    assert same_span(solved("half_powers", halved).lora_A, natural)
+
+
+def test_the_fisher_metrics_rows_lower_the_quadratic_model_the_most() -> None:
+    """Oracle: no other A of this rank, random or the natural gradient's, lowers ⟨G, Δ⟩ + ½ tr(Δᵀ Y Δ Z) as far."""
+    statistics = layer()
+    cov = statistics.input_cov.double() + DAMPING * statistics.input_cov.double().diagonal().mean() * torch.eye(7)
+    fisher = statistics.output_fisher.double() * 1.0
+    fisher = fisher + DAMPING * fisher.mean()
+
+    def decrease(lora_A: Tensor) -> float:
+        reduced = statistics.grad.double() @ lora_A.double().T  # (o, r)
+        inner = torch.linalg.inv(lora_A.double() @ cov @ lora_A.double().T)
+        return float((reduced @ inner * reduced / fisher[:, None]).sum())
+
+    best = decrease(solved("fisher_metric", statistics).lora_A)
+    assert best >= decrease(lora_da(statistics, RANK, **SETTINGS).lora_A)
+    assert all(best > decrease(torch.randn(RANK, 7, generator=torch.Generator().manual_seed(n))) for n in range(50))
+
+
+def test_a_matched_slope_is_plain_loras() -> None:
+    """Oracle: the mean of ‖G Aᵀ‖₁ over random A."""
+    statistics = layer(i=64, o=9)
+    generator = torch.Generator().manual_seed(1)
+    draws = [torch.randn(RANK, 64, generator=generator) * math.sqrt(PLAIN_VARIANCE) for _ in range(400)]
+    expected = sum(float((statistics.grad @ a.T).abs().sum()) for a in draws) / len(draws)
+    factors = solved("slope_matched", statistics)
+    assert float((statistics.grad.double() @ factors.lora_A.T).abs().sum()) == pytest.approx(expected, rel=0.05)
+    assert torch.allclose(factors.lora_B @ factors.lora_A, step(lora_da(statistics, RANK, **SETTINGS)), atol=1e-12)
+
+
+@pytest.mark.parametrize(("name", "factor"), [("half_scale", 0.5), ("double_scale", 2.0)])
+def test_a_scale_changes_how_the_step_is_shared(name: str, factor: float) -> None:
+    statistics = layer()
+    default, scaled = lora_da(statistics, RANK, **SETTINGS), solved(name, statistics)
+    assert torch.allclose(scaled.lora_A, default.lora_A * factor)
+    assert torch.allclose(step(scaled), step(default), atol=1e-12)
+
+
+def step(factors: LoraFactors) -> Tensor:
+    return factors.lora_B @ factors.lora_A
+
+
+def test_a_candidate_is_in_the_place_of_lora_da_while_it_is_tried() -> None:
+    with tried("gradient"):
+        assert solve.lora_da is CANDIDATES["gradient"]
+    with tried(None):
+        assert solve.lora_da is lora_da
+    with pytest.raises(ValueError, match="half_powers"), tried("half"):
+        pass
+    assert solve.lora_da is lora_da
