@@ -12,7 +12,8 @@ from transformers.pytorch_utils import Conv1D
 
 from lora_da.adapter import AdapterLayer
 from lora_da.blocks import BlockRow, NotARow
-from lora_da.collect import Collector, gradients_must_pass
+from lora_da.collect import Collector
+from lora_da.gradients import gradients_must_pass
 from lora_da.mode import without_checkpointing
 from lora_da.routing import Routed, find_routed
 from lora_da.sharded import gathered_bytes, shape

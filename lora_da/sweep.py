@@ -16,10 +16,11 @@ from lora_da.adapter import AdapterLayer
 from lora_da.batching import Batch, divided
 from lora_da.blocks import BlockRow, NotARow, check
 from lora_da.borders import Border, Borders
-from lora_da.collect import Collector, outputs_with_gradients
+from lora_da.collect import Collector
 from lora_da.config import Numbers, Preset
 from lora_da.data import InitData
 from lora_da.errors import LoraDAError
+from lora_da.gradients import outputs_with_gradients
 from lora_da.memory import is_out_of_memory
 from lora_da.mode import reentrant_checkpointing, without_checkpointing
 from lora_da.needs import NEEDS, Needs
