@@ -20,6 +20,7 @@ from lora_da.statistics import LayerStatistics
 pytestmark = pytest.mark.once
 
 RANK, PLAIN_VARIANCE, DAMPING = 2, 0.02, 0.1
+SAMPLING = 0.05  # some four standard errors of a mean over 400 draws, each of 18 half-normal sums
 SETTINGS: dict[str, Any] = {
     "population": 1e4,
     "variance_weight": 1.0,
@@ -86,7 +87,7 @@ def test_the_fisher_metrics_rows_lower_the_quadratic_model_the_most() -> None:
     """Oracle: no other A of this rank, random or the natural gradient's, lowers ⟨G, Δ⟩ + ½ tr(Δᵀ Y Δ Z) as far."""
     statistics = layer()
     cov = statistics.input_cov.double() + DAMPING * statistics.input_cov.double().diagonal().mean() * torch.eye(7)
-    fisher = statistics.output_fisher.double() * 1.0
+    fisher = statistics.output_fisher.double()
     fisher = fisher + DAMPING * fisher.mean()
 
     def decrease(lora_A: Tensor) -> float:
@@ -106,7 +107,7 @@ def test_a_matched_slope_is_plain_loras() -> None:
     draws = [torch.randn(RANK, 64, generator=generator) * math.sqrt(PLAIN_VARIANCE) for _ in range(400)]
     expected = sum(float((statistics.grad @ a.T).abs().sum()) for a in draws) / len(draws)
     factors = solved("slope_matched", statistics)
-    assert float((statistics.grad.double() @ factors.lora_A.T).abs().sum()) == pytest.approx(expected, rel=0.05)
+    assert float((statistics.grad.double() @ factors.lora_A.T).abs().sum()) == pytest.approx(expected, rel=SAMPLING)
     assert torch.allclose(factors.lora_B @ factors.lora_A, step(lora_da(statistics, RANK, **SETTINGS)), atol=1e-12)
 
 

@@ -158,10 +158,10 @@ def _knobs(cell: Cell) -> dict[str, Any]:
 
 def _choices(conditions: Conditions, runs: Mapping[Conditions, Mapping[str, Runs]]) -> dict[str, Choice]:
     twins = [other for other in runs if other.split == DEVELOPMENT and _unsplit(other) == _unsplit(conditions)]
+    if conditions.split == DEVELOPMENT:
+        twins = [conditions]
     # of several, the same length and then the most rows
     twin = max(twins, key=lambda other: (other.length == conditions.length, other), default=conditions)
-    if conditions.split == DEVELOPMENT:
-        twin = conditions
     found = {}
     for label, own in runs[conditions].items():
         chosen_on = twin if label in runs[twin] else conditions

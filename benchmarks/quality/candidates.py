@@ -18,7 +18,8 @@ from torch import Tensor
 
 from lora_da import solve
 from lora_da.methods.common import LoraFactors, start_at_the_base
-from lora_da.methods.lora_da import lora_da
+from lora_da.methods.gradient import decompose_gradient
+from lora_da.methods.lora_da import damp_input, lora_da
 from lora_da.statistics import LayerStatistics
 
 
@@ -49,7 +50,7 @@ def half_powers(
 def gradient(statistics: LayerStatistics, rank: int, *, plain_variance: float, **_: Any) -> LoraFactors:
     """No Fisher at all: A spans the right singular vectors of G, LoRA-One's and LoRA-GA's, at the default's scale."""
     grad, cov, _fisher = _double(statistics)
-    return _start(_left_vectors(grad.T, rank), cov, plain_variance, len(grad))
+    return _start(decompose_gradient(statistics, rank).right, cov, plain_variance, len(grad))
 
 
 def fisher_metric(
@@ -58,7 +59,7 @@ def fisher_metric(
     """The rows of A that lower the damped quadratic model the most, orthonormal under Z: A = Uᵀ L⁻¹ for Z = L Lᵀ and U
     the left singular vectors of L⁻¹ Gᵀ Y^-½."""
     grad, cov, fisher = _double(statistics)
-    factor = torch.linalg.cholesky(cov + damping * cov.diagonal().mean() * torch.eye(len(cov)).to(cov))
+    factor = damp_input(cov, damping, relative_damping=True).factor.double()
     whitened = torch.linalg.solve_triangular(factor, grad.T * _damped(fisher, damping).rsqrt(), upper=False)
     directions = torch.linalg.solve_triangular(factor.T, _left_vectors(whitened, rank), upper=True)
     return _start(directions, cov, plain_variance, len(grad))

@@ -1,8 +1,8 @@
 """The learning rate that suits a start, predicted before training: the one whose first step lowers the loss the most.
 
 Adam's first step moves every parameter by the rate against the sign of its gradient, whatever the gradient's size. How
-far a rate takes the model therefore depends on the start (on the input energy of lora_A above all), and so does the
-rate that takes it too far. Both need no training to be seen: one gradient, and the loss at some rates along the step.
+far a rate takes the model therefore depends on the start, and so does the rate that takes it too far. Both need no
+training to be seen: one gradient, and the loss at some rates along the step.
 """
 
 from __future__ import annotations
