@@ -15,7 +15,7 @@ def cell(start: str = "plain", rate: float = 1e-3, seed: int = 0, **changes: Any
     fields: dict[str, Any] = {
         "task": "gsm8k",
         "split": "development",
-        "data": "d",
+        "data": f"digest of {changes.get('task', 'gsm8k')}",
         "method": start,
         "numbers": "",
         "settings": {},

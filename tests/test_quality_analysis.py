@@ -225,6 +225,13 @@ def test_a_task_counts_once_in_a_mean() -> None:
     assert len({section.title for section in found}) == 2
 
 
+def test_what_differs_in_its_data_or_its_curve_only_stands_alone() -> None:
+    for same_task in ([{"data": "other"}], [{"curve_rows": 64}], [{"data": "other"}, {"curve_rows": 64}]):
+        found = sections(compare([result(task="arc"), result(), *(result(**changes) for changes in same_task)]))
+        assert all(len(section.tasks) == 1 for section in found)
+        assert len({section.title for section in found}) == len(found) == 2 + len(same_task)
+
+
 def test_the_test_comes_first() -> None:
     found = sections(compare([result(), result(rank=32, split="test"), result(split="test")]))
     assert [(s.conditions.split, s.conditions.rank) for s in found] == [("test", 8), ("test", 32), ("development", 8)]

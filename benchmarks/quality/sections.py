@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from benchmarks.quality.analysis import PLAIN, Comparison, Conditions
 from benchmarks.quality.intervals import mean
@@ -13,11 +14,21 @@ from benchmarks.quality.pairs import Seeds, over_tasks, share_of_steps
 Difference = Callable[[Comparison, str, str], dict[int, float]]
 
 
+# What may differ within a section; where a task would be in it twice, the next one counts.
+OF_A_TASK: tuple[dict[str, Any], ...] = (
+    {"task": "", "data": "", "length": 0, "heldout_rows": 0, "curve_rows": 0},
+    {"task": "", "data": "", "curve_rows": 0},
+    {},
+)
+
+
 @dataclass(frozen=True)
 class Section:
-    """The comparisons that differ in their task only (and in what belongs to it: its length and its held-out rows)."""
+    """The comparisons that differ in their task only (and in what belongs to it: its data, its length and its held-out
+    rows). `alone`: one that others equal but for its data or the rows of its curve."""
 
     comparisons: tuple[Comparison, ...]
+    alone: bool = False
 
     @property
     def conditions(self) -> Conditions:
@@ -26,10 +37,12 @@ class Section:
 
     @property
     def title(self) -> str:
+        """No other section has it."""
         at = self.conditions
         rows = {(c.conditions.length, c.conditions.heldout_rows) for c in self.comparisons}
         shared = f"up to {at.length} tokens, {at.heldout_rows} rows held out, " if len(rows) == 1 else ""
-        return f"{at.split}, rank {at.rank}: {at.steps} steps of {at.batch}, {shared}{at.model} on {at.base}"
+        own = f", {at.task} of data {at.data}, a curve of {at.curve_rows} rows" if self.alone else ""
+        return f"{at.split}, rank {at.rank}: {at.steps} steps of {at.batch}, {shared}{at.model} on {at.base}{own}"
 
     @property
     def labels(self) -> list[str]:
@@ -61,18 +74,19 @@ class Section:
 def sections(comparisons: Sequence[Comparison]) -> list[Section]:
     """By everything but the task; the held-out test first, then development.
 
-    Where a task is there twice, with other lengths or rows, its comparisons get sections of their own: no task may
-    count twice in a mean.
+    Where a task is there twice, with other lengths, rows or data, its comparisons get sections of their own: no task
+    may count twice in a mean.
     """
-    found: dict[Conditions, list[Comparison]] = {}
-    for comparison in comparisons:
-        found.setdefault(replace(comparison.conditions, task="", length=0, heldout_rows=0), []).append(comparison)
-    by_tasks: dict[Conditions, list[Comparison]] = {}
-    for shared, members in found.items():
-        once = len({comparison.conditions.task for comparison in members}) == len(members)
-        for comparison in members:
-            by_tasks.setdefault(shared if once else replace(comparison.conditions, task=""), []).append(comparison)
-    return sorted(
-        (Section(tuple(members)) for members in by_tasks.values()),
-        key=lambda section: (section.conditions.split != "test", section.conditions),
-    )
+    found: list[Section] = []
+    left = list(comparisons)
+    for of_a_task in OF_A_TASK:
+        shared: dict[Conditions, list[Comparison]] = {}
+        for comparison in left:
+            shared.setdefault(replace(comparison.conditions, **of_a_task), []).append(comparison)
+        left = []
+        for members in shared.values():
+            if len({comparison.conditions.task for comparison in members}) == len(members):
+                found.append(Section(tuple(members), alone=not of_a_task))
+            else:
+                left += members
+    return sorted(found, key=lambda section: (section.conditions.split != "test", section.conditions))
