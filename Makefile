@@ -37,7 +37,7 @@ lint: $(AXOLOTL)/.ready
 
 # What works with what, as the tests' markers say, into the README.
 table:
-	$(PYTHON) tests/table.py
+	$(PYTHON) tests/support/table.py
 
 clean:
 	rm -rf .venv demo

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from benchmarks.ours import Batches
 from benchmarks.random_llama import DTYPE
 from lora_da.adapter import find_adapter
-from lora_da.loss import backward
-from lora_da.mode import estimation_mode
+from lora_da.model.state import estimation_mode
 from lora_da.statistics import InputSums, LayerSums, summable
+from lora_da.tasks.head import backward
 
 
 def plain_pass(peft_model: PeftModel, batches: Batches) -> None:

@@ -15,10 +15,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from lora_da import InitReport, LoraDAConfig, initialize_lora_da_weights
-from lora_da.borders import Border
-from lora_da.data import draw
-from lora_da.plan import make_plan
-from lora_da.tokens import BatchTokens
+from lora_da.collect.borders import Border
+from lora_da.collect.plan import make_plan
+from lora_da.samples.draw import draw
+from lora_da.samples.tokens import BatchTokens
 
 Batches = list[tuple[dict[str, Tensor], BatchTokens]]
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from lora_da.config import LoraDAConfig
     from lora_da.errors import LoraDAError
-    from lora_da.export import export_initial_adapter
+    from lora_da.export.folder import export_initial_adapter
     from lora_da.initialize import initialize_lora_da_weights
     from lora_da.report import InitReport
 
@@ -29,7 +29,7 @@ _HOMES = {
     "LoraDAConfig": "lora_da.config",
     "LoraDAError": "lora_da.errors",
     "InitReport": "lora_da.report",
-    "export_initial_adapter": "lora_da.export",
+    "export_initial_adapter": "lora_da.export.folder",
     "initialize_lora_da_weights": "lora_da.initialize",
 }
 

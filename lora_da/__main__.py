@@ -15,7 +15,7 @@ from typing import Any
 
 from lora_da.config import METHODS, PRESETS, LoraDAConfig
 from lora_da.errors import LoraDAError
-from lora_da.files import read_rows
+from lora_da.export.files import read_rows
 
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 
@@ -85,8 +85,8 @@ def _export(asked: argparse.Namespace, config: LoraDAConfig) -> None:
     from torch.utils.data import DataLoader
     from transformers import AutoTokenizer
 
-    from lora_da.export import check_output, export_initial_adapter
-    from lora_da.rows import TokenizedRows, collate
+    from lora_da.export.folder import check_output, export_initial_adapter
+    from lora_da.export.rows import TokenizedRows, collate
 
     device = _device(asked.device)
     check_output(asked.output, asked.overwrite)

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from lora_da.errors import LoraDAError
-from lora_da.sharded import copied, is_zero3, shape, shard_of, whole
-from lora_da.weights import is_readable, row_norms, weight_norm
+from lora_da.model.sharding import copied, is_zero3, shape, shard_of, whole
+from lora_da.model.weights import is_readable, row_norms, weight_norm
 
 SMALLEST = torch.finfo(torch.float32).tiny  # in the place of the norm of an all-zero weight
 

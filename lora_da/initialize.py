@@ -20,25 +20,25 @@ from peft import PeftModel
 from tqdm.auto import tqdm
 
 from lora_da.adapter import Adapter, AdapterLayer, describe_left, find_adapter
-from lora_da.blocks import NotARow
-from lora_da.cache import CacheEntry, cache_folder
-from lora_da.collect import Collector
+from lora_da.cache.fingerprint import fingerprint
+from lora_da.cache.store import CacheEntry, cache_folder
+from lora_da.collect.collector import Collector
+from lora_da.collect.plan import make_plan
+from lora_da.collect.schedule import Sweep
+from lora_da.collect.survey import survey
 from lora_da.config import LoraDAConfig
-from lora_da.data import InitData, draw
 from lora_da.errors import LoraDAError
-from lora_da.estimate import Estimate, solution_of, warn_of_kept
-from lora_da.fingerprint import fingerprint
 from lora_da.memory import PeakMemory
 from lora_da.methods.common import LoraFactors
-from lora_da.mode import estimation_mode, random_states
+from lora_da.model.blocks import NotARow
+from lora_da.model.sharding import compute_device, is_sharded, prepared
+from lora_da.model.state import estimation_mode, random_states
 from lora_da.needs import NEEDS, full_fisher_layers, servable
-from lora_da.plan import make_plan
-from lora_da.ranks import Ranks
+from lora_da.processes import Ranks
 from lora_da.report import InitReport
-from lora_da.sharded import compute_device, is_sharded, prepared
+from lora_da.samples.draw import InitData, draw
+from lora_da.solution import Estimate, solution_of, warn_of_kept
 from lora_da.solve import LayerSolver
-from lora_da.survey import survey
-from lora_da.sweep import Sweep
 from lora_da.tasks import RewardLoss, Task, find_task
 
 logger = logging.getLogger(__name__)

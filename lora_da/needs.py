@@ -9,8 +9,8 @@ from lora_da.adapter import Adapter, AdapterLayer, describe_left
 from lora_da.config import LoraDAConfig, Preset
 from lora_da.errors import LoraDAError
 from lora_da.methods.filet import CANDIDATES
+from lora_da.model.weights import dense_weight
 from lora_da.statistics import Sums
-from lora_da.weights import dense_weight
 
 # Outputs for which a method that needs the full output Fisher is offered: above, its o² float32 numbers are 4 GiB and
 # more, as those of a language-model head's are.

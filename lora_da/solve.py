@@ -11,9 +11,8 @@ import torch
 from torch import Tensor
 
 from lora_da.adapter import AdapterLayer
-from lora_da.collect import Collector
+from lora_da.collect.collector import Collector
 from lora_da.config import LoraDAConfig, Preset
-from lora_da.data import InitData
 from lora_da.errors import LoraDAError
 from lora_da.memory import is_out_of_memory
 from lora_da.methods.cntlora import cntlora, find_shift
@@ -22,9 +21,10 @@ from lora_da.methods.filet import filet
 from lora_da.methods.lora_da import damp_input, lora_da
 from lora_da.methods.lora_ga import lora_ga
 from lora_da.methods.lora_one import lora_one
+from lora_da.model.weights import dense_weight
 from lora_da.needs import NEEDS
+from lora_da.samples.draw import InitData
 from lora_da.statistics import LayerStatistics, full_float32
-from lora_da.weights import dense_weight
 
 logger = logging.getLogger(__name__)
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from lora_da.ranks import Ranks
+    from lora_da.processes import Ranks
 
 # A symmetric product is made of block rows, each up to the diagonal: 5/8 of the work with four of them. Below this
 # width the smaller matrices cost more than that saves.

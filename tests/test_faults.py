@@ -98,7 +98,7 @@ def cases() -> list[Any]:
 
 @pytest.fixture(autouse=True)
 def small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lora_da.data.BATCH_TOKENS", 24)  # several batches of these short rows
+    monkeypatch.setattr("lora_da.samples.draw.BATCH_TOKENS", 24)  # several batches of these short rows
 
 
 @lru_cache

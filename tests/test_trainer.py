@@ -184,7 +184,7 @@ def test_auto_find_batch_size_starts_the_adapter_once(folder, tmp_path, model, w
 
 
 def test_a_pass_that_fails_midway_leaves_the_model(tmp_path, model, monkeypatch):
-    monkeypatch.setattr("lora_da.data.BATCH_TOKENS", 24)  # several batches of these short rows
+    monkeypatch.setattr("lora_da.samples.draw.BATCH_TOKENS", 24)  # several batches of these short rows
     calls = []
 
     def fail(module, args, output):

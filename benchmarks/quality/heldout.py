@@ -12,8 +12,8 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from benchmarks.quality.tasks import Row, Task
-from lora_da.rows import collate
-from lora_da.tokens import IGNORED
+from lora_da.export.rows import collate
+from lora_da.samples.tokens import IGNORED
 
 BATCH = 16
 

@@ -25,8 +25,8 @@ from benchmarks.quality.results import Cell, Result, has_diverged
 from benchmarks.quality.starts import ours
 from benchmarks.quality.tasks import Row, Rows, Task, read_rows
 from lora_da import InitReport
+from lora_da.export.rows import collate
 from lora_da.memory import GIB
-from lora_da.rows import collate
 
 EVALUATIONS = 20  # over a run, and one before it
 WARMUP = 0.1  # of the steps

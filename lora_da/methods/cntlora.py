@@ -51,7 +51,7 @@ from lora_da.methods.common import (
     noise,
     start_at_the_base,
 )
-from lora_da.methods.eigen import OVERSAMPLING, largest_singular_triplets
+from lora_da.methods.linalg import OVERSAMPLING, largest_singular_triplets
 
 # Of ‖W‖_F √c, which N would be if the shift were as large as the activations: what is rounding.
 MIN_SHIFT = 1e-6

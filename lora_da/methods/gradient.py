@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from lora_da.methods.common import canonical_signs, checked, noise
-from lora_da.methods.eigen import OVERSAMPLING, largest_singular_triplets
+from lora_da.methods.linalg import OVERSAMPLING, largest_singular_triplets
 from lora_da.statistics import LayerStatistics
 
 

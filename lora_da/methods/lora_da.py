@@ -31,7 +31,7 @@ from lora_da.methods.common import (
     noise,
     plain_energy_scale,
 )
-from lora_da.methods.eigen import OVERSAMPLING, largest_eigenpairs
+from lora_da.methods.linalg import OVERSAMPLING, largest_eigenpairs
 from lora_da.statistics import LayerStatistics
 
 # An eigenvalue's error is the square of its residual: at these, a norm and an order of magnitude are settled.

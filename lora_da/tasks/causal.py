@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from lora_da.batching import Batch
-from lora_da.data import read_causal
 from lora_da.errors import LoraDAError
-from lora_da.inputs import model_inputs
-from lora_da.loss import backward
-from lora_da.streams import TOKENS, Streams
+from lora_da.model.streams import Streams
+from lora_da.samples.batch import TOKENS, Batch
+from lora_da.samples.draw import read_causal
+from lora_da.tasks.head import backward
+from lora_da.tasks.inputs import model_inputs
 from lora_da.tasks.task import BeforeHead, Task, Timed, head_width, nobody
 
 

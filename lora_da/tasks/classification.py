@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from lora_da.batching import Batch
 from lora_da.errors import LoraDAError
+from lora_da.samples.batch import Batch
+from lora_da.samples.tokens import IGNORED, read_rows, read_tokens
 from lora_da.tasks.task import BeforeHead, Task, Timed, nobody
-from lora_da.tokens import IGNORED, read_rows, read_tokens
 
 
 class _Classification(Task):

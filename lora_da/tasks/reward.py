@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from lora_da.batching import NOT_FOR_THE_MODEL, Batch
 from lora_da.errors import LoraDAError
+from lora_da.samples.batch import NOT_FOR_THE_MODEL, Batch
+from lora_da.samples.tokens import read_rows
 from lora_da.tasks.classification import SequenceClassification
 from lora_da.tasks.task import BeforeHead, Timed, nobody
-from lora_da.tokens import read_rows
 
 
 @dataclass(frozen=True)

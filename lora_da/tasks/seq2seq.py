@@ -12,14 +12,14 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput
 
-from lora_da.batching import Batch, selected
-from lora_da.blocks import find_blocks
 from lora_da.errors import LoraDAError
-from lora_da.forwards import replaced
-from lora_da.loss import backward_from_head
-from lora_da.streams import ENCODER, TOKENS, Streams
+from lora_da.model.blocks import find_blocks
+from lora_da.model.forward import replaced
+from lora_da.model.streams import Streams
+from lora_da.samples.batch import ENCODER, TOKENS, Batch, selected
+from lora_da.samples.tokens import IGNORED, read_tokens, real_tokens
+from lora_da.tasks.head import backward_from_head
 from lora_da.tasks.task import BeforeHead, Task, Timed, head_width, nobody
-from lora_da.tokens import IGNORED, read_tokens, real_tokens
 
 
 @dataclass(frozen=True)

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from lora_da.batching import Batch
-from lora_da.blocks import find_blocks
-from lora_da.inputs import model_inputs
-from lora_da.sharded import shape
-from lora_da.streams import Streams
+from lora_da.model.blocks import find_blocks
+from lora_da.model.sharding import shape
+from lora_da.model.streams import Streams
+from lora_da.samples.batch import Batch
+from lora_da.tasks.inputs import model_inputs
 
 Timed = Callable[[str], AbstractContextManager[Any]]
 BeforeHead = Callable[[int, "Tensor | None"], None]

@@ -1,0 +1,246 @@
+"""How the samples are run through the model so that everything fits: in one pass, in segments, or in several passes.
+
+A segment is a run of decoder blocks whose statistics are taken together. One segment of all blocks is one ordinary
+pass. Several are streamed from the last to the first, each from the hidden state at its lower border: a forward and a
+backward with one recomputation, as checkpointed training does them, whatever their number. Where a segment's sums do
+not fit together, it is run several times, for some of its layers each time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+
+import torch
+
+from lora_da.adapter import AdapterLayer
+from lora_da.collect.survey import Survey
+from lora_da.memory import GIB, used_bytes
+from lora_da.needs import NEEDS, Needs
+from lora_da.processes import Ranks
+from lora_da.samples.batch import Batch
+from lora_da.statistics import gradient_bytes, input_bytes
+from lora_da.tasks.head import CHUNK
+
+# Shares of the free memory that are planned with: allocators leave gaps, and the figures below are estimates.
+DEVICE_SHARE = 0.85
+CPU_SHARE = 0.5  # the user's other processes live there
+BORDER_SHARE = 0.25  # for the hidden states at borders where the model is on the CPU itself
+# Bytes a block keeps for its backward, beyond the inputs and outputs of its linear layers: norms, rotary embeddings,
+# attention, the activation function's own input.
+ACTIVATIONS = 1.5
+LOGIT_BYTES = 14  # a logit in the model's dtype and in float32, with gradients, and its softmax
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Blocks `first` … `stop` − 1 and the targeted layers that are served when they are run."""
+
+    first: int
+    stop: int
+    layers: tuple[AdapterLayer, ...]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Segments, the lowest first, and what they are forecast to take.
+
+    Args:
+        segments: what is run, from the last to the first; the same blocks may appear several times.
+        device_bytes: of the layers' device, beyond what is in use before.
+        batch_tokens: tokens in a batch at most, padding included, where its rows allow it.
+        cpu_bytes: of the CPU, for the hidden states at the borders.
+        budget: bytes of the device there are.
+        used: bytes of the device in use before: the model.
+        why_not_streamed: the reason if the model cannot be cut.
+    """
+
+    segments: tuple[Segment, ...]
+    device_bytes: int
+    batch_tokens: int
+    cpu_bytes: int
+    budget: int
+    used: int
+    why_not_streamed: str = ""
+
+    @property
+    def cuts(self) -> int:
+        """Number of different runs of blocks."""
+        return len({(s.first, s.stop) for s in self.segments})
+
+    @property
+    def passes(self) -> int:
+        """How often the samples run through the blocks that are run most often."""
+        ranges = [(s.first, s.stop) for s in self.segments]
+        return max(map(ranges.count, ranges), default=0)
+
+    def line(self) -> str:
+        """One line: the kind, its parts and the memory."""
+        total = f"{(self.used + self.device_bytes) / GIB:.1f} of {(self.used + self.budget) / GIB:.1f} GiB"
+        blocks = max(s.stop - s.first for s in self.segments)
+        times = f", each run {self.passes} times" if self.passes > 1 else ""
+        if self.cuts > 1:
+            name = "layer" if blocks == 1 else "layers"
+            borders = f", {self.cpu_bytes / GIB:.1f} GiB on the CPU" if self.cpu_bytes >= GIB / 20 else ""
+            return f"streamed: {self.cuts} segments of {blocks} {name}{times}, {total}{borders}"
+        why = f" (not streamed: {self.why_not_streamed})" if self.why_not_streamed and self.passes > 1 else ""
+        return f"{'one pass' if self.passes == 1 else f'{self.passes} passes'}{why}, {total}"
+
+
+def make_plan(
+    survey: Survey,
+    layers: Sequence[AdapterLayer],
+    full_fisher: frozenset[str],
+    batches: Sequence[Batch],
+    device: torch.device,
+    budget_gib: float | None,
+    n_segments: int | None = None,
+    ranks: Ranks | None = None,
+    needs: Needs = NEEDS["lora_da"],
+) -> Plan:
+    """The fewest segments that fit; where single blocks do not, those with the fewest runs. Every process makes the
+    same: for the largest share of the batches, and the least memory that any of them has.
+
+    Args:
+        survey: of the model.
+        layers: those to be served, in the model's order.
+        full_fisher: names of the layers whose output Fisher is kept in full.
+        batches: what is run, by all processes together.
+        device: where the layers are.
+        budget_gib: GiB that may be used beside the model; a share of what is free if None.
+        n_segments: so many, whether they fit or not; those that fit if None.
+        ranks: the processes.
+        needs: of the method.
+    """
+    ranks = ranks or Ranks()
+    shares = ranks.shares(batches)
+    share = CPU_SHARE if device.type == "cpu" else DEVICE_SHARE
+    budget = int(share * ranks.free_bytes(device)) if budget_gib is None else int(budget_gib * GIB)
+    largest = max(b.n_positions for share in shares for b in share)
+    longest = max(b.shape[1] for share in shares for b in share)
+    batches = shares[0]
+    most = 1 if survey.row is None else len(survey.linear_features)
+    room = (BORDER_SHARE if device.type == "cpu" else CPU_SHARE) * ranks.free_bytes(torch.device("cpu"))
+    while most > 1 and _border_bytes(most - 1, batches, survey, device) > room:
+        most -= 1
+    needed = _Needed(survey, full_fisher, largest, needs)
+    segments = None if n_segments is None else cut(survey, layers, n_segments)
+    while segments is None:
+        segments = next((s for s in _ways(survey, layers, most) if all(needed.bytes(p) <= budget for p in s)), None)
+        if needed.batch_tokens <= longest:
+            break
+        if segments is None:
+            needed = replace(needed, batch_tokens=max(needed.batch_tokens // 2, longest))
+    if segments is None:  # not even one block's layers fit together
+        whole = cut(survey, layers, most)
+        segments = [part for s in whole for part in _parts(s, lambda part: needed.bytes(part) <= budget)]
+    return Plan(
+        segments=tuple(segments),
+        device_bytes=max(map(needed.bytes, segments)),
+        batch_tokens=needed.batch_tokens,
+        cpu_bytes=_border_bytes(len({s.first for s in segments} - {0}), batches, survey, device),
+        budget=budget,
+        used=used_bytes(device),
+        why_not_streamed=survey.why_not,
+    )
+
+
+def _ways(survey: Survey, layers: Sequence[AdapterLayer], most: int) -> Iterator[list[Segment]]:
+    """In one segment, in two, …"""
+    return (cut(survey, layers, cuts) for cuts in range(1, most + 1))
+
+
+def cut(survey: Survey, layers: Sequence[AdapterLayer], cuts: int) -> list[Segment]:
+    """The decoder in `cuts` segments of like size, without those below the lowest targeted layer."""
+    if cuts == 1:
+        return [Segment(0, len(survey.linear_features), tuple(layers))]
+    n = len(survey.linear_features)
+    borders = sorted({round(k * n / cuts) for k in range(cuts + 1)})
+    segments = [
+        Segment(a, b, tuple(layer for layer in layers if a <= survey.block_of[layer.name] < b))
+        for a, b in pairwise(borders)
+    ]
+    while segments and not segments[0].layers:
+        segments.pop(0)
+    return segments
+
+
+def split(segment: Segment, survey: Survey, by_layers: bool = False) -> tuple[Segment, Segment] | None:
+    """A segment in two, for when it was too large after all: by its blocks, or where it is one or asked so, by its
+    layers; None where there is one of these only."""
+    if not by_layers and survey.row is not None and segment.stop - segment.first > 1:
+        middle = (segment.first + segment.stop) // 2
+        below = tuple(layer for layer in segment.layers if survey.block_of[layer.name] < middle)
+        above = tuple(layer for layer in segment.layers if survey.block_of[layer.name] >= middle)
+        return Segment(segment.first, middle, below), Segment(middle, segment.stop, above)
+    if len(segment.layers) < 2:
+        return None
+    half = len(segment.layers) // 2
+    return replace(segment, layers=segment.layers[:half]), replace(segment, layers=segment.layers[half:])
+
+
+@dataclass(frozen=True)
+class _Needed:
+    """Bytes of the device that running a segment takes."""
+
+    survey: Survey
+    full_fisher: frozenset[str]
+    batch_tokens: int
+    needs: Needs
+
+    def bytes(self, segment: Segment) -> int:
+        return self.sums(segment.layers) + max(self.running(segment), self.solving(segment.layers))
+
+    def sums(self, layers: Sequence[AdapterLayer]) -> int:
+        taken, inputs = self.needs.sums, {}
+        if taken.input_cov:
+            inputs = {self.survey.reads_like.get(a.name, a.name): input_bytes(a.in_features) for a in layers}
+        gradients = (gradient_bytes(a.in_features, a.out_features, a.name in self.full_fisher, taken) for a in layers)
+        return sum(gradients) + sum(inputs.values())
+
+    def running(self, segment: Segment) -> int:
+        """Activations of one batch, the products' own copies and the logits of a chunk."""
+        features = self.survey.linear_features
+        stop = min(segment.stop, len(features))
+        kept = ACTIVATIONS * self.survey.itemsize * sum(features[segment.first : stop])
+        weights = sum(self.survey.kept_weights[segment.first : stop])
+        if not self.needs.sums.backward:  # nothing is kept beyond the block that runs
+            kept = self.survey.itemsize * max(features)
+            weights = max(self.survey.kept_weights)
+        elif self.survey.row is None:  # the model's own checkpointing stays, so that training's memory suffices
+            kept = ACTIVATIONS * self.survey.itemsize * max(features) + self.survey.bytes_per_token * len(features)
+            weights = max(self.survey.kept_weights)
+        borders = 4 * self.survey.bytes_per_token
+        copies = 4 * max((a.in_features + a.out_features for a in segment.layers if not a.is_head), default=0)
+        # A product before it is added to its sum in float32, and a dequantised weight, forward or backward.
+        weight = (4 + self.survey.itemsize) * max((a.in_features * a.out_features for a in segment.layers), default=0)
+        head = LOGIT_BYTES * CHUNK * self.survey.vocabulary if stop == len(features) else 0
+        if any(a.is_head for a in segment.layers):
+            head *= 2  # d, and its copies to be summed
+        tokens = int(self.batch_tokens * (kept + borders + copies))
+        return tokens + weight + self.survey.itemsize * weights + head + self.survey.gathered_bytes
+
+    def solving(self, layers: Sequence[AdapterLayer]) -> int:
+        """Of the largest layer."""
+        return max((self.needs.solving(a.in_features, a.out_features) for a in layers), default=0)
+
+
+def _border_bytes(borders: int, batches: Sequence[Batch], survey: Survey, device: torch.device) -> int:
+    """Hidden states at the borders; as they are used up from above, gradients take their place, one ahead."""
+    sizes = [b.n_positions * survey.bytes_per_token for b in batches]
+    if device.type == "cuda":  # torch hands out pinned memory in powers of two
+        sizes = [1 << (size - 1).bit_length() for size in sizes]
+    return (borders + 1) * sum(sizes) if borders else 0
+
+
+def _parts(segment: Segment, fits: Callable[[Segment], bool]) -> list[Segment]:
+    """A segment's layers in groups that fit, one layer at least in each: the same blocks, run once for each group."""
+    parts: list[Segment] = []
+    for layer in segment.layers:
+        larger = replace(parts[-1], layers=(*parts[-1].layers, layer)) if parts else None
+        if larger is not None and fits(larger):
+            parts[-1] = larger
+        else:
+            parts.append(replace(segment, layers=(layer,)))
+    return parts or [segment]

@@ -1,0 +1,135 @@
+"""What there is to know of a model before its statistics are taken, from running a few dozen tokens through it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import starmap
+from typing import Any
+
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from lora_da.adapter import AdapterLayer
+from lora_da.collect.collector import Collector
+from lora_da.model.blocks import BlockRow, NotARow
+from lora_da.model.experts import Routed, find_routed
+from lora_da.model.gradients import gradients_must_pass
+from lora_da.model.sharding import gathered_bytes, shape
+from lora_da.model.state import without_checkpointing
+from lora_da.statistics import ALL_SUMS, Sums
+from lora_da.tasks import Task
+
+
+@dataclass(frozen=True)
+class Survey:
+    """How a model can be cut, and what its layers share.
+
+    Args:
+        row: the decoder's blocks; None where it cannot be cut into them.
+        why_not: the reason then.
+        block_of: the number of the block a layer is in, by layer; the head runs with the last.
+        routed: the layers inside an expert.
+        reads_like: the layer whose input a layer shares, by layer; missing for layers that did not run.
+        bytes_per_token: of a hidden state between blocks.
+        itemsize: bytes of one of its numbers.
+        vocabulary: width of the logits.
+        linear_features: inputs and outputs of the linear layers of each block, summed: what it keeps for the backward.
+        gathered_bytes: of the parameters that are gathered from other processes at once.
+        kept_weights: numbers in the dense weights of each block that may be kept for the backward beside them.
+    """
+
+    row: BlockRow | None
+    why_not: str
+    block_of: Mapping[str, int]
+    routed: Mapping[str, Routed]
+    reads_like: Mapping[str, str]
+    bytes_per_token: int
+    itemsize: int
+    vocabulary: int
+    linear_features: tuple[int, ...]
+    kept_weights: tuple[int, ...]
+    gathered_bytes: int = 0
+
+
+def survey(task: Task, layers: Sequence[AdapterLayer], inputs: Mapping[str, Any], sums: Sums = ALL_SUMS) -> Survey:
+    """Look at a model.
+
+    Args:
+        task: its model in estimation mode.
+        layers: those to be served.
+        inputs: what its body takes; the beginning of one row will do. It is run three times, block by block at last.
+        sums: what is to be taken; gradients are looked for where one of them needs a backward pass.
+
+    Raises:
+        LoraDAError: no gradient passes through a layer of the kinds that are targeted.
+    """
+    model, blocks = task.model, task.blocks
+    block_of = _block_of(blocks, layers)
+    collector = Collector({layer.name: layer.base for layer in layers}, sums=sums)
+    must_pass = _like(layers, model, blocks) if sums.backward else {}
+    row, why_not = BlockRow(task.body, blocks), task.why_not_a_row or _why_not(blocks, layers, block_of)
+    hidden: Tensor | None = None
+    with without_checkpointing(model), collector.observing(), gradients_must_pass(must_pass):
+        if not why_not:
+            try:
+                hidden = row.learn(sums.backward, **inputs)
+            except NotARow as error:
+                why_not = str(error)
+    layers_of = [_widths(block) for block in blocks or [model]]
+    width = shape(model.get_input_embeddings().weight)[-1] if hidden is None else hidden.shape[-1]
+    itemsize = (model.dtype if hidden is None else hidden.dtype).itemsize
+    return Survey(
+        row=None if why_not else row,
+        why_not=why_not,
+        block_of=block_of,
+        routed=find_routed(blocks if task.has_experts else [], {layer.name: layer.base for layer in layers}),
+        reads_like=collector.shared_inputs(),
+        bytes_per_token=width * itemsize,
+        itemsize=itemsize,
+        vocabulary=task.n_logits,
+        linear_features=tuple(sum(map(sum, widths.values())) for widths in layers_of),
+        kept_weights=tuple(sum(starmap(_kept_weight, widths.items())) for widths in layers_of),
+        gathered_bytes=gathered_bytes(model, blocks),
+    )
+
+
+def _block_of(blocks: Sequence[nn.Module], layers: Sequence[AdapterLayer]) -> dict[str, int]:
+    number_of = {id(module): number for number, block in enumerate(blocks) for module in block.modules()}
+    found = {layer.name: number_of[id(layer.base)] for layer in layers if id(layer.base) in number_of}
+    return found | {layer.name: len(blocks) - 1 for layer in layers if layer.is_head and blocks}
+
+
+def _why_not(blocks: Sequence[nn.Module], layers: Sequence[AdapterLayer], block_of: Mapping[str, int]) -> str:
+    if len(blocks) < 2:
+        return "its decoder has no list of blocks"
+    outside = [layer.name for layer in layers if layer.name not in block_of]
+    if outside:
+        return f"layer {outside[0]} is in none of its decoder's blocks"
+    devices = {str(p.device) for block in blocks for p in block.parameters()}
+    return f"its blocks are on several devices ({', '.join(sorted(devices))})" if len(devices) > 1 else ""
+
+
+def _like(layers: Sequence[AdapterLayer], model: nn.Module, blocks: Sequence[nn.Module]) -> dict[str, nn.Module]:
+    """All layers in the blocks of the kinds that are targeted, targeted or not: gradients pass through them all."""
+    kinds, inside = {type(layer.base) for layer in layers}, {id(m) for block in blocks for m in block.modules()}
+    return {name: m for name, m in model.named_modules() if type(m) in kinds and id(m) in inside}
+
+
+def _widths(module: nn.Module) -> dict[nn.Module, tuple[int, int]]:
+    """Inputs and outputs of layers that have one width each: `nn.Linear` and what takes its place, quantised."""
+    found = {}
+    for layer in module.modules():
+        if isinstance(layer, Conv1D):
+            found[layer] = shape(layer.weight)[0], shape(layer.weight)[1]
+        elif not any(layer.children()):  # PEFT's layer has the widths of the one inside it
+            widths = getattr(layer, "in_features", None), getattr(layer, "out_features", None)
+            if isinstance(widths[0], int) and isinstance(widths[1], int):
+                found[layer] = widths[0], widths[1]
+    return found
+
+
+def _kept_weight(layer: nn.Module, widths: tuple[int, int]) -> int:
+    """Numbers in the dense weight that the backward may hold on to: where a class of its own dequantises and multiplies
+    by plain autograd, as GPTQ's and AWQ's do, each layer's is kept until its backward."""
+    return 0 if isinstance(layer, (nn.Linear, Conv1D)) else widths[0] * widths[1]

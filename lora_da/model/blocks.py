@@ -1,0 +1,206 @@
+"""A decoder as a row of blocks, of which some can be run without the others.
+
+To run blocks a … b again from the hidden state that entered block a, the decoder itself is called: it makes masks,
+position embeddings and everything else its blocks are given, whatever the architecture. The blocks before a and from b
+on hand their input through, and block a is given the hidden state. That this is the whole of a block's input is not
+assumed: `learn` sees each block take the very tensor that the one before returned, and follows the graph of what it
+returns for paths around that tensor; `check` compares what comes out later with what came out first.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lora_da.memory import is_out_of_memory
+from lora_da.model.forward import kept_on_device, replaced
+from lora_da.samples.batch import NOT_TEXT
+
+# A block run again in another kernel than the first time is off by rounding, one that lacks an input by its own size.
+REPLAY_TOLERANCE = 0.05
+
+
+class NotARow(Exception):
+    """The decoder's blocks do not make up a row in which each depends on the one before alone; the message says why."""
+
+
+def find_blocks(decoder: nn.Module) -> list[nn.Module]:
+    """A decoder's blocks, lowest first: its longest list of modules that is not inside another; none if unknown."""
+    lists: list[tuple[str, nn.ModuleList]] = []
+    for name, module in decoder.named_modules():
+        if isinstance(module, nn.ModuleList) and not any(name.startswith(outer + ".") for outer, _ in lists):
+            lists.append((name, module))
+    return list(max((m for _, m in lists), key=len, default=[]))
+
+
+class BlockRow:
+    """Runs some blocks of a decoder.
+
+    Args:
+        decoder: what makes hidden states of a batch's inputs; what a model has before its decoder may be part of it.
+        blocks: its blocks.
+    """
+
+    def __init__(self, decoder: nn.Module, blocks: Sequence[nn.Module]) -> None:
+        self._decoder, self._blocks = decoder, blocks
+        self._beside: list[int | None] = [None] * len(blocks)  # what a tuple holds beside the hidden state
+        self._leaves: list[Tensor] | None = None  # while learning: what entered each block so far, cut from its graph
+        self._first, self._stop = 0, len(blocks)
+        self._begin(None, ())
+
+    def __len__(self) -> int:
+        return len(self._blocks)
+
+    def learn(self, gradients: bool = True, **inputs: Any) -> Tensor:
+        """Run all blocks, to see that they are a row and what they return; the hidden state behind the last.
+
+        Then each alone, after a run over other tokens: what a block left lying for another one is stale by then.
+
+        Args:
+            gradients: whether there are graphs to follow; where no backward pass is to come, the runs alone decide.
+            inputs: of the decoder.
+
+        Raises:
+            NotARow: they are not.
+        """
+        self._leaves = []
+        try:
+            with torch.set_grad_enabled(gradients), self.only(0, len(self)), kept_on_device():
+                last = self.run(None, **inputs)[len(self)].detach()
+            entered = [leaf.detach() for leaf in self._leaves] + [last]
+        finally:
+            self._leaves = None
+        with torch.no_grad():
+            self._decoder(**_other_than(inputs))
+            for number in reversed(range(len(self))):  # what a block leaves would be fresh again for those above it
+                self._check_alone(number, entered[number], entered[number + 1], inputs)
+        return last
+
+    def _check_alone(self, number: int, hidden: Tensor, returned: Tensor, inputs: dict[str, Any]) -> None:
+        try:
+            with self.only(number, number + 1):
+                again = self.run(hidden, **inputs)[number + 1]
+        except (RuntimeError, LookupError, TypeError, ValueError, AttributeError) as error:
+            if isinstance(error, torch.AcceleratorError) or is_out_of_memory(error):
+                raise
+            raise NotARow(f"block {number} cannot be run alone: {error}") from error
+        check(again, returned)
+
+    @contextlib.contextmanager
+    def only(self, first: int, stop: int) -> Iterator[None]:
+        """The decoder runs blocks `first` … `stop` − 1 alone while the context is open."""
+        self._first, self._stop = first, stop
+        with contextlib.ExitStack() as stack:
+            for number, block in enumerate(self._blocks):
+                stack.enter_context(replaced(block, self._forward(number, block.forward)))
+            try:
+                yield
+            finally:
+                self._begin(None, ())
+
+    def run(self, hidden: Tensor | None, keep: Sequence[int] = (), **inputs: Any) -> dict[int, Tensor]:
+        """Call the decoder.
+
+        Args:
+            hidden: what enters the first block that runs; None: what the decoder makes.
+            keep: block numbers.
+            inputs: of the decoder.
+
+        Returns:
+            The hidden state that entered each block of `keep`, and under `stop` the one that left the last that ran.
+        """
+        with self.given(hidden, (*keep, self._stop)):
+            self._decoder(**inputs)
+            if self._expected != len(self):
+                raise NotARow(f"{self._expected} of its {len(self)} blocks ran")
+            return self._kept
+
+    @contextlib.contextmanager
+    def given(self, hidden: Tensor | None, keep: Sequence[int] = ()) -> Iterator[None]:
+        """As `run`, for a caller that calls the model itself, once."""
+        self._begin(hidden, keep)
+        try:
+            yield
+        finally:
+            self._begin(None, ())
+
+    def _begin(self, hidden: Tensor | None, keep: Sequence[int]) -> None:
+        self._given, self._keep = hidden, frozenset(keep)
+        self._expected = 0  # the block to run next
+        self._passed: Tensor | None = None  # what the last one returned
+        self._kept: dict[int, Tensor] = {}
+
+    def _forward(self, number: int, original: Callable[..., Any]) -> Callable[..., Any]:
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            hidden = args[0] if args else kwargs.get("hidden_states")
+            if number != self._expected:
+                raise NotARow(f"block {number} runs where block {self._expected} is expected")
+            if not isinstance(hidden, Tensor) or (number and hidden is not self._passed):
+                raise NotARow(f"block {number} does not read what block {number - 1} returns")
+            self._expected += 1
+            if number == self._first and self._given is not None:
+                hidden = self._given.clone()  # a block may change its input in place, and this one is needed again
+            if number in self._keep:
+                self._kept[number] = hidden.clone()
+            if self._first <= number < self._stop:
+                output = self._run(number, original, hidden, args, kwargs)
+            else:
+                beside = self._beside[number]
+                output = hidden if beside is None else (hidden, *(None,) * beside)
+            self._passed = output[0] if isinstance(output, tuple) else output
+            if number + 1 == self._stop and self._stop in self._keep:
+                self._kept[self._stop] = self._passed
+            return output
+
+        return forward
+
+    def _run(self, number: int, original: Callable[..., Any], hidden: Tensor, args: Any, kwargs: dict[str, Any]) -> Any:
+        if self._leaves is not None:
+            hidden = hidden if number else hidden.detach().requires_grad_()
+            self._leaves.append(hidden)
+            hidden = hidden.clone()
+        output = original(hidden, *args[1:], **kwargs) if args else original(**{**kwargs, "hidden_states": hidden})
+        returned = output[0] if isinstance(output, tuple) else output
+        if not isinstance(returned, Tensor) or returned.shape != hidden.shape or hidden.dim() != 3:
+            raise NotARow(f"block {number} does not read and return one hidden state (rows, columns, h)")
+        self._beside[number] = len(output) - 1 if isinstance(output, tuple) else None
+        if self._leaves is None:
+            return output
+        self._look_for_ways_around(number, returned, self._leaves[:-1])
+        cut = returned.detach().requires_grad_()
+        return (cut, *output[1:]) if isinstance(output, tuple) else cut
+
+    def _look_for_ways_around(self, number: int, returned: Tensor, entered: list[Tensor]) -> None:
+        """Whether a block's output depends on anything that entered an earlier block, other than by its own input."""
+        if entered and returned.requires_grad:
+            found = torch.autograd.grad(returned.sum(), entered, allow_unused=True)
+            earlier = [other for other, gradient in enumerate(found) if gradient is not None]
+            if earlier:
+                raise NotARow(f"block {number} reads something of block {earlier[0]} past the hidden state between")
+
+
+def _other_than(inputs: dict[str, Any]) -> dict[str, Any]:
+    """Inputs of the same shapes: other tokens, or other images, for which the tokens say where they are."""
+    images = {k: v.flip(-1) / 2 for k, v in inputs.items() if NOT_TEXT.match(k) and _is_floating(v)}
+    if images or not isinstance(inputs.get("input_ids"), Tensor):
+        return {**inputs, **images}
+    return {**inputs, "input_ids": inputs["input_ids"].flip(-1) // 2}
+
+
+def _is_floating(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point()
+
+
+def check(again: Tensor, before: Tensor) -> None:
+    """Refuse a row whose blocks, run again, do not give what they gave.
+
+    Raises:
+        NotARow: the difference is more than rounding.
+    """
+    off = torch.linalg.vector_norm(again.float() - before.float()) / torch.linalg.vector_norm(before.float())
+    if not off <= REPLAY_TOLERANCE:
+        raise NotARow(f"its blocks, run again from their input alone, are off by {off:.2g}")

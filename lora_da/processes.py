@@ -1,0 +1,155 @@
+"""The processes that train together: each takes a share of the samples and of the layers, and what one meets, all meet.
+
+Everything here is torch.distributed on its default group. One process alone takes none of these ways.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+from torch import distributed as dist
+
+from lora_da.errors import LoraDAError
+from lora_da.memory import free_bytes, is_out_of_memory
+from lora_da.model.blocks import NotARow
+from lora_da.samples.batch import Batch, shared
+
+T = TypeVar("T")
+
+
+class Ranks:
+    """The processes of this run.
+
+    Args:
+        sharded: whether a forward pass is a collective itself (FSDP2, ZeRO-3). All processes then run all samples,
+            so that they gather the same parameters in the same order, and only the layers to solve are divided. A
+            process that fails in a forward leaves the others waiting inside it, where no message reaches them: its
+            error ends it, and the launcher ends the rest.
+
+    Attributes:
+        rank, size: this process, and how many there are.
+    """
+
+    def __init__(self, sharded: bool = False) -> None:
+        several = dist.is_available() and dist.is_initialized()
+        self.rank = dist.get_rank() if several else 0
+        self.size = dist.get_world_size() if several else 1
+        self.sharded = sharded and self.size > 1
+        nccl = several and "nccl" in dist.get_backend()  # it knows no other memory than the GPU's
+        self._device = torch.device("cuda", torch.cuda.current_device()) if nccl else torch.device("cpu")
+
+    @contextlib.contextmanager
+    def together(self) -> Iterator[None]:
+        """All processes leave the block, or all raise what one of them raised in it. An interrupt is not waited with.
+
+        Raises:
+            torch.OutOfMemoryError, NotARow: another process did.
+            LoraDAError: another process failed; with its message.
+        """
+        if self.size == 1 or self.sharded:
+            yield
+            return
+        try:
+            yield
+        except Exception as error:
+            self._largest(1)
+            self.gathered(_describe(error))
+            raise
+        if self._largest(0):
+            self._raise_from_others()
+
+    def from_first(self, make: Callable[[], T]) -> T:
+        """What `make` returns in the first process, in all of them."""
+        if self.size == 1:
+            return make()
+        made: list[Any] = [None, None]
+        if self.rank == 0:
+            try:
+                made[0] = make()
+            except Exception as error:
+                dist.broadcast_object_list([None, str(error)], device=self._device)
+                raise
+        dist.broadcast_object_list(made, device=self._device)
+        if made[1] is not None:
+            raise LoraDAError(made[1])
+        value: T = made[0]
+        return value
+
+    def gathered(self, value: T) -> list[T]:
+        """Each process's value, by rank. The values are pickled, which only our own processes' may be."""
+        values: list[Any] = [value]
+        if self.size > 1:
+            values = [None] * self.size
+            dist.all_gather_object(values, value)
+        return values
+
+    def common(self, key: str) -> str:
+        """One key for all: their own where they have the same, another for each list of them."""
+        keys = self.gathered(key)
+        return key if len(set(keys)) == 1 else hashlib.sha256("".join(keys).encode()).hexdigest()
+
+    def shares(self, batches: Sequence[Batch]) -> list[list[Batch]]:
+        """What each process runs."""
+        return [list(batches)] * self.size if self.sharded else shared(batches, self.size)
+
+    def any(self, flag: bool) -> bool:
+        """Whether it is true in any process."""
+        return bool(self._largest(int(flag)))
+
+    def most(self, number: int) -> int:
+        """The largest of the processes' numbers."""
+        return self._largest(number)
+
+    def total(self, value: Tensor) -> Tensor:
+        """A scalar of this process's samples, summed over the processes."""
+        if self.size > 1 and not self.sharded:
+            dist.all_reduce(value)
+        return value
+
+    def sum_to(self, owner: int, value: Tensor) -> None:
+        """Sum a tensor of this process's samples over the processes, in place in `owner`; elsewhere its values are
+        lost."""
+        if self.size > 1 and not self.sharded:
+            dist.reduce(value, dst=owner)
+
+    def free_bytes(self, device: torch.device) -> int:
+        """What every process may allocate on its device: the least of them, and its part of a CPU they share."""
+        sharing = int(os.environ.get("LOCAL_WORLD_SIZE", self.size)) if device.type == "cpu" else 1
+        return -self._largest(-(free_bytes(device) // sharing))
+
+    def owners(self, costs: Mapping[str, float]) -> dict[str, int]:
+        """Which process takes which piece of work: the most costly first, each to the one with the least so far."""
+        load = [0.0] * self.size
+        owners = {}
+        for name in sorted(costs, key=lambda name: (-costs[name], name)):
+            owners[name] = min(range(self.size), key=lambda rank: (load[rank], rank))
+            load[owners[name]] += costs[name]
+        return owners
+
+    def _largest(self, number: int) -> int:
+        if self.size == 1:
+            return number
+        value = torch.tensor(number, dtype=torch.int64, device=self._device)
+        dist.all_reduce(value, dist.ReduceOp.MAX)
+        return int(value)
+
+    def _raise_from_others(self) -> None:
+        found: list[Any] = self.gathered(None)
+        rank, (kind, message) = next((rank, outcome) for rank, outcome in enumerate(found) if outcome is not None)
+        if kind == "memory":
+            raise torch.OutOfMemoryError(f"rank {rank}: {message}")
+        if kind == "row":
+            raise NotARow(message)
+        raise LoraDAError(f"rank {rank} of {self.size} failed: {message}")
+
+
+def _describe(error: Exception) -> Any:
+    kind = "memory" if is_out_of_memory(error) else "row" if isinstance(error, NotARow) else "error"
+    named = isinstance(error, (LoraDAError, NotARow))
+    return kind, str(error) if named else f"{type(error).__name__}: {error}"

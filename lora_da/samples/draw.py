@@ -1,0 +1,190 @@
+"""The init samples: drawn once from the user's data, by a loader of our own that leaves the user's where it was."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Callable, Iterable, Mapping, Sized
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from accelerate.data_loader import IterableDatasetShard
+from torch.utils.data import DataLoader, IterableDataset, Subset
+
+from lora_da.errors import LoraDAError
+from lora_da.samples.batch import BATCH_TOKENS, Batch, by_length, divided
+from lora_da.samples.tokens import read_tokens
+
+logger = logging.getLogger(__name__)
+
+Collate = Callable[[list[Any]], Mapping[str, Any]]
+Read = Callable[[Mapping[str, Any], int], Batch]
+
+
+@dataclass(frozen=True)
+class InitData:
+    """Batches on the CPU with their counted tokens, and the size of the population they stand for.
+
+    Args:
+        batches: the batches, the longest rows first, each with at least one counted document.
+        n_samples, n_tokens, n_loss_tokens: counted documents, their tokens, and those that carry loss.
+        population_size: N, in documents; None where it is neither known nor needed.
+        unit: what a sample is: `row`, or `document (from …)`.
+    """
+
+    batches: list[Batch]
+    n_samples: int
+    n_tokens: int
+    n_loss_tokens: int
+    population_size: int | None
+    unit: str
+
+
+@dataclass(frozen=True)
+class _Drawn:
+    """One row of the dataset, or one ready batch: `row` is what the collator takes, `whole` if all of it counts."""
+
+    batch: Batch
+    row: Any
+    whole: bool
+
+
+def read_causal(inputs: Mapping[str, Any], limit: int) -> Batch:
+    """As causal language modelling counts: `Task.read` of others differs."""
+    return Batch(inputs, read_tokens(inputs, limit))
+
+
+def draw(
+    dataloader: Iterable[Mapping[str, Any]],
+    samples: int,
+    seed: int | None,
+    population: int | None,
+    read: Read = read_causal,
+    needs_population: bool = True,
+) -> InitData:
+    """Take the first `samples` documents of the data, or random ones if `seed` is given, and batch them by length.
+
+    A `DataLoader` is asked for its dataset and collator: samplers, generators and workers are not touched, and rows of
+    like length are collated together whatever its batch size. Anything else is iterated over as it is. Where a dataset
+    row holds several documents, the population is the number of rows times the documents per row seen.
+
+    Args:
+        dataloader: the user's.
+        samples: documents to take.
+        seed, population: of `LoraDAConfig`.
+        read: counts what the collator made, up to so many documents.
+        needs_population: whether the method asks for N.
+
+    Raises:
+        LoraDAError: empty data, all labels masked, no length where one is needed.
+    """
+    rows, collate, n_rows, unit = _own_rows(dataloader, samples, seed)
+    if needs_population and population is None and n_rows is None:
+        raise LoraDAError(
+            "the dataset has no length, so the size of the training population is unknown; set "
+            "`population_size` (Axolotl: `lora_da.population_size`) to the number of documents to be trained on"
+        )
+    drawn: list[_Drawn] = []
+    n_samples, n_found, rows_seen = 0, 0, 0
+    for row in rows:
+        inputs = row if collate is None else collate([copy.deepcopy(row)])
+        batch = read(inputs, samples - n_samples)
+        rows_seen += 1 if unit == "item" else _rows(inputs)
+        n_samples += batch.tokens.n_documents
+        n_found += batch.tokens.n_found
+        if batch.tokens.n_documents:
+            drawn.append(_Drawn(batch, row, batch.tokens.n_documents == batch.tokens.n_found))
+        if n_samples >= samples:
+            break
+    if rows_seen == 0:
+        raise LoraDAError("the dataset is empty: there is nothing to estimate on")
+    if n_samples == 0:
+        raise LoraDAError(
+            f"none of the first {rows_seen} rows has a token that carries loss: all labels are -100; check the chat "
+            "template, the masking (train_on_inputs, completion_only_loss, assistant_only_loss) and the maximum length"
+        )
+    if population is None and n_rows is not None:
+        population = max(n_samples, round(n_rows * n_found / rows_seen))
+    batches = _batched(drawn, collate, read)
+    boundaries = [b.tokens.boundaries for b in batches if b.tokens.boundaries != "row"]
+    return InitData(
+        batches=batches,
+        n_samples=n_samples,
+        n_tokens=sum(b.n_counted for b in batches),
+        n_loss_tokens=sum(int(b.tokens.loss_tokens.sum()) for b in batches),
+        population_size=population,
+        unit=f"document (from {boundaries[0]})" if boundaries else "row",
+    )
+
+
+def _batched(drawn: list[_Drawn], collate: Collate | None, read: Read) -> list[Batch]:
+    """Rows of like length collated together; ready batches, and a row that counts in part, as they are."""
+    whole = [d for d in drawn if d.whole and collate is not None]
+    rest = [d.batch for d in drawn if not d.whole or collate is None]
+    batches = []
+    for group in by_length([d.batch.length * d.batch.shape[0] for d in whole], BATCH_TOKENS):
+        members = [whole[n] for n in group]
+        batches += _collated(members, collate, read) if collate is not None and len(members) > 1 else [members[0].batch]
+    parts = [part for batch in batches + rest for part in divided(batch.trimmed(), BATCH_TOKENS)]
+    return sorted(parts, key=lambda batch: -batch.length)
+
+
+def _collated(members: list[_Drawn], collate: Collate, read: Read) -> list[Batch]:
+    """The rows in one batch; one by one where the collator makes something else of them together: where it cuts what it
+    packs, or pads without a mask or from the left, or to a width that nothing here knows how to cut."""
+    try:
+        inputs = collate([copy.deepcopy(d.row) for d in members])
+    except (ValueError, RuntimeError) as error:  # it took each of them alone, and a loader of single rows asks no more
+        logger.info("LoRA-DA: rows go one by one, the collator does not take them together: %s", error)
+        return [d.batch for d in members]
+    together = read(inputs, sum(d.batch.tokens.n_documents for d in members))
+    same_loss = torch.equal(together.tokens.loss_tokens, torch.cat([d.batch.tokens.loss_tokens for d in members]))
+    same_tokens = together.n_counted == sum(d.batch.n_counted for d in members)
+    too_large = together.trimmed().n_positions > BATCH_TOKENS and together.halves() is None
+    if same_loss and same_tokens and not too_large and not together.moves_positions():
+        return [together]
+    return [d.batch for d in members]
+
+
+def _own_rows(
+    dataloader: Iterable[Any], samples: int, seed: int | None
+) -> tuple[Iterable[Any], Collate | None, int | None, str]:
+    """The rows of the same data with their collator, or ready batches and None; how many the whole dataset has (None:
+    unknown), and whether that counts its items or the rows of its batches."""
+    dataset = getattr(dataloader, "dataset", None)
+    while isinstance(dataset, IterableDatasetShard):  # accelerate's, of which each process sees a part
+        dataset = dataset.dataset
+    n_rows = len(dataset) if isinstance(dataset, Sized) else None
+    if seed is not None and (n_rows is None or isinstance(dataset, IterableDataset)):
+        raise LoraDAError(
+            f"`seed: {seed}` asks for random samples, which needs a DataLoader over a dataset with a length, not "
+            f"{type(dataset if dataset is not None else dataloader).__name__}: leave `seed` unset"
+        )
+    if dataset is None or not hasattr(dataloader, "collate_fn"):
+        n_rows = sum(map(_rows, dataloader)) if isinstance(dataloader, (list, tuple)) else None
+        return dataloader, None, n_rows, "row"
+    if n_rows is not None and not isinstance(dataset, IterableDataset):
+        if seed is None:
+            order: Any = range(n_rows)
+        else:
+            order = torch.randperm(n_rows, generator=torch.Generator("cpu").manual_seed(seed), device="cpu").tolist()
+        dataset = Subset(dataset, order)
+    elif isinstance(dataset, Iterable) and iter(dataset) is iter(dataset):
+        raise LoraDAError(
+            "the dataset can be iterated over only once: samples taken from it would be missing in training; "
+            "use one that starts anew with each iteration"
+        )
+    # Rows are copied before they are collated: many collators pad the ones they are given in place.
+    collate = dataloader.collate_fn
+    if getattr(dataloader, "batch_sampler", dataloader) is None:  # the dataset's items are batches already
+        return DataLoader(dataset, None, collate_fn=lambda batch: collate(copy.deepcopy(batch))), None, n_rows, "item"
+    # In batches of one: Axolotl's packing replaces the part of torch that fetches single rows.
+    return DataLoader(dataset, 1, collate_fn=lambda rows: rows[0]), collate, n_rows, "item"
+
+
+def _rows(batch: Any) -> int:
+    """The rows of a batch; 0 for a malformed one, which is refused when it is read."""
+    inputs = batch if isinstance(batch, Mapping) else {}
+    rows = next((inputs[key] for key in ("labels", "input_ids") if inputs.get(key) is not None), None)
+    return len(rows) if isinstance(rows, torch.Tensor) and rows.dim() > 0 else 0

@@ -1,0 +1,54 @@
+"""The sweeps of the quality benchmark can be judged, and its results on file are of today's methods and data."""
+
+from __future__ import annotations
+
+import math
+import os
+from pathlib import Path
+
+import pytest
+from quality_results import result
+
+from benchmarks.quality.analysis import compare
+from benchmarks.quality.goals import verdicts
+from benchmarks.quality.results import Cell, Result, read
+from benchmarks.quality.sections import sections
+from benchmarks.quality.starts import digest
+from benchmarks.quality.sweep import read_sweep
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+SWEEPS = sorted((BENCHMARKS / "quality" / "sweeps").glob("*.yml"))
+RESULTS = sorted((BENCHMARKS / "results" / "quality").glob("*.jsonl"))
+
+pytestmark = [
+    pytest.mark.once,
+    pytest.mark.skipif("LORA_DA_DATA" not in os.environ, reason="LORA_DA_DATA names no folder with the tasks' files"),
+]
+
+
+def finished(cell: Cell) -> Result:
+    """Best at 3.2e-3; plain LoRA ahead."""
+    final = 1.0 + 0.1 * abs(math.log10(cell.rate / 3.2e-3)) + 0.01 * (cell.start != "plain") + 0.001 * cell.seed
+    return result(final=final, **vars(cell))
+
+
+@pytest.mark.parametrize("path", SWEEPS, ids=lambda path: path.stem)
+def test_a_whole_sweep_is_judged_over_all_its_tasks(path: Path) -> None:
+    sweep = read_sweep(path)
+    found = sections(compare(map(finished, sweep.cells)))
+    assert [section.conditions.rank for section in found] == sorted({cell.rank for cell in sweep.cells})
+    for section in found:
+        assert section.tasks == sorted(sweep.tasks)
+        assert set(section.named(sweep.controls)) <= set(section.labels)
+        for label in section.named(sweep.judged):
+            assert None not in [verdict.met for verdict in verdicts(section, label) if verdict.goal != 5]
+
+
+@pytest.mark.parametrize("path", RESULTS, ids=lambda path: path.stem)
+def test_results_on_file_are_of_todays_methods_and_data(path: Path) -> None:
+    digests = {name: task.digest() for sweep in map(read_sweep, SWEEPS) for name, task in sweep.tasks.items()}
+    results = read([path]).results
+    assert results
+    for cell in (one.cell for one in results):
+        assert cell.numbers == digest(cell.method, cell.settings), f"{cell.start} has other settings now: run it again"
+        assert cell.data == digests[cell.task], f"{cell.task} has other rows now: run it again"

@@ -1,0 +1,97 @@
+"""Memory decides how the model is run, never what comes out, and what was used is gone before the next segment."""
+
+import gc
+import weakref
+from functools import partial
+
+import pytest
+import torch
+from models import batches, documents, pad, tiny_llama, with_lora
+from torch.utils.data import DataLoader
+
+import lora_da.initialize
+from lora_da import LoraDAConfig, initialize_lora_da_weights
+from lora_da.collect.borders import Border
+from lora_da.collect.plan import make_plan
+from lora_da.memory import GIB, PeakMemory
+
+SAME = 1e-5  # float32 sums of the same tokens in the same order, of a model that is run again
+
+
+def initialised(**settings) -> tuple[dict[str, torch.Tensor], str]:
+    model = with_lora(tiny_llama())
+    config = LoraDAConfig(samples=8, **settings)
+    report = initialize_lora_da_weights(model, batches(documents(8), 4), config, show_progress=False)
+    return {k: v.clone() for k, v in model.state_dict().items() if "lora_" in k}, report.plan
+
+
+def test_a_smaller_budget_gives_what_one_pass_gives() -> None:
+    one, plan = initialised()
+    assert plan.startswith("one pass")
+    seen = set()
+    for budget in (1e-3, 5e-4, 1e-4, 1 / GIB):
+        many, plan = initialised(memory_budget=budget)
+        seen.add(plan.split(",")[0])
+        for key, value in one.items():
+            assert torch.linalg.norm(many[key] - value) <= SAME * torch.linalg.norm(value), (plan, key)
+    assert "streamed: 2 segments of 1 layer" in seen
+
+
+def test_the_sums_of_a_segment_are_gone_before_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[weakref.ref] = []
+    original = lora_da.collect.schedule.Collector
+
+    def spy(*args, **kwargs):
+        gc.collect()
+        assert [ref for ref in seen if ref() is not None] == []
+        collector = original(*args, **kwargs)
+        seen.append(weakref.ref(collector))
+        return collector
+
+    monkeypatch.setattr(lora_da.collect.schedule, "Collector", spy)
+    _, plan = initialised(memory_budget=1 / GIB)
+    assert "each run 7 times" in plan and len(seen) == 14
+
+
+@pytest.mark.parametrize("cuts", [1, 2, 3, 6])
+def test_hidden_states_on_the_cpu_take_what_was_forecast(cuts: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Within 10 %: at every moment what all borders hold, batch by batch."""
+    monkeypatch.setattr("lora_da.samples.draw.BATCH_TOKENS", 16)
+    borders: weakref.WeakSet[Border] = weakref.WeakSet()
+    held = [0]
+    original = Border.put
+
+    def put(border, number, tensor):
+        original(border, number, tensor)
+        borders.add(border)
+        held.append(sum(b.nbytes for b in borders))
+
+    monkeypatch.setattr(Border, "put", put)
+    monkeypatch.setattr(lora_da.initialize, "make_plan", partial(make_plan, n_segments=cuts))
+    model = with_lora(tiny_llama(num_hidden_layers=6))
+    config = LoraDAConfig(samples=8)
+    report = initialize_lora_da_weights(model, DataLoader(documents(8), collate_fn=pad), config, show_progress=False)
+    assert max(held) == pytest.approx(report.forecast["cpu"], rel=0.1)
+
+
+def test_peak_memory_is_not_below_what_is_held() -> None:
+    memory = PeakMemory(torch.device("cpu"))
+    held = torch.ones(64 * 2**20, dtype=torch.uint8)
+    assert memory.gib() >= held.numel() / GIB and memory.name == "process"
+
+
+def tensors() -> int:
+    gc.collect()
+    return sum(isinstance(thing, torch.Tensor) for thing in gc.get_objects())
+
+
+def test_no_tensor_is_left_behind() -> None:
+    """Not in a graph either that was never run backward, which the garbage collector does not see as garbage."""
+    model, data = with_lora(tiny_llama()), batches(documents(8), 4)
+    initialize_lora_da_weights(model, data, LoraDAConfig(samples=8), show_progress=False)
+    before = tensors()
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            parameter.data.zero_()
+    initialize_lora_da_weights(model, data, LoraDAConfig(samples=8), show_progress=False)
+    assert tensors() == before

@@ -1,0 +1,252 @@
+"""A user's rows as tokens and labels: the words that carry loss are those of the answers, in every format there is."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import pytest
+import torch
+from tokenizers import Tokenizer, pre_tokenizers, processors
+from tokenizers.models import WordLevel
+from transformers import PreTrainedTokenizerFast
+
+from lora_da import LoraDAError
+from lora_da.export.files import read_rows
+from lora_da.export.rows import TokenizedRows, collate
+
+WORDS = "<pad> <bos> <eos> <unk> <user> <assistant> <system> a b c d e f g".split()
+TEMPLATE = (
+    "{% for m in messages %}{{ '<' + m['role'] + '> ' + m['content'] }}"
+    "{{ ' <eos> ' if m['role'] == 'assistant' else ' ' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<assistant> ' }}{% endif %}"
+)
+# As some models' do: what an earlier turn says depends on whether later ones follow.
+FORGETFUL = TEMPLATE.replace(
+    "m['content'] }}", "('...' if m['role'] == 'assistant' and not loop.last else m['content']) }}"
+)
+# Nor is its prompt for an answer what stands before one.
+THINKING = TEMPLATE.replace("{{ '<assistant> ' }}", "{{ '<assistant> <think> ' }}")
+
+
+def tokenizer(template=TEMPLATE, begins=False):
+    words = Tokenizer(WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    if begins:
+        words.post_processor = processors.TemplateProcessing("<bos> $A", special_tokens=[("<bos>", 1)])
+    special = {"pad_token": "<pad>", "eos_token": "<eos>", "unk_token": "<unk>", "bos_token": "<bos>"}
+    return PreTrainedTokenizerFast(tokenizer_object=words, chat_template=template, **special)
+
+
+def read(row, max_length=100, **options):
+    """The row's words, those that carry loss in capitals."""
+    found = TokenizedRows([row], tokenizer(**options), max_length)[0]
+    assert all(label in (-100, i) for i, label in zip(found["input_ids"], found["labels"], strict=True))
+    pairs = zip(found["input_ids"], found["labels"], strict=True)
+    return " ".join(WORDS[i].upper() if label != -100 else WORDS[i] for i, label in pairs)
+
+
+def chat(*turns):
+    return [{"role": role, "content": content} for role, content in turns]
+
+
+ONE = chat(("user", "a b"), ("assistant", "c d"))
+TWO = chat(("system", "g"), ("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d e"))
+SHARE_GPT = [{"from": "human", "value": "a b"}, {"from": "gpt", "value": "c d"}]
+
+FORMATS = {
+    "messages": ({"messages": ONE}, "<user> a b <assistant> C D <EOS>"),
+    "two answers": (
+        {"messages": TWO},
+        "<system> g <user> a <assistant> B <EOS> <user> c <assistant> D E <EOS>",
+    ),
+    "a last turn of the user's": (
+        {"messages": [*ONE, *chat(("user", "f"))]},
+        "<user> a b <assistant> C D <EOS> <user> f",
+    ),
+    "an answer first": ({"messages": chat(("assistant", "a"), ("user", "b"))}, "<ASSISTANT> A <EOS> <user> b"),
+    "as tables fill them up": (
+        {"messages": [{**m, "tool_calls": None} for m in ONE], "text": None},
+        "<user> a b <assistant> C D <EOS>",
+    ),
+    "ShareGPT": ({"conversations": SHARE_GPT}, "<user> a b <assistant> C D <EOS>"),
+    "prompt and completion": ({"prompt": "a b", "completion": " c d"}, "a b C D <EOS>"),
+    "in messages": (
+        {"prompt": TWO[:4], "completion": TWO[4:]},
+        "<system> g <user> a <assistant> b <eos> <user> c <assistant> D E <EOS>",
+    ),
+    "Alpaca": ({"instruction": "a", "input": "b", "output": "c"}, "<user> a b <assistant> C <EOS>"),
+    "Alpaca without input": ({"instruction": "a", "input": "", "output": "c"}, "<user> a <assistant> C <EOS>"),
+    "question and answer": ({"question": "a", "answer": "c"}, "<user> a <assistant> C <EOS>"),
+    "text": ({"text": "a b c"}, "A B C <EOS>"),
+    "messages before text": ({"text": "e f", "messages": ONE}, "<user> a b <assistant> C D <EOS>"),
+}
+
+
+@pytest.mark.compat("command-rows")
+@pytest.mark.parametrize("kind", FORMATS)
+def test_answers_carry_loss(kind):
+    row, expected = FORMATS[kind]
+    assert read(row) == expected
+
+
+def test_special_tokens_are_written_once():
+    """By the template, or by the tokenizer where there is none: what it puts first carries no loss."""
+    assert read({"text": "a b"}, begins=True) == "<bos> A B <EOS>"
+    assert read({"prompt": "a", "completion": " b"}, begins=True) == "<bos> a B <EOS>"
+    assert read({"messages": ONE}, begins=True) == "<user> a b <assistant> C D <EOS>"
+
+
+def test_without_a_template_two_parts_are_text():
+    for row in ({"question": "a", "answer": "b"}, {"instruction": "a", "output": "b"}):
+        assert read(row, template=None) == "a B <EOS>"
+    with pytest.raises(LoraDAError, match="^row 0: the rows hold messages and the tokenizer has no chat template"):
+        read({"messages": ONE}, template=None)
+
+
+def test_rows_are_cut():
+    assert read({"messages": ONE}, max_length=5) == "<user> a b <assistant> C"
+    assert read({"messages": ONE}, max_length=2) == "<user> a"
+
+
+def test_templates_that_write_a_turn_in_two_ways():
+    assert read({"messages": ONE}, template=FORGETFUL) == "<user> a b <assistant> C D <EOS>"
+    with pytest.raises(LoraDAError, match="^row 0: the chat template writes earlier turns in another way"):
+        read({"messages": TWO}, template=FORGETFUL)
+    # What marks the answer is then a part of it.
+    assert read({"messages": ONE}, template=THINKING) == "<user> a b <ASSISTANT> C D <EOS>"
+
+
+REFUSED = {
+    "no rows": ([], r"^the data hold no rows"),
+    "unknown columns": ([{"a": 1, "b": 2}], r"^rows hold `a`, `b`; LoRA-DA reads rows with `messages`; .*; `text`$"),
+    "no object": (["a b"], r"^row 0 is a str, not an object"),
+    "a row of other columns": (
+        [{"text": "a"}, {"prompt": "a"}],
+        r"^row 1 cannot be read by `text`: KeyError\('text'\)",
+    ),
+    "a number": ([{"text": 3}], r"^row 0 cannot be read by `text`: TypeError"),
+    "no messages": ([{"messages": "hello"}], r"^row 0 cannot be read by `messages`: "),
+    "a message without content": ([{"messages": [{"role": "user"}]}], r"^row 0 cannot be read by `messages`: "),
+    "a missing answer": (
+        [{"prompt": "a", "completion": "b"}, {"prompt": "a", "completion": None}],
+        r"^row 1 cannot be",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+def test_rows_that_cannot_be_read(kind):
+    rows, message = REFUSED[kind]
+    with pytest.raises(LoraDAError, match=message):
+        list(map(TokenizedRows(rows, tokenizer(), 10).__getitem__, range(len(rows))))
+
+
+def test_a_slow_tokenizer_is_refused():
+    class Slow:
+        is_fast = False
+
+    with pytest.raises(LoraDAError, match="^Slow does not say where its tokens are"):
+        TokenizedRows([{"text": "a"}], Slow(), 10)
+
+
+def test_batches_are_padded_on_the_right():
+    batch = collate([{"input_ids": [7, 8, 9], "labels": [-100, 8, 9]}, {"input_ids": [5], "labels": [5]}])
+    assert batch["input_ids"].tolist() == [[7, 8, 9], [5, 0, 0]]
+    assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
+    assert batch["labels"].tolist() == [[-100, 8, 9], [5, -100, -100]]
+    assert all(value.dtype == torch.long for value in batch.values())
+
+
+# Files.
+
+ROWS = [{"messages": ONE, "id": 1}, {"messages": TWO, "id": 2}]
+
+
+def as_lines(path, rows):
+    path.write_text("\n".join(map(json.dumps, rows)) + "\n\n", encoding="utf-8")
+
+
+def as_parquet(path, rows):
+    pytest.importorskip("pyarrow", reason="pyarrow is not installed")
+    import pyarrow
+    import pyarrow.parquet
+
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+
+
+def as_dataset(path, rows, split=None):
+    datasets = pytest.importorskip("datasets", reason="datasets is not installed")
+    data = datasets.Dataset.from_list(rows)
+    (data if split is None else datasets.DatasetDict({split: data})).save_to_disk(str(path))
+
+
+FILES = {
+    "rows.jsonl": as_lines,
+    "lines.json": as_lines,
+    "list.json": lambda path, rows: path.write_text(json.dumps(rows), encoding="utf-8"),
+    "marked.json": lambda path, rows: path.write_text("\ufeff" + json.dumps(rows), encoding="utf-8"),
+    "rows.parquet": as_parquet,
+    "folder": as_dataset,
+    "train": lambda path, rows: as_dataset(path, rows, "train"),
+}
+
+
+@pytest.mark.compat("command-files")
+@pytest.mark.parametrize("name", FILES)
+def test_every_kind_of_file(tmp_path, name):
+    FILES[name](tmp_path / name, ROWS)
+    rows = read_rows(tmp_path / name)
+    assert len(rows) == 2 and [rows[n]["id"] for n in (0, 1)] == [1, 2]
+    read_here = [TokenizedRows(rows, tokenizer(), 100)[n] for n in (0, 1)]
+    assert read_here == [TokenizedRows(ROWS, tokenizer(), 100)[n] for n in (0, 1)]
+
+
+def test_a_line_of_a_file_ends_at_its_newline(tmp_path):
+    """Not at what else ends lines in a text, which JSON need not escape."""
+    rows = [{"text": "a\u2028b\x85c"}, {"text": "d"}]
+    lines = "\r\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
+    (tmp_path / "rows.jsonl").write_bytes(lines.encode())
+    assert read_rows(tmp_path / "rows.jsonl") == rows
+
+
+WRONG_FILES = {
+    "missing.jsonl": (None, r"there is no file or folder .*missing\.jsonl"),
+    "rows.csv": ("a,b\n", r"rows\.csv is none of \.json, \.jsonl, \.parquet and a folder"),
+    "broken.jsonl": (
+        '{"text": "a"}\n{"text": ',
+        r"broken\.jsonl cannot be read as JSON, neither a list nor a row",
+    ),
+    "broken.json": ('[{"text": "a"}', r"broken\.json cannot be read as JSON"),
+    "binary.json": (b"\xff\xfe\x00", r"binary\.json cannot be read as JSON"),
+    "text.parquet": ("hello", r"text\.parquet cannot be read as parquet: "),
+}
+
+
+@pytest.mark.parametrize("name", WRONG_FILES)
+def test_files_that_cannot_be_read(tmp_path, name):
+    content, message = WRONG_FILES[name]
+    if name.endswith("parquet"):
+        pytest.importorskip("pyarrow", reason="pyarrow is not installed")
+    if content is not None:
+        (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(LoraDAError, match=message):
+        read_rows(tmp_path / name)
+
+
+def test_folders_that_cannot_be_read(tmp_path):
+    pytest.importorskip("datasets", reason="datasets is not installed")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(LoraDAError, match=r"the folder .*empty was not written by `datasets` \(`save_to_disk`\)"):
+        read_rows(tmp_path / "empty")
+    as_dataset(tmp_path / "splits", ROWS, "test")
+    with pytest.raises(LoraDAError, match=r"splits holds test and no `train`; give the folder of one of them"):
+        read_rows(tmp_path / "splits")
+
+
+@pytest.mark.parametrize(("name", "package"), [("rows.parquet", "pyarrow"), ("folder", "datasets")])
+def test_a_missing_package_is_named(tmp_path, name, package, monkeypatch):
+    FILES[name](tmp_path / name, ROWS)
+    monkeypatch.setitem(sys.modules, package, None)  # an import of it then fails
+    with pytest.raises(LoraDAError, match=rf"{name} run: pip install {package}$"):
+        read_rows(tmp_path / name)

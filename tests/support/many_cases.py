@@ -1,0 +1,217 @@
+"""What runs in each of several processes; see `processes.launch`. In one process the same functions give the truth."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset
+from models import batches, documents, tiny_llama, with_lora
+from peft import LoraConfig, PeftModel, get_peft_model
+from picture import differences, picture
+from planning import Way, forced, recorded
+from test_experts import mixture
+from torch import Tensor
+from torch import distributed as dist
+from trainers import FirstStep, plain, sft
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+import lora_da.initialize
+from lora_da import LoraDAConfig, LoraDAError, initialize_lora_da_weights
+from lora_da.adapter import AdapterLayer
+from lora_da.collect.schedule import Sweep
+from lora_da.model.blocks import BlockRow
+from lora_da.solve import LayerSolver
+from trl_integration import LoraDAInitializer
+
+TIMEOUT = 120  # seconds that a process waits for another before torch gives up
+SAMPLES = 7  # over 2 and over 4 processes unevenly
+# A few tokens only, so that the models of every test know them all.
+ROWS = [{k: [i if i < 0 else i % 90 + 3 for i in v] for k, v in row.items()} for row in documents(SAMPLES, longest=40)]
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+@contextmanager
+def process_group() -> Iterator[None]:
+    dist.init_process_group("gloo", timeout=timedelta(seconds=TIMEOUT))
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def adapter(model: PeftModel) -> dict[str, Tensor]:
+    return {name: p.detach().clone() for name, p in model.named_parameters() if "lora_" in name}
+
+
+def initialized(model: PeftModel, way: Way, rows: Any = None, **settings: Any) -> dict[str, Any]:
+    """The adapter, what the report counts, and which layers this process solved, under one forced plan."""
+    population = 1000 if settings.get("method", "lora_da") == "lora_da" else None
+    config = LoraDAConfig(population_size=population, samples=SAMPLES, **settings)
+    with forced(way), recorded() as statistics:
+        report = initialize_lora_da_weights(model, rows or batches(ROWS, 3), config, show_progress=False)
+    return {
+        "adapter": adapter(model),
+        "solved": sorted(statistics),
+        "counts": (report.initialized, report.samples, report.tokens, report.loss_tokens, report.failed, report.left),
+        "layer tokens": {name: layer.tokens for name, layer in report.layers.items()},
+        "loss": report.loss,
+        "from cache": report.from_cache,
+    }
+
+
+def llama() -> PeftModel:
+    return with_lora(tiny_llama(num_hidden_layers=4))
+
+
+def experts() -> PeftModel:
+    """Of each mixture one expert that no token goes to; with so few tokens, others are idle in some processes only."""
+    base = mixture(closed=1)
+    torch.manual_seed(0)
+    return get_peft_model(base, LoraConfig(r=2, target_modules=["gate_proj", "up_proj", "down_proj", "q_proj"]))
+
+
+def nf4(folder: Path) -> PeftModel:
+    if rank() == 0:  # transformers saves in the first process only
+        tiny_llama(hidden_size=64, intermediate_size=128).save_pretrained(folder)
+    if dist.is_initialized():
+        dist.barrier()
+    quantization = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+    return with_lora(AutoModelForCausalLM.from_pretrained(folder, quantization_config=quantization))
+
+
+CASES: dict[str, Callable[[Path], dict[str, Any]]] = {
+    "one pass": lambda _: initialized(llama(), Way()),
+    "3 segments": lambda _: initialized(llama(), Way(cuts=3)),
+    "2 segments in 3 parts": lambda _: initialized(llama(), Way(cuts=2, parts=3)),
+    "3 passes": lambda _: initialized(llama(), Way(parts=3, row=False)),
+    "sample averaging": lambda _: initialized(llama(), Way(), preset="reference"),
+    "full Fisher": lambda _: initialized(llama(), Way(cuts=2), full_fisher_up_to=4096),
+    "fewer samples than processes": lambda _: initialized(llama(), Way(cuts=2), rows=batches(ROWS[:1], 1)),
+    "nf4": lambda folder: initialized(nf4(folder), Way()),
+    "filet": lambda _: initialized(llama(), Way(cuts=2), method="filet"),
+    "filet, nf4": lambda folder: initialized(nf4(folder), Way(), method="filet"),
+    "cntlora": lambda _: initialized(llama(), Way(cuts=3), method="cntlora"),
+    "cntlora, experts": lambda _: initialized(experts(), Way(), method="cntlora"),
+    "lora_one": lambda _: initialized(llama(), Way(parts=2, row=False), method="lora_one"),
+    "lora_ga": lambda _: initialized(llama(), Way(), method="lora_ga", averaging="samples"),
+    "experts": lambda _: initialized(experts(), Way()),
+}
+
+
+def everything(folder: Path) -> dict[str, Any]:
+    with process_group():
+        found: dict[str, Any] = {name: case(folder) for name, case in CASES.items()}
+        return {**found, "faults": faults(), "memory": memory(), "cache": cached(folder / "cache")}
+
+
+def one_case(folder: Path) -> dict[str, Any]:
+    with process_group():
+        return {"one pass": CASES["one pass"](folder)}
+
+
+class Broken(Exception):
+    """What a test makes a process raise."""
+
+
+def fails_in(patch: pytest.MonkeyPatch, owner: Any, method: str, where: int, error: Exception, call: int = 1) -> None:
+    """The n-th call of a method raises in one process."""
+    original, calls = getattr(owner, method), [0]
+
+    def failing(*args: Any, **kwargs: Any) -> Any:
+        calls[0] += 1
+        if rank() == where and calls[0] == call:
+            raise error
+        return original(*args, **kwargs)
+
+    patch.setattr(owner, method, failing)
+
+
+FAULTS: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
+    "adapter": lambda p: fails_in(p, lora_da.initialize, "find_adapter", 1, LoraDAError("broken")),
+    "data": lambda p: fails_in(p, lora_da.initialize, "draw", 0, Broken("broken")),
+    "survey": lambda p: fails_in(p, BlockRow, "learn", 1, Broken("broken")),
+    "borders": lambda p: fails_in(p, Sweep, "_inputs", 1, Broken("broken")),
+    "pass": lambda p: fails_in(p, Sweep, "_loss", 1, Broken("broken")),
+    "solve": lambda p: fails_in(p, LayerSolver, "solve", 1, Broken("broken"), call=2),
+    "write": lambda p: fails_in(p, AdapterLayer, "write", 1, Broken("broken"), call=3),
+}
+
+
+def cached(folder: Path) -> dict[str, Any]:
+    """A first run that keeps its solution, and a second that finds it, unless it was cut off for one process to see."""
+    settings = {"cache_dir": str(folder)}
+    first, second = initialized(llama(), Way(), **settings), initialized(llama(), Way(), **settings)
+    if rank() == 0:
+        for path in folder.iterdir():
+            path.write_bytes(path.read_bytes()[:-8])
+    if dist.is_initialized():
+        dist.barrier()
+    return {"first": first, "second": second, "damaged": initialized(llama(), Way(), **settings)}
+
+
+def faults() -> dict[str, Any]:
+    """What each process raises where one of them fails, and what is left of it."""
+    found: dict[str, Any] = {}
+    for name, breaks in FAULTS.items():
+        model, message = llama(), None
+        before = picture(model)
+        with pytest.MonkeyPatch.context() as patch:
+            breaks(patch)
+            try:
+                initialized(model, Way(cuts=2))
+            except (LoraDAError, Broken) as error:
+                message = str(error)
+        found[name] = message, differences(before, picture(model))
+    return {**found, "afterwards": initialized(llama(), Way())}
+
+
+def memory() -> dict[str, Any]:
+    """One process of several runs out of memory, once, at each place."""
+    found = {}
+    for name, method in {"borders": "_hidden", "pass": "_loss", "segment": "_run"}.items():
+        with pytest.MonkeyPatch.context() as patch:
+            fails_in(patch, Sweep, method, 1, torch.OutOfMemoryError("no memory left"))
+            found[name] = initialized(llama(), Way(cuts=2))
+    return found
+
+
+def dies(folder: Path) -> None:
+    """One process fails, nobody catches it; how long the others stay is what the launcher sees."""
+    with process_group(), pytest.MonkeyPatch.context() as patch:
+        fails_in(patch, Sweep, "_loss", 1, Broken("the fault of one process"))
+        (folder / f"began{rank()}").write_text(str(time.time()))
+        initialized(llama(), Way())
+
+
+def trained(folder: Path) -> dict[str, Any]:
+    """The adapter that the first training step finds, and what the last leaves, in both kinds of trainers."""
+    found = {}
+    for name in ("Trainer", "SFTTrainer"):
+        start, initializer = FirstStep(), LoraDAInitializer(LoraDAConfig(samples=SAMPLES))
+        settings = {"max_steps": 2, "per_device_train_batch_size": 2}
+        if name == "Trainer":
+            trainer = plain(llama(), ROWS, folder / name, initializer, start, **settings)
+        else:
+            rows = Dataset.from_list([{k: row[k] for k in ("input_ids", "labels")} for row in ROWS])
+            trainer = sft(llama(), rows, folder / name, initializer, start, bf16=False, **settings)
+        trainer.train()
+        assert initializer.report is not None
+        found[name] = {
+            "start": start.adapter,
+            "end": adapter(trainer.model),
+            "processes": trainer.args.world_size,
+            "counts": (initializer.report.initialized, initializer.report.samples, initializer.report.tokens),
+            "hooks": start.seen["hooks"],
+            "requires_grad": start.seen["requires_grad"],
+        }
+    return found

@@ -1,0 +1,103 @@
+"""The chunked head: the model's own loss and gradients, without the logits of a whole batch."""
+
+import pytest
+import torch
+from collecting import VOCABULARY, documents, packed, padded, with_lora
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+
+import lora_da.tasks.head
+from lora_da.model.state import estimation_mode
+from lora_da.samples.tokens import read_tokens
+from lora_da.tasks.head import backward
+
+FLOAT32 = 1e-5
+
+SMALL = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "pad_token_id": 0,
+}
+ARCHITECTURES = {
+    "llama": {},
+    "mistral": {},
+    "qwen2": {},
+    "qwen3": {},
+    "phi3": {},
+    "gemma2": {"final_logit_softcapping": 3.0},  # does something to its logits
+    "gemma3_text": {},
+    "granite": {"logits_scaling": 4.0},
+    "cohere": {"logit_scale": 0.25},
+    "gpt2": {"n_embd": 32, "n_head": 4, "n_layer": 2, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0},
+    "gpt_neox": {},
+    "opt": {"ffn_dim": 48, "word_embed_proj_dim": 32, "dropout": 0.0},
+    "mixtral": {"num_local_experts": 2},
+}
+
+
+def build(kind: str):
+    torch.manual_seed(0)
+    known = CONFIG_MAPPING[kind]
+    config = known(
+        **{k: v for k, v in SMALL.items() if k != "head_dim" or "head_dim" in vars(known())}, **ARCHITECTURES[kind]
+    )
+    return AutoModelForCausalLM.from_config(config)
+
+
+@pytest.mark.parametrize("kind", ARCHITECTURES)
+def test_gradients_are_those_of_the_models_own_loss(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lora_da.tasks.head, "CHUNK", 7)  # several chunks, the last one short
+    model = build(kind).train()
+    batch = padded(documents())
+    inputs = {k: v for k, v in batch.items() if k != "labels"}
+    tokens = read_tokens(batch, 100)
+    n_loss = int(tokens.loss_tokens.sum())
+
+    def embedding_gradient(run) -> torch.Tensor:
+        """The gradient at the decoder's input sees everything between it and the loss."""
+        seen = []
+        hook = model.get_input_embeddings().register_forward_hook(
+            lambda m, a, out: seen.append(out) or out.retain_grad()
+        )
+        try:
+            run()
+        finally:
+            hook.remove()
+        return seen[0].grad
+
+    losses = []
+    chunked = embedding_gradient(lambda: losses.append(backward(model, inputs, tokens, scale=2.0).item()))
+    whole = embedding_gradient(lambda: (model(**batch, use_cache=False).loss * n_loss * 2.0).backward())
+    assert torch.linalg.norm(chunked - whole) <= FLOAT32 * torch.linalg.norm(whole)
+    assert losses[0] == pytest.approx(model(**batch).loss.item() * n_loss, rel=1e-5)
+    assert "forward" not in vars(model.get_decoder())
+
+
+def test_the_head_never_sees_more_than_a_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lora_da.tasks.head, "CHUNK", 8)
+    model = with_lora(build("llama"))
+    base = model.get_base_model()
+    rows = []
+    hook = base.lm_head.register_forward_hook(lambda m, a, out: rows.append(out.shape[:-1].numel()))
+    batch = packed(documents((40, 50)))
+    tokens = read_tokens(batch, 100)
+    with estimation_mode(model):
+        backward(base, {k: v for k, v in batch.items() if k != "labels"}, tokens, 1.0)
+    hook.remove()
+    assert max(rows) <= 8 + 1
+    assert sum(rows) - len(rows) == tokens.loss_tokens.sum()
+
+
+def test_a_forward_that_was_patched_on_the_decoder_is_put_back() -> None:
+    base = build("llama")
+    decoder = base.model
+    original = decoder.forward
+    decoder.forward = lambda *a, **k: original(*a, **k)
+    patched = decoder.forward
+    batch = padded(documents())
+    backward(base, {k: v for k, v in batch.items() if k != "labels"}, read_tokens(batch, 9), 1.0)
+    assert decoder.forward is patched

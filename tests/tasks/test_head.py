@@ -1,0 +1,163 @@
+"""The language-model head as a target: its statistics are taken over the tokens that carry loss."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from collecting import PREFIX, VOCABULARY, distance, documents, gpt2, llama, packed, padded
+from oracle import oracle_solve
+from peft import LoraConfig, get_peft_model
+from picture import differences, picture
+from planning import CPU, ONE, PLENTY, WAYS, Way, collected_by, forced, recorded, surveyed_model
+
+import lora_da.tasks.head
+from lora_da import LoraDAConfig, initialize_lora_da_weights
+from lora_da.adapter import find_adapter
+from lora_da.collect.plan import make_plan
+from lora_da.samples.draw import draw
+from lora_da.statistics import LayerStatistics
+
+SAME = 2e-5  # float32 sums against float64
+TARGETS = ["q_proj", "down_proj", "lm_head"]
+PLANNED_CHUNK = lora_da.tasks.head.CHUNK
+LAYOUTS = {"padded": lambda rows: [padded(rows)], "packed": lambda rows: [packed(rows)]}
+
+
+@pytest.fixture(autouse=True)
+def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lora_da.tasks.head, "CHUNK", 7)  # several calls of the head, the last one short
+
+
+def with_lora(base, targets=TARGETS, **config):
+    return get_peft_model(copy.deepcopy(base), LoraConfig(r=4, target_modules=targets, **config))
+
+
+@torch.enable_grad()
+def expected(model, rows, averaging: str) -> LayerStatistics:
+    """From one document at a time in float64: x and d at the head, where the next label counts."""
+    twin = copy.deepcopy(model).double().eval()
+    xs, ds, n_loss = [], [], 0
+    for row in rows:
+        ids, targets = row["input_ids"], row["labels"][1:]
+        hidden = twin.get_decoder()(ids[None], use_cache=False).last_hidden_state[0].detach()
+        logits = twin.get_output_embeddings()(hidden).detach().requires_grad_()
+        counts = targets != -100
+        entropy = torch.nn.functional.cross_entropy(logits[:-1][counts], targets[counts], reduction="sum")
+        d = torch.autograd.grad(entropy, logits)[0][:-1][counts]
+        xs.append(hidden[:-1][counts])
+        ds.append(d / counts.sum() if averaging == "samples" else d)
+        n_loss += int(counts.sum())
+    x, d = torch.cat(xs), torch.cat(ds)
+    units = len(rows) if averaging == "samples" else n_loss
+    return LayerStatistics(d.T @ x / units, x.T @ x / n_loss, d.T @ d / n_loss, n_loss)
+
+
+def check(ours: LayerStatistics, truth: LayerStatistics) -> None:
+    assert ours.n_tokens == truth.n_tokens
+    for part in ("grad", "input_cov", "output_fisher"):
+        assert distance(getattr(ours, part), getattr(truth, part)) <= SAME, part
+
+
+@pytest.mark.compat("lm-head")
+@pytest.mark.parametrize("averaging", ["tokens", "samples"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_statistics_are_those_of_the_loss_tokens(layout: str, averaging: str) -> None:
+    base, rows = llama(), documents()
+    found = collected_by(with_lora(base), LAYOUTS[layout](rows), averaging=averaging)
+    check(found["lm_head"], expected(base, rows, averaging))
+
+
+@pytest.mark.compat("lm-head")
+@pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
+def test_every_plan_gives_the_same(way: Way) -> None:
+    base, rows = llama(num_hidden_layers=4), documents()
+    found = collected_by(with_lora(base), [padded(rows)], way, "samples")
+    check(found["lm_head"], expected(base, rows, "samples"))
+
+
+@pytest.mark.parametrize("averaging", ["tokens", "samples"])
+def test_the_head_alone(averaging: str) -> None:
+    """Nothing below it is served, so nothing is backpropagated below it."""
+    base, rows = llama(), documents()
+    found = collected_by(with_lora(base, ["lm_head"]), [padded(rows)], ONE, averaging)
+    assert found.keys() == {"lm_head"}
+    check(found["lm_head"], expected(base, rows, averaging))
+
+
+def test_other_layers_do_not_depend_on_it() -> None:
+    base, batches = llama(), [padded(documents())]
+    with_head = collected_by(with_lora(base), batches, averaging="samples")
+    without = collected_by(with_lora(base, TARGETS[:2]), batches, averaging="samples")
+    for name in without:
+        for part in ("grad", "input_cov", "output_fisher"):
+            assert torch.equal(getattr(with_head[name], part), getattr(without[name], part))
+
+
+@pytest.mark.compat("lm-head", "tied-weights")
+@pytest.mark.parametrize("build", [lambda: llama(tie_word_embeddings=True), gpt2], ids=["llama", "gpt2"])
+@pytest.mark.filterwarnings("ignore:.*(tie_word_embeddings|tied|tying)")
+def test_a_head_whose_weight_is_the_embeddings(build) -> None:
+    """The adapter is the head's alone, and so is its gradient; the shared weight stays."""
+    base, rows = build(), documents()
+    model = with_lora(base, ["lm_head"])
+    check(collected_by(model, [padded(rows)])["lm_head"], expected(base, rows, "tokens"))
+    before = picture(model)
+    report = initialize_lora_da_weights(model, [padded(rows)], LoraDAConfig(samples=4), show_progress=False)
+    assert report.initialized == report.targeted == 1
+    written = differences(before, picture(model))
+    assert len(written) == 2 and all("lm_head.lora_" in name and name.endswith(": bits") for name in written)
+
+
+@pytest.mark.parametrize("preset", ["default", "reference", "paper"])
+def test_its_factors_are_the_oracles(preset: str) -> None:
+    """The step lora_B·lora_A, which is unique where single factors have signs."""
+    base, rows = llama(), documents((9, 14, 6, 11, 13, 8))
+    model = with_lora(base)
+    config = LoraDAConfig(preset=preset, samples=6, population_size=600, damping=0.1)
+    with recorded() as seen:
+        initialize_lora_da_weights(model, [padded(rows)], config, show_progress=False)
+    numbers = config.resolved_preset()
+    truth = expected(base, rows, numbers.averaging)
+    if numbers.full_fisher_up_to < VOCABULARY:
+        truth = LayerStatistics(truth.grad, truth.input_cov, truth.output_fisher.diagonal(), truth.n_tokens)
+    assert seen["lm_head"].output_fisher.shape == truth.output_fisher.shape
+    (layer,) = [layer for layer in find_adapter(model).layers if layer.is_head]
+    solution = oracle_solve(
+        truth.grad,
+        truth.input_cov,
+        truth.output_fisher,
+        layer.rank,
+        population=600.0 * (truth.n_tokens / len(rows) if numbers.averaging == "tokens" else 1),
+        variance_weight=numbers.variance_weight,
+        damping=numbers.damping,
+        relative_damping=numbers.relative_damping,
+        gamma=numbers.gamma,
+        normalize_step=numbers.normalize_step,
+    )
+    assert distance(layer.lora_B @ layer.lora_A, solution.lora_B @ solution.lora_A) <= 1e-3
+
+
+def test_the_plan_counts_its_sums() -> None:
+    """V × h in float32, the products and copies of it in the solver, and the gradients of one chunk's logits."""
+    base, batches = llama(), [padded(documents())]
+    plans = []
+    for targets in (TARGETS, TARGETS[:2]):
+        model = with_lora(base, targets)
+        surveyed, data = surveyed_model(model, batches), draw(batches, 100, None, 100)
+        assert surveyed.row is not None and surveyed.why_not == ""
+        plans.append(
+            make_plan(surveyed, find_adapter(model).layers, frozenset(), data.batches, CPU, PLENTY).device_bytes
+        )
+    more, sums = plans[0] - plans[1], 4 * (VOCABULARY * 32 + 32 * 32)
+    logits = 4 * 4 * PLANNED_CHUNK * VOCABULARY
+    assert sums + logits / 2 <= more <= 10 * sums + logits
+
+
+def test_it_is_streamed_with_the_last_block() -> None:
+    model = with_lora(llama(num_hidden_layers=4))
+    with forced(Way(cuts=4)) as plans:
+        report = initialize_lora_da_weights(model, [padded(documents())], LoraDAConfig(samples=4), show_progress=False)
+    assert report.initialized == 9 and plans[0].cuts == 4
+    assert [layer.name.removeprefix(PREFIX) for layer in plans[0].segments[-1].layers][-1] == "lm_head"

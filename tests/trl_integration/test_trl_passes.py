@@ -1,0 +1,206 @@
+"""The same adapter however TRL would run the forward pass: checkpointing, precision, noise, heads, compilation."""
+
+import contextlib
+import importlib.util
+
+import pytest
+import torch
+from datasets import Dataset
+from models import IGNORED, VOCABULARY, documents, pad, tiny_llama, with_lora
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+pytest.importorskip("trl", reason="TRL is not installed")
+
+from trainers import COMPILING, FirstStep, base, by_hand, same_bits, sft, worst_difference
+
+from lora_da import LoraDAConfig
+from lora_da.tasks.head import CHUNK
+from trl_integration import LoraDAInitializer
+
+CONFIG = LoraDAConfig(samples=10)
+SELECTIVE = pytest.mark.skipif(
+    importlib.util.find_spec("trl.models.selective_activation_checkpointing") is None,
+    reason="TRL before selective checkpointing",
+)
+# TRL's own heads add up the same float32 numbers in another order.
+OTHER_HEAD = 1e-4
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("base")
+
+
+@pytest.fixture
+def rows():
+    return Dataset.from_list(documents(20))
+
+
+def narrow():
+    """Only its logits are as wide as the vocabulary."""
+    return tiny_llama(hidden_size=64, intermediate_size=96)
+
+
+def first_adapter(model, rows, tmp_path, **args):
+    first = FirstStep()
+    sft(model, rows, tmp_path, LoraDAInitializer(CONFIG), first, **args).train()
+    return first.adapter
+
+
+@pytest.mark.compat("checkpointing")
+@pytest.mark.parametrize("kind", ["unquantised", "4-bit"])
+@pytest.mark.parametrize(
+    "args",
+    [
+        {"gradient_checkpointing": False},
+        {"gradient_checkpointing_kwargs": {"use_reentrant": True}},
+        {"gradient_checkpointing_kwargs": {"use_reentrant": False}},
+        pytest.param({"gradient_checkpointing_kwargs": {"use_reentrant": False, "selective": True}}, marks=SELECTIVE),
+    ],
+    ids=["off", "re-entrant", "non-re-entrant", "selective"],
+)
+def test_checkpointing_changes_nothing(folder, tmp_path, rows, kind, args):
+    found = first_adapter(base(folder, kind), rows, tmp_path, **args)
+    assert same_bits(found, by_hand(base(folder, kind), rows, CONFIG))
+
+
+@pytest.mark.compat("autocast")
+def test_the_pass_runs_in_the_trainers_precision(folder, tmp_path, rows, monkeypatch):
+    full, mixed = (by_hand(base(folder), rows, CONFIG, bf16=bf16) for bf16 in (False, True))
+    assert not same_bits(full, mixed)
+    assert same_bits(first_adapter(base(folder), rows, tmp_path, bf16=False), full)
+    assert same_bits(first_adapter(base(folder), rows, tmp_path, bf16=True), mixed)
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")  # as `accelerate launch --mixed_precision bf16` does
+    assert same_bits(first_adapter(base(folder), rows, tmp_path, bf16=False), mixed)
+
+
+@pytest.mark.compat("neftune")
+@pytest.mark.parametrize("alpha", [5, 5.0])
+def test_neftune_noise_is_off(folder, tmp_path, rows, alpha):
+    found = first_adapter(base(folder), rows, tmp_path, neftune_noise_alpha=alpha)
+    assert same_bits(found, by_hand(base(folder), rows, CONFIG))
+
+
+@pytest.mark.compat("neftune")
+def test_dropout_is_off(folder, tmp_path, rows):
+    found = first_adapter(base(folder, attention_dropout=0.5), rows, tmp_path)
+    assert same_bits(found, by_hand(base(folder), rows, CONFIG))
+
+
+class Stop(Exception):
+    """Raised at the first step, where it would take minutes to compile."""
+
+
+class StopAtFirstStep(FirstStep):
+    def on_step_begin(self, *args, **kwargs):
+        super().on_step_begin(*args, **kwargs)
+        raise Stop
+
+
+@pytest.mark.compat("compile")
+@pytest.mark.parametrize("backend", ["inductor", "eager"])
+@COMPILING
+def test_torch_compile_changes_nothing(folder, tmp_path, rows, backend):
+    """Compilation waits for the first step: the pass meets the plain model."""
+    torch._dynamo.reset()
+    compiled = torch._dynamo.utils.counters["frames"]
+    compiled.clear()
+    first = StopAtFirstStep() if backend == "inductor" else FirstStep()
+    args = {"gradient_checkpointing": False, "bf16": False}
+    compiling = {"torch_compile": True, "torch_compile_backend": backend}
+    trainer = sft(base(folder), rows, tmp_path, LoraDAInitializer(CONFIG), first, **args, **compiling)
+    if backend == "inductor":
+        with pytest.raises(Stop):
+            trainer.train()
+        assert not compiled
+    else:
+        trainer.train()
+        assert compiled["ok"] > 0
+        plain = sft(base(folder), rows, tmp_path, LoraDAInitializer(CONFIG), **args)
+        plain.train()
+        assert trainer.state.log_history[0]["loss"] == pytest.approx(plain.state.log_history[0]["loss"], rel=1e-5)
+    assert same_bits(first.adapter, by_hand(base(folder), rows, CONFIG, bf16=False))
+
+
+class WidestLogits(TorchDispatchMode):
+    """The largest number of rows of any tensor as wide as the vocabulary."""
+
+    def __init__(self):
+        super().__init__()
+        self.rows = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        found = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(found):
+            if isinstance(tensor, torch.Tensor) and tensor.dim() > 1 and tensor.shape[-1] == VOCABULARY:
+                self.rows = max(self.rows, tensor.numel() // VOCABULARY)
+        return found
+
+
+@pytest.mark.parametrize("loss_type", [None, "nll"], ids=["the default", "nll"])
+def test_full_logits_are_never_built(tmp_path, loss_type):
+    long = documents(8, shortest=64, longest=64)
+    seen, initializer = WidestLogits(), LoraDAInitializer(LoraDAConfig(samples=8), during=lambda model: seen)
+    first = FirstStep()
+    args = {} if loss_type is None else {"loss_type": loss_type}
+    trainer = sft(
+        narrow(), Dataset.from_list(long), tmp_path, initializer, first, per_device_train_batch_size=8, **args
+    )
+    trainer.train()
+    assert CHUNK // 2 < seen.rows <= CHUNK + 1
+
+    with WidestLogits() as control:
+        with_lora(narrow())(**pad(long)).loss.backward()
+    assert control.rows == 8 * 64
+
+
+def test_trls_default_head_gives_the_same_loss_and_adapter(folder, tmp_path, rows):
+    from trl import SFTConfig
+
+    default = SFTConfig(output_dir=str(tmp_path), use_cpu=True).loss_type
+    initializer, first = LoraDAInitializer(CONFIG), FirstStep()
+    sft(base(folder), rows, tmp_path, initializer, first, loss_type=default, bf16=False).train()
+    assert worst_difference(first.adapter, by_hand(base(folder), rows, CONFIG, bf16=False)) < OTHER_HEAD
+
+    losses = []
+    for row in list(rows)[:10]:
+        with torch.no_grad():
+            logits = base(folder)(torch.tensor([row["input_ids"]])).logits[0, :-1]
+        labels = torch.tensor(row["labels"][1:])
+        losses += nn.functional.cross_entropy(logits, labels, reduction="none")[labels != IGNORED].tolist()
+    assert initializer.report.loss == pytest.approx(sum(losses) / len(losses), rel=1e-5)
+
+
+@pytest.mark.compat("offload")
+def test_the_pass_runs_under_trls_activation_offloading(folder, tmp_path, rows, monkeypatch):
+    """TRL's own context refuses a pass that leaves something behind. The CPU plays the accelerator it needs."""
+    from trl.models import activation_offloading as trl_offloading
+
+    made = []
+
+    class Offloading(trl_offloading.OffloadActivations):
+        def __init__(self, **settings):
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("cpu"))
+                super().__init__(use_pin_memory=False, use_streams=False)
+            self.shapes, pack = [], self.pack_hook
+
+            def noted(tensor):
+                self.shapes.append(tensor.shape)
+                return pack(tensor)
+
+            self.pack_hook = noted
+            made.append(self)
+
+    monkeypatch.setattr(torch.cuda, "default_stream", lambda: None)
+    monkeypatch.setattr(torch.cuda, "stream", contextlib.nullcontext)
+    monkeypatch.setattr(torch.cpu, "empty_cache", lambda: None, raising=False)
+    monkeypatch.setattr(trl_offloading, "OffloadActivations", Offloading)
+    found = first_adapter(narrow(), rows, tmp_path, activation_offloading=True, gradient_checkpointing=False)
+    assert same_bits(found, by_hand(narrow(), rows, CONFIG))
+    trainers, ours = made
+    assert len(trainers.shapes) > 0 < len(ours.shapes)
+    assert not ours.tracker
+    assert not any(shape and shape[-1] == VOCABULARY for shape in ours.shapes), "logits, needed at once, were moved"
