@@ -277,5 +277,7 @@ def _listed(left: dict[str, str]) -> str:
 
 
 def describe_left(left: dict[str, str]) -> str:
-    """One sentence naming the layers that keep PEFT's init, by kind."""
+    """One sentence naming the layers that keep PEFT's init, by kind; empty where there are none."""
+    if not left:
+        return ""
     return f"LoRA-DA cannot serve {len(left)} targeted layers, which keep PEFT's init: {_listed(left)}"

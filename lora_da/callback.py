@@ -11,6 +11,7 @@ import torch
 from peft import PeftModel
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from lora_da.collect import Planner, make_plan
 from lora_da.config import LoraDAConfig
 from lora_da.errors import LoraDAError
 from lora_da.initialize import initialize_lora_da_weights, say
@@ -34,6 +35,7 @@ class LoraDACallback(TrainerCallback):
     Args:
         config: settings; the defaults if None.
         during: a context to estimate in, given the PEFT model: what the host must lift or open for the pass.
+        plan: see `initialize_lora_da_weights`.
 
     Attributes:
         report: what was done; None before training.
@@ -43,10 +45,11 @@ class LoraDACallback(TrainerCallback):
         self,
         config: LoraDAConfig | None = None,
         during: Callable[[PeftModel], AbstractContextManager[Any]] | None = None,
+        plan: Planner = make_plan,
     ) -> None:
         self.config = config or LoraDAConfig()
         self.report: InitReport | None = None
-        self._during = during
+        self._during, self._plan = during, plan
 
     def on_train_begin(
         self,
@@ -66,7 +69,7 @@ class LoraDACallback(TrainerCallback):
         if state.global_step > 0:
             self.report = InitReport(skipped=f"training resumes at step {state.global_step}")
             if state.is_world_process_zero:
-                say(self.report.line())
+                say(self.report)
             return
         with _autocast(args), self.around(args, model):
             self.report = initialize_lora_da_weights(
@@ -75,6 +78,7 @@ class LoraDACallback(TrainerCallback):
                 self.config,
                 show_progress=state.is_world_process_zero,
                 reward=_reward_loss(args),
+                plan=self._plan,
             )
         if self.report.skipped is None and state.is_world_process_zero:
             self.report.save(args.output_dir)

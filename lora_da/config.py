@@ -7,90 +7,24 @@ from dataclasses import asdict, dataclass, fields, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeAlias, TypeVar
 
 from lora_da.errors import LoraDAError
+from lora_da.methods import METHODS
+from lora_da.methods.method import Method, Numbers, Preset
+from lora_da.methods.presets import PRESETS
+from lora_da.needs import Averaging
 
-Averaging: TypeAlias = Literal["samples", "tokens"]
-T = TypeVar("T", "Preset", "Numbers")
-MethodName: TypeAlias = Literal["lora_da", "filet", "cntlora", "lora_one", "lora_ga"]
+__all__ = ["METHODS", "PRESETS", "LoraDAConfig", "Preset"]
 
+T = TypeVar("T", bound=Preset | Numbers)
 
-@dataclass(frozen=True)
-class Preset:
-    """What a named variant of LoRA-DA sets. The numbers can be overridden one by one in `LoraDAConfig`."""
-
-    averaging: Averaging
-    variance_weight: float
-    damping: float
-    gamma: float
-    full_fisher_up_to: int
-    relative_damping: bool  # damping times the mean diagonal, or an absolute number
-    normalize_step: bool  # divide D by its largest singular value
-    match_input_energy: bool  # scale lora_A to plain LoRA's tr(A Z Aᵀ), or share 1/√gamma with lora_B
-
-
-PRESETS: dict[str, Preset] = {
-    # What a user gets. Real input covariances have condition numbers of 1e4 … 4e8 and output Fishers of 1e-9 … 2e-5:
-    # damping relative to the mean diagonal is the choice that does not depend on those scales, and an A that carries
-    # plain LoRA's input energy keeps a learning rate that was tuned for plain LoRA meaningful.
-    "default": Preset(
-        averaging="tokens",  # as transformers, TRL and Axolotl average the training loss
-        variance_weight=1.0,
-        damping=0.1,  # 0.01 and 1 end alike (benchmarks/results/quality)
-        # At step 0 the model is nearly the base, which the reference of DPO and GRPO is. 16, a first step of useful
-        # size, is ahead early and not to be told from this at the end (benchmarks/results/quality).
-        gamma=1024.0,
-        full_fisher_up_to=0,
-        relative_damping=True,
-        normalize_step=True,
-        match_input_energy=True,
-    ),
-    # The authors' released configuration.
-    "reference": Preset(
-        averaging="samples",
-        variance_weight=0.03,
-        damping=1e-6,
-        gamma=1024.0,
-        full_fisher_up_to=0,
-        relative_damping=False,
-        normalize_step=True,
-        match_input_energy=False,
-    ),
-    # Algorithm 1 of arXiv 2510.24561; damping and the width limit of the full Fisher are not stated there and are ours.
-    "paper": Preset(
-        averaging="samples",
-        variance_weight=1.0,
-        damping=1e-6,
-        gamma=1.0,
-        full_fisher_up_to=4096,
-        relative_damping=True,
-        normalize_step=False,
-        match_input_energy=False,
-    ),
-}
-
-
-@dataclass(frozen=True)
-class Numbers:
-    """What a method other than LoRA-DA is set by; None where it has no such number."""
-
-    averaging: Averaging | None = None
-    damping: float | None = None
-    gamma: float | None = None
-
-
-OTHER_METHODS: dict[str, Numbers] = {
-    "filet": Numbers(averaging="tokens"),
-    "cntlora": Numbers(damping=0.1),  # as in LoRA-DA's default: the same Z is damped
-    "lora_one": Numbers(averaging="tokens", gamma=128.0),  # the paper's
-    "lora_ga": Numbers(averaging="tokens", gamma=16.0),  # PEFT's default
-}
-METHODS = ("lora_da", *OTHER_METHODS)
 # What some method has no use for.
 OF_SOME_METHODS = ("population_size", "averaging", "variance_weight", "damping", "gamma", "full_fisher_up_to")
 
 if TYPE_CHECKING:
-    PresetChoice: TypeAlias = Literal["default", "reference", "paper"] | Preset
+    MethodChoice: TypeAlias = str | Method
+    PresetChoice: TypeAlias = str | Preset
 else:  # what pydantic sees: a config file names one, and only Python code can make one of its own
-    PresetChoice = Literal["default", "reference", "paper"]
+    MethodChoice = Literal[tuple(METHODS)]
+    PresetChoice = Literal[tuple(PRESETS)]
 
 
 @dataclass(frozen=True)
@@ -99,8 +33,8 @@ class LoraDAConfig:
 
     Args:
         method: `lora_da`, or another initialisation on the same statistics: `filet`, `cntlora`, `lora_one`, `lora_ga`;
-            `lora_da.methods` has a file for each, which says how it differs from its paper. A number below that the
-            method does not use must be left out.
+            `lora_da.methods` has a file for each, which says how it differs from its paper; in Python also a `Method`
+            of one's own. A number below that the method does not use must be left out.
         preset: of method `lora_da`: `default`, also if None; `reference`, the authors' released configuration; `paper`,
             Algorithm 1; in Python also a `Preset` of one's own.
         samples: documents to estimate on, the first of the training data (the authors use 256).
@@ -124,7 +58,7 @@ class LoraDAConfig:
 
     __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
 
-    method: MethodName = "lora_da"
+    method: MethodChoice = "lora_da"
     preset: PresetChoice | None = None
     samples: int = 256
     seed: int | None = None
@@ -138,7 +72,8 @@ class LoraDAConfig:
     cache_dir: str | None = None
 
     def __post_init__(self) -> None:
-        _one_of("method", self.method, METHODS)
+        if not isinstance(self.method, Method):
+            _one_of("method", self.method, tuple(METHODS))
         if isinstance(self.preset, Preset):
             _check_numbers(self.preset)
         elif self.preset is not None:
@@ -150,36 +85,41 @@ class LoraDAConfig:
         _number("memory_budget", self.memory_budget, 0, exclusive=True)
         if self.cache_dir is not None and not (isinstance(self.cache_dir, str) and self.cache_dir.strip()):
             raise LoraDAError(f"lora_da.cache_dir is {self.cache_dir!r}; set the path of a folder, as text")
-        if self.method != "lora_da":
-            self._check_other_method()
+        self._check_uses()
 
-    def _check_other_method(self) -> None:
-        if self.preset is not None:
+    def _check_uses(self) -> None:
+        """Refuse what the method has no use for."""
+        method = self.chosen_method()
+        if self.preset is not None and not method.presets:
             raise LoraDAError(
                 f"lora_da.preset is {self.preset!r}, and presets are variants of method lora_da; leave it out with "
-                f"method {self.method}"
+                f"method {method.name}"
             )
-        used = [name for name, value in vars(OTHER_METHODS[self.method]).items() if value is not None]
         for name in OF_SOME_METHODS:
-            if getattr(self, name) is not None and name not in used:
+            used = method.population if name == "population_size" else name in method.settable
+            if getattr(self, name) is not None and not used:
                 raise LoraDAError(
-                    f"lora_da.{name} is {getattr(self, name)!r}, which method {self.method} has no use for; leave it "
-                    f"out (of the numbers, this method takes {' and '.join(used)})"
+                    f"lora_da.{name} is {getattr(self, name)!r}, which method {method.name} has no use for; leave it "
+                    f"out (of the numbers, this method takes {' and '.join(method.settable)})"
                 )
 
+    def chosen_method(self) -> Method:
+        """The method itself."""
+        return self.method if isinstance(self.method, Method) else METHODS[self.method]
+
     def numbers(self) -> Preset | Numbers:
-        """What the method, or LoRA-DA's preset, is set by, with this config's own numbers in the place of its."""
-        return self._with_own(OTHER_METHODS[self.method]) if self.method != "lora_da" else self.resolved_preset()
+        """What the method, or its preset, is set by, with this config's own numbers in the place of its."""
+        chosen = self.chosen_method()
+        if isinstance(self.preset, Preset):
+            return self._with_own(self.preset)
+        return self._with_own(chosen.numbers if self.preset is None else chosen.presets[self.preset])
 
     def settings(self) -> dict[str, Any]:
         """All there is to say of a run: these settings with the numbers in use, None where the method has none."""
-        preset = self.preset or ("default" if self.method == "lora_da" else None)
-        return {**asdict(replace(self, preset=preset)), **asdict(self.numbers())}
-
-    def resolved_preset(self) -> Preset:
-        """The preset with this config's own numbers in place of the preset's."""
-        preset = self.preset or "default"
-        return self._with_own(preset if isinstance(preset, Preset) else PRESETS[preset])
+        chosen = self.chosen_method()
+        preset = self.preset or ("default" if chosen.presets else None)
+        plain = {"method": chosen.name, "preset": asdict(preset) if isinstance(preset, Preset) else preset}
+        return {**vars(self), **plain, **asdict(self.numbers())}
 
     def _with_own(self, numbers: T) -> T:
         own = {f.name: getattr(self, f.name, None) for f in fields(numbers)}

@@ -7,23 +7,28 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import logging
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, TypeVar
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, ParamSpec, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch import distributed as dist
 
 from lora_da.errors import LoraDAError
 from lora_da.memory import free_bytes, is_out_of_memory
-from lora_da.model.blocks import NotARow
-from lora_da.samples.batch import Batch, shared
+from lora_da.model.blocks import NotSequential
+from lora_da.model.sharding import is_sharded
 
+logger = logging.getLogger(__name__)
+
+P = ParamSpec("P")
 T = TypeVar("T")
 
 
-class Ranks:
+class Processes:
     """The processes of this run.
 
     Args:
@@ -44,12 +49,16 @@ class Ranks:
         nccl = several and "nccl" in dist.get_backend()  # it knows no other memory than the GPU's
         self._device = torch.device("cuda", torch.cuda.current_device()) if nccl else torch.device("cpu")
 
+    def over(self, model: nn.Module) -> Processes:
+        """The same processes, with a model that may be sharded over them."""
+        return Processes(is_sharded(model))
+
     @contextlib.contextmanager
     def together(self) -> Iterator[None]:
         """All processes leave the block, or all raise what one of them raised in it. An interrupt is not waited with.
 
         Raises:
-            torch.OutOfMemoryError, NotARow: another process did.
+            torch.OutOfMemoryError, NotSequential: another process did.
             LoraDAError: another process failed; with its message.
         """
         if self.size == 1 or self.sharded:
@@ -64,14 +73,23 @@ class Ranks:
         if self._largest(0):
             self._raise_from_others()
 
-    def from_first(self, make: Callable[[], T]) -> T:
-        """What `make` returns in the first process, in all of them."""
+    def everywhere(self, do: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """What `do` returns in this process, where it has succeeded in all of them; see `together`."""
+        with self.together():
+            return do(*args, **kwargs)
+
+    def once(self, do: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """What `do` returns in the first process, in all of them.
+
+        Raises:
+            LoraDAError: in all others, what was raised in the first; with its message.
+        """
         if self.size == 1:
-            return make()
+            return do(*args, **kwargs)
         made: list[Any] = [None, None]
         if self.rank == 0:
             try:
-                made[0] = make()
+                made[0] = do(*args, **kwargs)
             except Exception as error:
                 dist.broadcast_object_list([None, str(error)], device=self._device)
                 raise
@@ -80,6 +98,16 @@ class Ranks:
             raise LoraDAError(made[1])
         value: T = made[0]
         return value
+
+    def anywhere(self, flag: bool) -> bool:
+        """Whether it is true in any process."""
+        return bool(self._largest(int(flag)))
+
+    def warn(self, *messages: str) -> None:
+        """Log warnings, in the first process; empty ones are none."""
+        for message in messages if self.rank == 0 else ():
+            if message:
+                logger.warning("%s", message)
 
     def gathered(self, value: T) -> list[T]:
         """Each process's value, by rank. The values are pickled, which only our own processes' may be."""
@@ -93,14 +121,6 @@ class Ranks:
         """One key for all: their own where they have the same, another for each list of them."""
         keys = self.gathered(key)
         return key if len(set(keys)) == 1 else hashlib.sha256("".join(keys).encode()).hexdigest()
-
-    def shares(self, batches: Sequence[Batch]) -> list[list[Batch]]:
-        """What each process runs."""
-        return [list(batches)] * self.size if self.sharded else shared(batches, self.size)
-
-    def any(self, flag: bool) -> bool:
-        """Whether it is true in any process."""
-        return bool(self._largest(int(flag)))
 
     def most(self, number: int) -> int:
         """The largest of the processes' numbers."""
@@ -145,11 +165,28 @@ class Ranks:
         if kind == "memory":
             raise torch.OutOfMemoryError(f"rank {rank}: {message}")
         if kind == "row":
-            raise NotARow(message)
+            raise NotSequential(message)
         raise LoraDAError(f"rank {rank} of {self.size} failed: {message}")
 
 
 def _describe(error: Exception) -> Any:
-    kind = "memory" if is_out_of_memory(error) else "row" if isinstance(error, NotARow) else "error"
-    named = isinstance(error, (LoraDAError, NotARow))
+    kind = "memory" if is_out_of_memory(error) else "row" if isinstance(error, NotSequential) else "error"
+    named = isinstance(error, (LoraDAError, NotSequential))
     return kind, str(error) if named else f"{type(error).__name__}: {error}"
+
+
+@dataclass(frozen=True)
+class Run:
+    """Where an initialisation runs, and what it may use.
+
+    Args:
+        processes: that run it together.
+        device: where the samples go.
+        memory_budget: GiB that may be used there beside the model; a share of what is free if None.
+        show_progress: whether this process shows a progress bar.
+    """
+
+    processes: Processes
+    device: torch.device
+    memory_budget: float | None
+    show_progress: bool

@@ -2,82 +2,80 @@
 
 from __future__ import annotations
 
-import logging
-import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+
+from torch import Tensor
 
 from lora_da.adapter import Adapter, AdapterLayer, describe_left
-from lora_da.cache.store import Solution
-from lora_da.collect.plan import Plan
+from lora_da.collect import Collected
 from lora_da.errors import LoraDAError
 from lora_da.methods.common import LoraFactors
-from lora_da.model.experts import Routed
+from lora_da.needs import Needs
 from lora_da.report import InitReport, LayerReport
 from lora_da.samples.draw import InitData
-
-logger = logging.getLogger(__name__)
+from lora_da.statistics import NotServed
 
 MAX_FAILED_SHARE = 0.05  # more layers than this without a solution mean that something is wrong with the model or data
 
 
-@dataclass
-class Estimate:
-    """What the passes over the samples gave, by layer."""
+@dataclass(frozen=True)
+class Solution:
+    """What is to be written, and the report of how it came about.
 
-    plan: Plan
-    full_fisher: frozenset[str]
-    routed: Mapping[str, Routed]
-    factors: dict[str, LoraFactors] = field(default_factory=dict)
-    failed: dict[str, str] = field(default_factory=dict)
-    left: dict[str, str] = field(default_factory=dict)
-    tokens: dict[str, int] = field(default_factory=dict)
-    timings: dict[str, float] = field(default_factory=dict)
-    loss: float = math.nan
+    Args:
+        factors: lora_A (r, i) and lora_B (o, r) by layer, on the CPU, in the parameters' dtypes.
+        report: of the run that solved them; its time and memory are not stored.
+    """
 
-    def add(
-        self, factors: dict[str, LoraFactors], failed: dict[str, str], left: dict[str, str], tokens: dict[str, int]
-    ) -> None:
-        """What one process has solved."""
-        self.factors |= factors
-        self.failed |= failed
-        self.left |= left
-        self.tokens |= tokens
+    factors: Mapping[str, tuple[Tensor, Tensor]]
+    report: InitReport
 
 
-def solution_of(estimate: Estimate, adapter: Adapter, data: InitData) -> Solution:
-    """The factors and the report of an estimate that is good enough to be written."""
-    _check_failed(estimate.failed, len(adapter.layers))
-    if estimate.left:
-        _check_experts(estimate)
+def solution_of(collected: Collected[LoraFactors], adapter: Adapter, data: InitData, needs: Needs) -> Solution:
+    """The factors and the report of what is good enough to be written.
+
+    Raises:
+        LoraDAError: too many layers have no solution, or no expert of a mixture was seen with a token.
+    """
+    kept = {name: outcome for name, outcome in collected.outcomes.items() if isinstance(outcome, NotServed)}
+    factors = {name: outcome for name, outcome in collected.outcomes.items() if not isinstance(outcome, NotServed)}
+    failed = {name: outcome.why for name, outcome in kept.items() if outcome.failed}
+    left = {name: outcome.why for name, outcome in kept.items() if not outcome.failed}
+    _check_failed(failed, len(adapter.layers))
+    _check_experts(left, collected)
+    plan = collected.plan
     report = InitReport(
-        initialized=len(estimate.factors),
+        initialized=len(factors),
         targeted=len(adapter.layers) + len(adapter.left),
-        failed=estimate.failed,
-        left=adapter.left | estimate.left,
+        failed=failed,
+        left=adapter.left | left,
         samples=data.n_samples,
         sample_unit=data.unit,
         tokens=data.n_tokens,
         loss_tokens=data.n_loss_tokens,
         population_size=data.population_size,
-        loss=estimate.loss,
-        plan=estimate.plan.line(),
-        forecast={"device": estimate.plan.used + estimate.plan.device_bytes, "cpu": estimate.plan.cpu_bytes},
-        timings=estimate.timings,
-        layers={a.name: _layer_report(a, estimate) for a in adapter.layers if a.name in estimate.factors},
+        loss=collected.loss,
+        plan=plan.line(),
+        forecast={"device": plan.used + plan.device_bytes, "cpu": plan.cpu_bytes},
+        timings=collected.timings,
+        layers={
+            layer.name: _layer_report(layer, factors[layer.name], collected.tokens[layer.name], needs)
+            for layer in adapter.layers
+            if layer.name in factors
+        },
     )
-    return Solution({name: (f.lora_A, f.lora_B) for name, f in estimate.factors.items()}, report)
+    return Solution({name: (f.lora_A, f.lora_B) for name, f in factors.items()}, report)
 
 
-def _layer_report(layer: AdapterLayer, estimate: Estimate) -> LayerReport:
-    factors = estimate.factors[layer.name]
+def _layer_report(layer: AdapterLayer, factors: LoraFactors, tokens: int, needs: Needs) -> LayerReport:
     return LayerReport(
         rank=layer.rank,
-        tokens=estimate.tokens[layer.name],
+        tokens=tokens,
         bias_captured=factors.bias_captured,
         damping_input=factors.damping_input,
         damping_output=factors.damping_output,
-        full_fisher=layer.name in estimate.full_fisher,
+        full_fisher=needs.full_fisher(layer.out_features),
         condition=factors.condition,
         residual=factors.residual,
         relative_step=layer.relative_step(factors.lora_A, factors.lora_B),
@@ -90,21 +88,22 @@ def _check_failed(failed: dict[str, str], n_layers: int) -> None:
         raise LoraDAError(f"{len(failed)} of {n_layers} layers have no solution; {name}: {reason}")
 
 
-def warn_of_kept(report: InitReport, adapter: Adapter) -> None:
-    """Of the layers that could not be solved, and of those left since, beside what the adapter itself has named."""
+def describe_kept(report: InitReport, adapter: Adapter) -> list[str]:
+    """Sentences naming the layers that could not be solved, and those left since, beside what the adapter has named."""
+    sentences = []
     if report.failed:
         name, reason = next(iter(report.failed.items()))
-        logger.warning("LoRA-DA: %d layers keep PEFT's init; %s: %s", len(report.failed), name, reason)
+        sentences.append(f"LoRA-DA: {len(report.failed)} layers keep PEFT's init; {name}: {reason}")
     left = {name: reason for name, reason in report.left.items() if name not in adapter.left}
-    if left:
-        logger.warning(describe_left(left))
+    return [*sentences, describe_left(left)] if left else sentences
 
 
-def _check_experts(estimate: Estimate) -> None:
-    """That some expert of every mixture was seen with tokens: all of them idle means that nothing was seen."""
-    seen = {estimate.routed[name].mixture for name in (*estimate.factors, *estimate.failed) if name in estimate.routed}
-    for name in estimate.left:
-        if estimate.routed[name].mixture not in seen:
+def _check_experts(left: Mapping[str, str], collected: Collected[LoraFactors]) -> None:
+    """Refuse a mixture of which no expert was seen with a token: all of them idle means that nothing was seen."""
+    routed = collected.routed
+    seen = {routed[name].mixture for name in collected.outcomes if name in routed and name not in left}
+    for name in left:
+        if routed[name].mixture not in seen:
             raise LoraDAError(
                 f"layer {name} and all other experts beside it were never seen with a token: their forward is replaced "
                 "(a fused kernel?); switch the kernel off or take them out of target_modules"

@@ -9,40 +9,17 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from lora_da.processes import Ranks
+from lora_da.needs import Needs, Sums
 
 # A symmetric product is made of block rows, each up to the diagonal: 5/8 of the work with four of them. Below this
 # width the smaller matrices cost more than that saves.
 SYMMETRIC_BLOCKS = 4
 SYMMETRIC_FROM = 512
 HALF = (torch.bfloat16, torch.float16)
-
-
-@dataclass(frozen=True)
-class Sums:
-    """Which sums a method reads; the others are neither computed nor held.
-
-    Args:
-        grad: Σ d xᵀ. input_cov: Σ x xᵀ. output_fisher: Σ d dᵀ, or its diagonal.
-    """
-
-    grad: bool = True
-    input_cov: bool = True
-    output_fisher: bool = True
-
-    @property
-    def backward(self) -> bool:
-        """Whether any of them needs d, and so a backward pass."""
-        return self.grad or self.output_fisher
-
-
-ALL_SUMS = Sums()
 
 
 @dataclass(frozen=True)
@@ -73,19 +50,32 @@ class LayerStatistics:
         return LayerStatistics(grad, input_cov, fisher, self.n_tokens)
 
 
+@dataclass(frozen=True)
+class NotServed:
+    """A layer that keeps PEFT's init.
+
+    Args:
+        why: its statistics cannot be taken, or have no solution; or no sample reads it.
+        failed: whether that counts as a failure.
+    """
+
+    why: str
+    failed: bool = True
+
+
 class InputSums:
     """Σ x xᵀ over the counted tokens, one for all layers that read the same tensor; their number alone where nobody
     reads it."""
 
-    def __init__(self, sums: Sums = ALL_SUMS) -> None:
-        self._taken = sums.input_cov
+    def __init__(self, sums: Sums) -> None:
+        self.taken = sums.input_cov
         self.sigma_xx_: Tensor | None = None  # (i, i); of wide inputs only the blocks on and below the diagonal
         self.n_tokens = 0
         self._mean: Tensor | None = None
 
     def add(self, x: Tensor) -> None:  # x (n, i), in a dtype of `summable`
         self.n_tokens += x.shape[0]
-        if not self._taken:
+        if not self.taken:
             return
         i = x.shape[1]
         if self.sigma_xx_ is None:
@@ -93,16 +83,9 @@ class InputSums:
         for start, stop in _block_rows(i):
             _add_product(self.sigma_xx_[start:stop, :stop], x[:, start:stop], x[:, :stop])
 
-    def reduce(self, ranks: Ranks, owner: int, i: int, like: Tensor) -> None:
-        """Sum over the processes; whole in `owner` then, and gone elsewhere. `like` has the dtype and device."""
-        if not self._taken:
-            return
-        sigma_xx_ = like.new_zeros(i, i) if self.sigma_xx_ is None else self.sigma_xx_
-        ranks.sum_to(owner, sigma_xx_)
-        self.sigma_xx_ = sigma_xx_ if ranks.rank == owner else None
-
-    def mean(self) -> Tensor | None:
-        """Z, (i, i), in the memory of the sum, which is used up; None where nothing was seen or nobody reads it."""
+    def take_mean(self) -> Tensor | None:
+        """Z, (i, i), in the memory of the sum, which is used up; None where nothing was seen or nobody reads it. It is
+        kept for the other layers that share it."""
         if self._mean is None and self.sigma_xx_ is not None and self.n_tokens:
             for start, stop in _block_rows(self.sigma_xx_.shape[0]):
                 self.sigma_xx_[:start, start:stop] = self.sigma_xx_[start:stop, :start].T
@@ -117,44 +100,31 @@ class LayerSums:
         shape: o, i and the dtype of the sums; None before the first tokens.
     """
 
-    def __init__(self, inputs: InputSums, full_fisher: bool, sums: Sums = ALL_SUMS) -> None:
-        self.inputs = inputs
-        self.full_fisher, self._taken = full_fisher, sums
+    def __init__(self, inputs: InputSums, needs: Needs) -> None:
+        self.inputs, self.needs = inputs, needs
         self.shape: tuple[int, int, torch.dtype] | None = None
         self.sigma_dx_: Tensor | None = None  # (o, i)
         self.sigma_dd_: Tensor | None = None  # (o,) or (o, o)
 
     def add(self, x: Tensor, d: Tensor) -> None:  # x (n, i), d (n, o), in one dtype of `summable`
         self.note(x, d.shape[1])
-        if self._taken.grad and self.sigma_dx_ is None:
+        if self.needs.sums.grad and self.sigma_dx_ is None:
             self.sigma_dx_ = torch.zeros(d.shape[1], x.shape[1], dtype=_sum_dtype(x), device=x.device)
-        if self._taken.output_fisher and self.sigma_dd_ is None:
-            self.sigma_dd_ = torch.zeros(self._fisher_shape(d.shape[1]), dtype=_sum_dtype(d), device=d.device)
+        if self.needs.sums.output_fisher and self.sigma_dd_ is None:
+            self.sigma_dd_ = torch.zeros(self.fisher_shape(d.shape[1]), dtype=_sum_dtype(d), device=d.device)
         if self.sigma_dx_ is not None:
             _add_product(self.sigma_dx_, d, x)
-        if self.sigma_dd_ is not None and self.full_fisher:
+        if self.sigma_dd_ is not None and self.sigma_dd_.dim() == 2:
             _add_product(self.sigma_dd_, d, d)
         elif self.sigma_dd_ is not None:
             d = d.to(self.sigma_dd_.dtype)
             self.sigma_dd_ += (d * d).sum(0)
 
     def note(self, x: Tensor, o: int) -> None:
-        """That the layer has made (n, o) of x (n, i): all there is to be known without a backward pass."""
+        """Note that the layer has made (n, o) of x (n, i): all there is to be known without a backward pass."""
         self.shape = (o, x.shape[1], _sum_dtype(x))
 
-    def reduce(self, ranks: Ranks, owner: int, o: int, i: int, like: Tensor) -> None:
-        """Sum over the processes; whole in `owner` then, and gone elsewhere. `like` has the dtype and device."""
-        self.shape = (o, i, like.dtype)
-        if self._taken.grad:
-            sigma_dx_ = like.new_zeros(o, i) if self.sigma_dx_ is None else self.sigma_dx_
-            ranks.sum_to(owner, sigma_dx_)
-            self.sigma_dx_ = sigma_dx_ if ranks.rank == owner else None
-        if self._taken.output_fisher:
-            sigma_dd_ = like.new_zeros(self._fisher_shape(o)) if self.sigma_dd_ is None else self.sigma_dd_
-            ranks.sum_to(owner, sigma_dd_)
-            self.sigma_dd_ = sigma_dd_ if ranks.rank == owner else None
-
-    def means(self, n_units: float, scale: float = 1.0) -> LayerStatistics | None:
+    def take_means(self, n_units: float, scale: float) -> LayerStatistics | None:
         """The means, in the memory of the sums, which are used up; None where nothing was seen.
 
         Args:
@@ -167,10 +137,11 @@ class LayerSums:
         grad = None if self.sigma_dx_ is None else self.sigma_dx_.div_(n_units * scale)
         fisher = None if self.sigma_dd_ is None else self.sigma_dd_.div_(scale).div_(scale * n)
         self.sigma_dx_ = self.sigma_dd_ = None
-        return LayerStatistics(grad, self.inputs.mean(), fisher, n)
+        return LayerStatistics(grad, self.inputs.take_mean(), fisher, n)
 
-    def _fisher_shape(self, o: int) -> tuple[int, ...]:
-        return (o, o) if self.full_fisher else (o,)
+    def fisher_shape(self, o: int) -> tuple[int, ...]:
+        """Σ d dᵀ has it, for o outputs."""
+        return (o, o) if self.needs.full_fisher(o) else (o,)
 
 
 def summable(rows: Tensor, computed_in: torch.dtype) -> Tensor:
@@ -212,10 +183,10 @@ def input_bytes(in_features: int) -> int:
     return 4 * in_features**2
 
 
-def gradient_bytes(in_features: int, out_features: int, full_fisher: bool, sums: Sums = ALL_SUMS) -> int:
+def gradient_bytes(in_features: int, out_features: int, needs: Needs) -> int:
     """Bytes of one layer's float32 Σ d xᵀ and Σ d dᵀ, as far as they are taken."""
-    fisher = out_features**2 if full_fisher else out_features
-    return 4 * (sums.grad * in_features * out_features + sums.output_fisher * fisher)
+    fisher = out_features**2 if needs.full_fisher(out_features) else out_features
+    return 4 * (needs.sums.grad * in_features * out_features + needs.sums.output_fisher * fisher)
 
 
 @contextlib.contextmanager

@@ -119,13 +119,13 @@ def test_a_preset_of_ones_own():
 @pytest.mark.parametrize("preset", PRESETS)
 def test_every_number_of_a_preset_can_be_overridden(preset):
     """Also by a number that is false: 0 is a value and not "what the preset says"."""
-    plain = dataclasses.asdict(LoraDAConfig(preset=preset).resolved_preset())
+    plain = dataclasses.asdict(LoraDAConfig(preset=preset).numbers())
     assert plain == dataclasses.asdict(PRESETS[preset])
     numbers = [name for name, value in plain.items() if isinstance(value, (int, float)) and not isinstance(value, bool)]
     assert numbers
     for name in numbers:
         for value in (7, 0) if name != "gamma" else (7,):
-            resolved = LoraDAConfig(preset=preset, **{name: value}).resolved_preset()
+            resolved = LoraDAConfig(preset=preset, **{name: value}).numbers()
             assert dataclasses.asdict(resolved) == {**plain, name: value}
     for averaging in ("samples", "tokens"):
-        assert LoraDAConfig(preset=preset, averaging=averaging).resolved_preset().averaging == averaging
+        assert LoraDAConfig(preset=preset, averaging=averaging).numbers().averaging == averaging

@@ -14,7 +14,7 @@ from judge import truth, worst_start
 from models import batches, documents, lived_in, pad, tiny_gpt2, tiny_llama, with_lora
 from peft import PeftModel
 from picture import differences, picture
-from planning import ONE, Way, forced
+from planning import ONE, Forced, Way
 from torch.utils.data import DataLoader
 
 from lora_da import LoraDAConfig, LoraDAError, initialize_lora_da_weights
@@ -109,8 +109,7 @@ def expected_of(run: str) -> Any:
 
 def initialize(model: PeftModel, fault: Fault | None = None, stage: str = "", way: Way = ONE) -> Any:
     rows = Rows(ROWS, fault or Fault(RuntimeError, 0), stage)
-    with forced(way):
-        return initialize_lora_da_weights(model, rows.loader(), CONFIG, show_progress=False)
+    return initialize_lora_da_weights(model, rows.loader(), CONFIG, show_progress=False, plan=Forced(way))
 
 
 @pytest.mark.parametrize(("run", "stage", "kind", "outcome", "call"), cases())

@@ -6,12 +6,48 @@ import ast
 from pathlib import Path
 
 import pytest
-from layering import Attributes, Imports, NoGlobals, StandardLibrary, broken
+from layering import Attributes, Imports, Knows, NoGlobals, StandardLibrary, broken
 
 pytestmark = pytest.mark.once
 
 ROOT = Path(__file__).parents[1]
 PRODUCT = ("lora_da/*", "axolotl_lora_da/*", "trl_integration/*")
+
+# What each room of the core may name of it, beside itself; a room that is not here may not be.
+BELOW = {
+    "samples": ("lora_da.errors",),
+    "model": ("lora_da.samples", "lora_da.memory", "lora_da.errors"),
+    "tasks": ("lora_da.model", "lora_da.samples", "lora_da.errors"),
+    "methods": ("lora_da.statistics", "lora_da.needs"),
+    "collect": (
+        *("lora_da.tasks", "lora_da.model", "lora_da.samples", "lora_da.adapter", "lora_da.processes"),
+        *("lora_da.statistics", "lora_da.needs", "lora_da.memory", "lora_da.errors"),
+    ),
+    "cache": (
+        *("lora_da.solution", "lora_da.adapter", "lora_da.config", "lora_da.report", "lora_da.samples"),
+        *("lora_da.tasks", "lora_da.model", "lora_da.errors", "lora_da.__version__"),
+    ),
+    "export": (
+        *("lora_da.initialize", "lora_da.config", "lora_da.processes", "lora_da.report", "lora_da.samples"),
+        *("lora_da.tasks", "lora_da.errors"),
+    ),
+}
+# The same of single files.
+BELOW_FILES = {
+    "needs": (),
+    "statistics": ("lora_da.needs",),
+    "config": ("lora_da.methods", "lora_da.needs", "lora_da.errors"),
+    "adapter": ("lora_da.model", "lora_da.errors"),
+    "processes": ("lora_da.model", "lora_da.memory", "lora_da.errors"),
+    "solve": (
+        *("lora_da.collect.handover", "lora_da.methods", "lora_da.adapter", "lora_da.model.weights"),
+        *("lora_da.samples", "lora_da.statistics", "lora_da.memory", "lora_da.errors"),
+    ),
+    "solution": (
+        *("lora_da.collect", "lora_da.methods", "lora_da.adapter", "lora_da.report", "lora_da.samples"),
+        *("lora_da.statistics", "lora_da.needs", "lora_da.errors"),
+    ),
+}
 
 RULES = (
     Imports(
@@ -19,19 +55,18 @@ RULES = (
         ("lora_da/*",),
         ("axolotl", "trl", "pydantic", "axolotl_lora_da", "trl_integration"),
     ),
+    *(
+        Knows(f"the room {room} knows what is below it", (f"lora_da/{room}/*",), "lora_da", (f"lora_da.{room}", *below))
+        for room, below in BELOW.items()
+    ),
+    *(
+        Knows(f"{name} knows what is below it", (f"lora_da/{name}.py",), "lora_da", below)
+        for name, below in BELOW_FILES.items()
+    ),
     Imports(
         "a method sees tensors and numbers only",
         ("lora_da/methods/*",),
-        (
-            *("torch.nn", "torch.distributed", "torch.utils.hooks", "peft", "transformers", "bitsandbytes"),
-            *(
-                "lora_da.adapter",
-                "lora_da.callback",
-                "lora_da.collect",
-                "lora_da.config",
-                "lora_da.initialize",
-            ),
-        ),
+        ("torch.nn", "torch.distributed", "torch.utils.hooks", "peft", "transformers", "bitsandbytes"),
     ),
     Attributes("a method sees tensors and numbers only", ("lora_da/methods/*",), r"register_(\w+_)?hook"),
     Imports("one host does not know the other", ("axolotl_lora_da/*",), ("trl", "trl_integration")),
@@ -47,13 +82,19 @@ RULES = (
         "hooks belong to the estimation",
         PRODUCT,
         r"register_(\w+_)?hook",
-        but=("lora_da/collect/collector.py", "lora_da/model/gradients.py"),
+        but=("lora_da/collect/collector.py", "lora_da/collect/selection.py", "lora_da/model/gradients.py"),
     ),
     Attributes("only the adapter writes", PRODUCT, r"copy_", but=("lora_da/adapter.py",)),
     Attributes("only the adapter writes", PRODUCT, r"data", but=("lora_da/adapter.py",), set_only=True),
     StandardLibrary("the start-up hook is standard library", ("axolotl_lora_da/__init__.py", "*/bare_name.py")),
-    StandardLibrary("a config loads without torch", ("lora_da/config.py", "lora_da/errors.py"), ("lora_da.errors",)),
-    StandardLibrary("a config loads without torch", ("lora_da/__init__.py",)),
+    StandardLibrary(
+        "a config loads without torch",
+        (
+            *("lora_da/__init__.py", "lora_da/config.py", "lora_da/errors.py", "lora_da/needs.py"),
+            *("lora_da/methods/__init__.py", "lora_da/methods/method.py", "lora_da/methods/presets.py"),
+        ),
+        ("lora_da.errors", "lora_da.needs", "lora_da.methods"),
+    ),
     NoGlobals("no state in modules", PRODUCT),
 )
 
@@ -67,6 +108,10 @@ def test_every_part_knows_only_what_it_may():
     files = [path for top in (*product, "tests") for path in (ROOT / top).rglob("*.py")]
     assert {path.relative_to(ROOT).parts[0] for path in files} == {*product, "tests"}
     assert violations({path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8") for path in files}) == []
+
+
+def test_every_room_has_its_rule():
+    assert {path.name for path in (ROOT / "lora_da").iterdir() if (path / "__init__.py").exists()} == set(BELOW)
 
 
 def test_relative_imports_are_not_used():
@@ -85,8 +130,25 @@ PLANTED = [
     ("lora_da/methods/x.py", "import torch\ny = torch.nn.functional.relu", "a method sees tensors and numbers only"),
     ("lora_da/methods/x.py", "import torch as t\nt.distributed.barrier()", "a method sees tensors and numbers only"),
     ("lora_da/methods/x.py", "from peft import LoraConfig", "a method sees tensors and numbers only"),
-    ("lora_da/methods/x.py", "from lora_da.config import Preset", "a method sees tensors and numbers only"),
-    ("lora_da/methods/x.py", "from lora_da import config", "a method sees tensors and numbers only"),
+    ("lora_da/methods/x.py", "from lora_da.config import Preset", "the room methods knows"),
+    ("lora_da/methods/x.py", "from lora_da import config", "the room methods knows"),
+    ("lora_da/methods/x.py", "import lora_da.collect", "the room methods knows"),
+    ("lora_da/samples/x.py", "from lora_da.model.state import estimation_mode", "the room samples knows"),
+    ("lora_da/samples/draw.py", "from lora_da.tasks import Task", "the room samples knows"),
+    ("lora_da/model/x.py", "from lora_da.tasks.head import LossPass", "the room model knows"),
+    ("lora_da/model/x.py", "import lora_da\nlora_da.adapter.find_adapter", "the room model knows"),
+    ("lora_da/tasks/x.py", "from lora_da.collect.plan import Plan", "the room tasks knows"),
+    ("lora_da/collect/x.py", "from lora_da.methods import METHODS", "the room collect knows"),
+    ("lora_da/collect/__init__.py", "def f():\n    from lora_da.solve import LayerSolver", "the room collect knows"),
+    ("lora_da/cache/x.py", "from lora_da.initialize import initialize_lora_da_weights", "the room cache knows"),
+    ("lora_da/export/x.py", "from lora_da.collect import collect", "the room export knows"),
+    ("lora_da/needs.py", "from lora_da.statistics import LayerStatistics", "needs knows what is below it"),
+    ("lora_da/statistics.py", "from lora_da.processes import Processes", "statistics knows what is below it"),
+    ("lora_da/config.py", "from lora_da.adapter import Adapter", "config knows what is below it"),
+    ("lora_da/adapter.py", "from lora_da.processes import Processes", "adapter knows what is below it"),
+    ("lora_da/processes.py", "from lora_da.collect import collect", "processes knows what is below it"),
+    ("lora_da/solve.py", "from lora_da.collect.schedule import Schedule", "solve knows what is below it"),
+    ("lora_da/solution.py", "from lora_da.cache import CacheEntry", "solution knows what is below it"),
     ("lora_da/methods/x.py", "x.register_hook(print)", "a method sees tensors and numbers only"),
     ("axolotl_lora_da/plugin.py", "import trl_integration", "one host does not know the other"),
     ("axolotl_lora_da/plugin.py", "import trl", "one host does not know the other"),
@@ -109,6 +171,7 @@ PLANTED = [
     ("axolotl_lora_da/__init__.py", "from lora_da import config", "the start-up hook is standard library"),
     ("lora_da/config.py", "from lora_da.adapter import Adapter", "a config loads without torch"),
     ("lora_da/__init__.py", "import torch", "a config loads without torch"),
+    ("lora_da/methods/__init__.py", "import torch", "a config loads without torch"),
     ("trl_integration/x.py", "def f():\n    global state", "no state in modules"),
 ]
 
@@ -132,6 +195,9 @@ def test_every_rule_can_fail(rule):
         ("axolotl_lora_da/plugin.py", "from axolotl.integrations.base import BasePlugin\nimport lora_da.errors"),
         ("axolotl_lora_da/__init__.py", "def f():\n    from axolotl_lora_da.plugin import LoraDAPlugin"),
         ("lora_da/methods/x.py", "import torch\nfrom lora_da.statistics import LayerStatistics\nx = batch.data"),
+        ("lora_da/methods/__init__.py", "from lora_da.methods.method import Method\nfrom lora_da.needs import Needs"),
+        ("lora_da/collect/x.py", "from lora_da.collect.plan import Plan\nfrom lora_da.tasks import Task"),
+        ("lora_da/initialize.py", "from lora_da.collect import collect\nfrom lora_da.methods import METHODS"),
         ("lora_da/x.py", "import trlx\nname = 'trl'"),
         ("tests/test_x.py", "import axolotl, trl, lora_da\nfrom peft.tuners.lora import LoraLayer"),
     ],

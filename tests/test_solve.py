@@ -4,7 +4,7 @@ import pytest
 import torch
 from models import batches, documents, tiny_llama, with_lora
 
-import lora_da.solve
+import lora_da.methods.lora_da
 from lora_da import LoraDAConfig, LoraDAError, initialize_lora_da_weights
 
 pytestmark = pytest.mark.once
@@ -18,13 +18,13 @@ def initialised(model) -> dict[str, torch.Tensor]:
 def test_a_trainers_tf32_and_autocast_end_at_the_solver(monkeypatch: pytest.MonkeyPatch) -> None:
     matmul = torch.backends.cuda.matmul
     before, seen = matmul.fp32_precision, []
-    original = lora_da.solve.lora_da
+    original = lora_da.methods.lora_da.lora_da
 
     def spy(*args, **kwargs):
         seen.append((matmul.fp32_precision, torch.is_autocast_enabled("cpu")))
         return original(*args, **kwargs)
 
-    monkeypatch.setattr(lora_da.solve, "lora_da", spy)
+    monkeypatch.setattr(lora_da.methods.lora_da, "lora_da", spy)
     try:
         matmul.fp32_precision = "tf32"
         with torch.autocast("cpu", torch.bfloat16):
@@ -39,7 +39,7 @@ def test_a_layer_that_does_not_fit_in_the_cpus_memory_is_named(monkeypatch: pyte
     def full(*args, **kwargs):
         raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")
 
-    monkeypatch.setattr(lora_da.solve, "lora_da", full)
+    monkeypatch.setattr(lora_da.methods.lora_da, "lora_da", full)
     with pytest.raises(LoraDAError, match=r"layer .*q_proj does not fit in the CPU's memory"):
         initialised(with_lora(tiny_llama()))
 
@@ -48,6 +48,6 @@ def test_other_errors_of_the_solver_are_not_taken_for_that(monkeypatch: pytest.M
     def broken(*args, **kwargs):
         raise RuntimeError("something else")
 
-    monkeypatch.setattr(lora_da.solve, "lora_da", broken)
+    monkeypatch.setattr(lora_da.methods.lora_da, "lora_da", broken)
     with pytest.raises(RuntimeError, match="something else"):
         initialised(with_lora(tiny_llama()))

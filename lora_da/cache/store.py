@@ -13,7 +13,6 @@ import logging
 import os
 import uuid
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -25,23 +24,11 @@ from lora_da.adapter import AdapterLayer
 from lora_da.errors import LoraDAError
 from lora_da.model.sharding import shape
 from lora_da.report import InitReport, LayerReport
+from lora_da.solution import Solution
 
 logger = logging.getLogger(__name__)
 
 FACTORS = ("lora_A", "lora_B")
-
-
-@dataclass(frozen=True)
-class Solution:
-    """What is to be written, and the report of how it came about.
-
-    Args:
-        factors: lora_A (r, i) and lora_B (o, r) by layer, on the CPU, in the parameters' dtypes.
-        report: of the run that solved them; its time and memory are not stored.
-    """
-
-    factors: Mapping[str, tuple[Tensor, Tensor]]
-    report: InitReport
 
 
 class CacheEntry:
@@ -121,12 +108,14 @@ class CacheEntry:
         return Solution(factors, dataclasses.replace(report, from_cache=True))
 
 
-def cache_folder(path: str) -> Path:
-    """The folder of a `cache_dir`, made if it is not there.
+def cache_folder(path: str | None) -> Path | None:
+    """The folder of a `cache_dir`, made if it is not there; None without one.
 
     Raises:
         LoraDAError: it is no folder and cannot be made one.
     """
+    if path is None:
+        return None
     folder = Path(path).expanduser()
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from weakref import WeakSet
 
 import torch
 from torch import Tensor
@@ -16,23 +17,23 @@ class Border:
     Args:
         n: batches.
         device: where the tensors come from and go to.
-        copies: the stream to copy in, one for all borders: each stream has memory of its own.
+        copies: the stream to copy in, one for all borders: each stream has memory of its own; None on a CPU.
+
+    Attributes:
+        nbytes: of what is kept.
     """
 
-    def __init__(self, n: int, device: torch.device, copies: torch.cuda.Stream | None = None) -> None:
+    def __init__(self, n: int, device: torch.device, copies: torch.cuda.Stream | None) -> None:
+        self.nbytes = 0
         self._held: list[Tensor | None] = [None] * n
         self._factor = 1.0
         self._device, self._copies = device, copies
         self._ahead: tuple[int, Tensor] | None = None
 
-    @property
-    def nbytes(self) -> int:
-        """Of what is kept."""
-        return sum(held.nbytes for held in self._held if held is not None)
-
     def put(self, number: int, tensor: Tensor) -> None:
         """Keep a batch's tensor."""
         tensor = tensor.detach()
+        self.nbytes += tensor.nbytes
         if self._copies is None:
             self._held[number] = tensor
             return
@@ -71,6 +72,7 @@ class Border:
                 held.append(tensor[first : first + rows, :columns].contiguous())
                 first += rows
         self._held = held
+        self.nbytes = sum(tensor.nbytes for tensor in held if tensor is not None)
 
     def scale(self, factor: float) -> None:
         """Multiply everything that is kept."""
@@ -98,6 +100,7 @@ class Borders:
         hidden: the hidden states that enter the block.
         gradients: of the loss, in the same.
         first_batch: the first batch's hidden state at the border that was used last, to check the segment below by.
+        most_bytes: that were kept at once.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -106,10 +109,18 @@ class Borders:
         self.hidden: dict[int, Border] = {}
         self.gradients: dict[int, Border] = {}
         self.first_batch: dict[int, Tensor] = {}
+        self.most_bytes = 0
+        self._all: WeakSet[Border] = WeakSet()
 
     def new(self, n: int) -> Border:
         """A border for `n` batches."""
-        return Border(n, self._device, self._copies)
+        border = Border(n, self._device, self._copies)
+        self._all.add(border)
+        return border
+
+    def note_bytes(self) -> None:
+        """Look at what is kept now, for `most_bytes`."""
+        self.most_bytes = max(self.most_bytes, sum(border.nbytes for border in self._all))
 
     def forget(self, first: int, stop: int) -> None:
         """The segment from block `first` to before `stop` is done, and nobody needs what is above it any more."""

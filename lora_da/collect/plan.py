@@ -11,15 +11,17 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
+from typing import TypeAlias
 
 import torch
 
 from lora_da.adapter import AdapterLayer
 from lora_da.collect.survey import Survey
 from lora_da.memory import GIB, used_bytes
-from lora_da.needs import NEEDS, Needs
-from lora_da.processes import Ranks
-from lora_da.samples.batch import Batch
+from lora_da.model.blocks import BlockSequence
+from lora_da.needs import Needs
+from lora_da.processes import Processes, Run
+from lora_da.samples.batch import Batch, shared
 from lora_da.statistics import gradient_bytes, input_bytes
 from lora_da.tasks.head import CHUNK
 
@@ -53,7 +55,8 @@ class Plan:
         cpu_bytes: of the CPU, for the hidden states at the borders.
         budget: bytes of the device there are.
         used: bytes of the device in use before: the model.
-        why_not_streamed: the reason if the model cannot be cut.
+        sequence: what the segments are cut from; None where the model is not cut.
+        why_not_streamed: the reason then.
     """
 
     segments: tuple[Segment, ...]
@@ -62,7 +65,8 @@ class Plan:
     cpu_bytes: int
     budget: int
     used: int
-    why_not_streamed: str = ""
+    sequence: BlockSequence | None
+    why_not_streamed: str
 
     @property
     def cuts(self) -> int:
@@ -88,44 +92,54 @@ class Plan:
         return f"{'one pass' if self.passes == 1 else f'{self.passes} passes'}{why}, {total}"
 
 
-def make_plan(
-    survey: Survey,
-    layers: Sequence[AdapterLayer],
-    full_fisher: frozenset[str],
-    batches: Sequence[Batch],
-    device: torch.device,
-    budget_gib: float | None,
-    n_segments: int | None = None,
-    ranks: Ranks | None = None,
-    needs: Needs = NEEDS["lora_da"],
-) -> Plan:
-    """The fewest segments that fit; where single blocks do not, those with the fewest runs. Every process makes the
-    same: for the largest share of the batches, and the least memory that any of them has.
+# From what a survey has found, the layers to be served, the batches, what is taken of the layers, and where it runs.
+Planner: TypeAlias = Callable[[Survey, Sequence[AdapterLayer], Sequence[Batch], Needs, Run], Plan]
+
+
+def make_plan(survey: Survey, layers: Sequence[AdapterLayer], batches: Sequence[Batch], needs: Needs, run: Run) -> Plan:
+    """Make the plan of the fewest segments that fit; where single blocks do not, that with the fewest runs.
+
+    Every process makes the same: for the largest share of the batches, and the least memory that any of them has.
 
     Args:
         survey: of the model.
         layers: those to be served, in the model's order.
-        full_fisher: names of the layers whose output Fisher is kept in full.
         batches: what is run, by all processes together.
-        device: where the layers are.
-        budget_gib: GiB that may be used beside the model; a share of what is free if None.
-        n_segments: so many, whether they fit or not; those that fit if None.
-        ranks: the processes.
-        needs: of the method.
+        needs: what is taken of the layers.
+        run: where.
     """
-    ranks = ranks or Ranks()
-    shares = ranks.shares(batches)
+    return _planned(survey, layers, batches, needs, run, None)
+
+
+def in_segments(cuts: int) -> Planner:
+    """Plan so many segments, whether they fit or not."""
+
+    def plan(survey: Survey, layers: Sequence[AdapterLayer], batches: Sequence[Batch], needs: Needs, run: Run) -> Plan:
+        return _planned(survey, layers, batches, needs, run, cut(survey, layers, cuts))
+
+    return plan
+
+
+def _planned(
+    survey: Survey,
+    layers: Sequence[AdapterLayer],
+    batches: Sequence[Batch],
+    needs: Needs,
+    run: Run,
+    segments: Sequence[Segment] | None,
+) -> Plan:
+    device, processes = run.device, run.processes
+    shares = shares_of(batches, processes)
     share = CPU_SHARE if device.type == "cpu" else DEVICE_SHARE
-    budget = int(share * ranks.free_bytes(device)) if budget_gib is None else int(budget_gib * GIB)
+    budget = int(share * processes.free_bytes(device)) if run.memory_budget is None else int(run.memory_budget * GIB)
     largest = max(b.n_positions for share in shares for b in share)
     longest = max(b.shape[1] for share in shares for b in share)
     batches = shares[0]
-    most = 1 if survey.row is None else len(survey.linear_features)
-    room = (BORDER_SHARE if device.type == "cpu" else CPU_SHARE) * ranks.free_bytes(torch.device("cpu"))
+    most = 1 if survey.sequence is None else survey.n_blocks
+    room = (BORDER_SHARE if device.type == "cpu" else CPU_SHARE) * processes.free_bytes(torch.device("cpu"))
     while most > 1 and _border_bytes(most - 1, batches, survey, device) > room:
         most -= 1
-    needed = _Needed(survey, full_fisher, largest, needs)
-    segments = None if n_segments is None else cut(survey, layers, n_segments)
+    needed = _Needed(survey, largest, needs)
     while segments is None:
         segments = next((s for s in _ways(survey, layers, most) if all(needed.bytes(p) <= budget for p in s)), None)
         if needed.batch_tokens <= longest:
@@ -142,8 +156,14 @@ def make_plan(
         cpu_bytes=_border_bytes(len({s.first for s in segments} - {0}), batches, survey, device),
         budget=budget,
         used=used_bytes(device),
+        sequence=survey.sequence,
         why_not_streamed=survey.why_not,
     )
+
+
+def shares_of(batches: Sequence[Batch], processes: Processes) -> list[list[Batch]]:
+    """What each process runs: all of it where they gather the same parameters in the same order."""
+    return [list(batches)] * processes.size if processes.sharded else shared(batches, processes.size)
 
 
 def _ways(survey: Survey, layers: Sequence[AdapterLayer], most: int) -> Iterator[list[Segment]]:
@@ -154,8 +174,8 @@ def _ways(survey: Survey, layers: Sequence[AdapterLayer], most: int) -> Iterator
 def cut(survey: Survey, layers: Sequence[AdapterLayer], cuts: int) -> list[Segment]:
     """The decoder in `cuts` segments of like size, without those below the lowest targeted layer."""
     if cuts == 1:
-        return [Segment(0, len(survey.linear_features), tuple(layers))]
-    n = len(survey.linear_features)
+        return [Segment(0, survey.n_blocks, tuple(layers))]
+    n = survey.n_blocks
     borders = sorted({round(k * n / cuts) for k in range(cuts + 1)})
     segments = [
         Segment(a, b, tuple(layer for layer in layers if a <= survey.block_of[layer.name] < b))
@@ -166,10 +186,10 @@ def cut(survey: Survey, layers: Sequence[AdapterLayer], cuts: int) -> list[Segme
     return segments
 
 
-def split(segment: Segment, survey: Survey, by_layers: bool = False) -> tuple[Segment, Segment] | None:
+def split(segment: Segment, survey: Survey, by_layers: bool) -> tuple[Segment, Segment] | None:
     """A segment in two, for when it was too large after all: by its blocks, or where it is one or asked so, by its
     layers; None where there is one of these only."""
-    if not by_layers and survey.row is not None and segment.stop - segment.first > 1:
+    if not by_layers and segment.stop - segment.first > 1:
         middle = (segment.first + segment.stop) // 2
         below = tuple(layer for layer in segment.layers if survey.block_of[layer.name] < middle)
         above = tuple(layer for layer in segment.layers if survey.block_of[layer.name] >= middle)
@@ -185,7 +205,6 @@ class _Needed:
     """Bytes of the device that running a segment takes."""
 
     survey: Survey
-    full_fisher: frozenset[str]
     batch_tokens: int
     needs: Needs
 
@@ -193,10 +212,10 @@ class _Needed:
         return self.sums(segment.layers) + max(self.running(segment), self.solving(segment.layers))
 
     def sums(self, layers: Sequence[AdapterLayer]) -> int:
-        taken, inputs = self.needs.sums, {}
-        if taken.input_cov:
+        inputs = {}
+        if self.needs.sums.input_cov:
             inputs = {self.survey.reads_like.get(a.name, a.name): input_bytes(a.in_features) for a in layers}
-        gradients = (gradient_bytes(a.in_features, a.out_features, a.name in self.full_fisher, taken) for a in layers)
+        gradients = (gradient_bytes(a.in_features, a.out_features, self.needs) for a in layers)
         return sum(gradients) + sum(inputs.values())
 
     def running(self, segment: Segment) -> int:
@@ -208,7 +227,7 @@ class _Needed:
         if not self.needs.sums.backward:  # nothing is kept beyond the block that runs
             kept = self.survey.itemsize * max(features)
             weights = max(self.survey.kept_weights)
-        elif self.survey.row is None:  # the model's own checkpointing stays, so that training's memory suffices
+        elif self.survey.sequence is None:  # the model's own checkpointing stays, so that training's memory suffices
             kept = ACTIVATIONS * self.survey.itemsize * max(features) + self.survey.bytes_per_token * len(features)
             weights = max(self.survey.kept_weights)
         borders = 4 * self.survey.bytes_per_token

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import starmap
 from typing import Any
 
@@ -12,12 +13,14 @@ from transformers.pytorch_utils import Conv1D
 
 from lora_da.adapter import AdapterLayer
 from lora_da.collect.collector import Collector
-from lora_da.model.blocks import BlockRow, NotARow
+from lora_da.collect.selection import Selection
+from lora_da.collect.sums import SegmentSums
+from lora_da.model.blocks import BlockSequence, NotSequential
 from lora_da.model.experts import Routed, find_routed
 from lora_da.model.gradients import gradients_must_pass
 from lora_da.model.sharding import gathered_bytes, shape
 from lora_da.model.state import without_checkpointing
-from lora_da.statistics import ALL_SUMS, Sums
+from lora_da.needs import Needs
 from lora_da.tasks import Task
 
 
@@ -26,7 +29,7 @@ class Survey:
     """How a model can be cut, and what its layers share.
 
     Args:
-        row: the decoder's blocks; None where it cannot be cut into them.
+        sequence: the decoder's blocks; None where it cannot be cut into them.
         why_not: the reason then.
         block_of: the number of the block a layer is in, by layer; the head runs with the last.
         routed: the layers inside an expert.
@@ -39,7 +42,7 @@ class Survey:
         kept_weights: numbers in the dense weights of each block that may be kept for the backward beside them.
     """
 
-    row: BlockRow | None
+    sequence: BlockSequence | None
     why_not: str
     block_of: Mapping[str, int]
     routed: Mapping[str, Routed]
@@ -49,42 +52,54 @@ class Survey:
     vocabulary: int
     linear_features: tuple[int, ...]
     kept_weights: tuple[int, ...]
-    gathered_bytes: int = 0
+    gathered_bytes: int
+
+    @property
+    def n_blocks(self) -> int:
+        """How many of them there are; 1 where none are known."""
+        return len(self.linear_features)
+
+    def uncut(self, why_not: str) -> Survey:
+        """The same of a model that is not to be cut, for this reason."""
+        return replace(self, sequence=None, why_not=why_not)
 
 
-def survey(task: Task, layers: Sequence[AdapterLayer], inputs: Mapping[str, Any], sums: Sums = ALL_SUMS) -> Survey:
+def survey_model(task: Task, layers: Sequence[AdapterLayer], inputs: Mapping[str, Any], needs: Needs) -> Survey:
     """Look at a model.
 
     Args:
         task: its model in estimation mode.
         layers: those to be served.
         inputs: what its body takes; the beginning of one row will do. It is run three times, block by block at last.
-        sums: what is to be taken; gradients are looked for where one of them needs a backward pass.
+        needs: what is to be taken; gradients are looked for where one of its sums needs a backward pass.
 
     Raises:
         LoraDAError: no gradient passes through a layer of the kinds that are targeted.
     """
     model, blocks = task.model, task.blocks
     block_of = _block_of(blocks, layers)
-    collector = Collector({layer.name: layer.base for layer in layers}, sums=sums)
-    must_pass = _like(layers, model, blocks) if sums.backward else {}
-    row, why_not = BlockRow(task.body, blocks), task.why_not_a_row or _why_not(blocks, layers, block_of)
+    bases, backward = {layer.name: layer.base for layer in layers}, needs.sums.backward
+    sums = SegmentSums(bases, needs)
+    collector = Collector(bases, sums, Selection(bases, task.streams, {}, None), contextlib.nullcontext)
+    must_pass = _like(layers, model, blocks) if backward else {}
+    sequence = BlockSequence(task.body, blocks)
+    why_not = task.why_not_sequential or _why_not(blocks, layers, block_of)
     hidden: Tensor | None = None
     with without_checkpointing(model), collector.observing(), gradients_must_pass(must_pass):
         if not why_not:
             try:
-                hidden = row.learn(sums.backward, **inputs)
-            except NotARow as error:
+                hidden = sequence.learn(backward, **inputs)
+            except NotSequential as error:
                 why_not = str(error)
     layers_of = [_widths(block) for block in blocks or [model]]
     width = shape(model.get_input_embeddings().weight)[-1] if hidden is None else hidden.shape[-1]
     itemsize = (model.dtype if hidden is None else hidden.dtype).itemsize
     return Survey(
-        row=None if why_not else row,
+        sequence=None if why_not else sequence,
         why_not=why_not,
         block_of=block_of,
-        routed=find_routed(blocks if task.has_experts else [], {layer.name: layer.base for layer in layers}),
-        reads_like=collector.shared_inputs(),
+        routed=find_routed(blocks if task.has_experts else [], bases),
+        reads_like=sums.reads_like,
         bytes_per_token=width * itemsize,
         itemsize=itemsize,
         vocabulary=task.n_logits,

@@ -15,7 +15,7 @@ from peft import PeftModel
 from lora_da.config import LoraDAConfig
 from lora_da.errors import LoraDAError
 from lora_da.initialize import initialize_lora_da_weights
-from lora_da.processes import Ranks
+from lora_da.processes import Processes
 from lora_da.report import InitReport
 from lora_da.tasks import RewardLoss
 
@@ -44,7 +44,7 @@ def export_initial_adapter(
         LoraDAError: as `initialize_lora_da_weights`; the folder is not empty or cannot be made; the adapter carries
             trained weights. Nothing was saved then.
     """
-    if Ranks().size > 1:
+    if Processes().size > 1:
         raise LoraDAError("an adapter is exported by one process: start this one without a launcher of several")
     with _complete_folder(Path(output).expanduser().resolve(), overwrite) as folder:
         report = initialize_lora_da_weights(peft_model, dataloader, config, adapter_name, show_progress, reward)

@@ -1,4 +1,53 @@
 """One algorithm a file: statistics of a layer in, LoRA factors out. Pure functions of tensors and numbers.
 
-`lora_da`, `filet`, `cntlora`, `lora_one` and `lora_ga` are methods; they share `common`, `gradient` and `eigen`.
+A method is a file here and an entry of `METHODS`; the command, the config, the planner and the solver read the entry.
+What methods share is in `common`, `gradient` and `linalg`. Standard library only, as far as this file goes: a config is
+loaded without torch, and a method's file is imported when its first layer is solved.
 """
+
+from __future__ import annotations
+
+import math
+
+from lora_da.methods.method import Method, Numbers, function_of
+from lora_da.methods.presets import PRESETS
+from lora_da.needs import Needs, Sums
+
+METHODS: dict[str, Method] = {
+    "lora_da": Method(
+        "lora_da",
+        # the damped copy of Z and its factor, D and what it is made of, in float32
+        Needs(Sums(), solving=lambda i, o: 4 * (2 * i**2 + 4 * i * o)),
+        PRESETS["default"],
+        function_of("lora_da", "lora_da"),
+        prepare=function_of("lora_da", "damp_input"),
+        presets=PRESETS,
+        population=True,
+    ),
+    "filet": Method(
+        "filet",
+        Needs(Sums(grad=False), solving=function_of("filet", "solving"), weight=True, full_fisher_up_to=math.inf),
+        Numbers(averaging="tokens"),
+        function_of("filet", "filet"),
+    ),
+    "cntlora": Method(
+        "cntlora",
+        # Z's copy, its eigenvectors and their workspace, W dequantised, scaled and turned, and the residual in float64
+        Needs(Sums(grad=False, output_fisher=False), solving=lambda i, o: 4 * (5 * i**2 + 7 * i * o), weight=True),
+        Numbers(damping=0.1),  # as in LoRA-DA's default: the same Z is damped
+        function_of("cntlora", "cntlora"),
+        prepare=function_of("cntlora", "find_shift"),
+    ),
+    "lora_one": Method(
+        "lora_one",
+        Needs(Sums(input_cov=False, output_fisher=False), solving=lambda i, o: 4 * 3 * i * o),  # G scaled, in float64
+        Numbers(averaging="tokens", gamma=128.0),  # the paper's
+        function_of("lora_one", "lora_one"),
+    ),
+    "lora_ga": Method(
+        "lora_ga",
+        Needs(Sums(input_cov=False, output_fisher=False), solving=lambda i, o: 4 * 3 * i * o),  # as above
+        Numbers(averaging="tokens", gamma=16.0),  # PEFT's default
+        function_of("lora_ga", "lora_ga"),
+    ),
+}

@@ -43,6 +43,7 @@ import torch
 from torch import Tensor
 
 from lora_da.methods.common import (
+    LayerSpec,
     LoraFactors,
     UnsolvableLayer,
     canonical_signs,
@@ -52,6 +53,8 @@ from lora_da.methods.common import (
     start_at_the_base,
 )
 from lora_da.methods.linalg import OVERSAMPLING, largest_singular_triplets
+from lora_da.methods.method import Numbers
+from lora_da.statistics import LayerStatistics
 
 # Of ‖W‖_F √c, which N would be if the shift were as large as the activations: what is rounding.
 MIN_SHIFT = 1e-6
@@ -75,19 +78,19 @@ class DomainShift:
     condition: float
 
 
-def cntlora(shift: DomainShift, weight: Tensor | None, rank: int, *, plain_variance: float) -> LoraFactors:
+def cntlora(statistics: LayerStatistics, layer: LayerSpec, numbers: Numbers) -> LoraFactors:
     """Solve one layer, in the dtype that Z was decomposed in.
 
     Args:
-        shift: `find_shift` of its Z, one for all layers that share it.
-        weight: W, (o, i), dequantised, on the same device.
-        rank: r ≤ min(i, o).
-        plain_variance: variance of an entry of plain LoRA's lora_A.
+        statistics: nothing of them is read but what was prepared of Z.
+        layer: its rank r, its weight W, its plain variance, and `find_shift` of its Z.
+        numbers: they have gone into that.
 
     Raises:
         UnsolvableLayer: W is not finite or zero, or its inputs are not shifted.
     """
-    weight = checked("weight", weight, if_zero="")
+    shift: DomainShift = layer.prepared
+    rank, weight = layer.rank, checked("weight", layer.weight, if_zero="")
     weight = weight.to(shift.vectors.dtype)
     weight = weight / weight.abs().max()
     residual = ((weight @ shift.vectors) * shift.shift).double()  # N Q (o, i)
@@ -101,22 +104,23 @@ def cntlora(shift: DomainShift, weight: Tensor | None, rank: int, *, plain_varia
     directions = shift.vectors @ rows  # H⁻¹ V_r (i, r)
     directions = directions * canonical_signs(directions)
     cov = shift.cov.to(directions.dtype)
-    lora_A, lora_B = start_at_the_base(directions, cov, plain_variance, len(weight))
+    lora_A, lora_B = start_at_the_base(directions, cov, layer.plain_variance, len(weight))
     return LoraFactors(lora_A, lora_B, damping_input=shift.damping, condition=shift.condition, residual=found.residual)
 
 
-def find_shift(input_cov: Tensor | None, damping: float) -> DomainShift:
+def find_shift(input_cov: Tensor | None, numbers: Numbers) -> DomainShift:
     """Decompose Z, in float32 where the damping bounds its condition number, else in float64.
 
     Args:
         input_cov: Z, (i, i).
-        damping: μ, the energy of the noise and the weight of the pre-training constraint.
+        numbers: `damping` is μ, the energy of the noise and the weight of the pre-training constraint.
 
     Raises:
         UnsolvableLayer: Z is not finite, zero, or not positive definite after damping.
     """
     cov = checked("input covariance", input_cov)
-    trace = cov.diagonal().double().sum().item()
+    assert numbers.damping is not None
+    damping, trace = numbers.damping, cov.diagonal().double().sum().item()
     mean, added = trace / len(cov), damping * trace / len(cov)
     dense = cov if float32_suffices(cov, trace, added) else cov.double()
     values, vectors = torch.linalg.eigh(dense / mean)  # λ and Q

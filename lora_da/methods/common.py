@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,6 +17,25 @@ MIN_INPUT_ENERGY = 1e-7
 
 class UnsolvableLayer(ArithmeticError):
     """One layer's statistics admit no solution; the message says why."""
+
+
+@dataclass(frozen=True)
+class LayerSpec:
+    """What a method is told of a layer beside its statistics.
+
+    Args:
+        rank: r ≤ min(i, o).
+        plain_variance: variance of an entry of the lora_A that PEFT draws for it.
+        population: N, in the unit the gradient was averaged over; None where the method does not ask for it.
+        weight: W, (o, i), dequantised, on the device of the statistics; None where the method does not read it.
+        prepared: what the method's `prepare` has made of Z; None where it has none.
+    """
+
+    rank: int
+    plain_variance: float
+    population: float | None
+    weight: Tensor | None
+    prepared: Any
 
 
 @dataclass(frozen=True)

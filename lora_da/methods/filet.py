@@ -19,20 +19,20 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lora_da.methods.common import LoraFactors, UnsolvableLayer, canonical_signs, checked, start_at_the_base
+from lora_da.methods.common import LayerSpec, LoraFactors, UnsolvableLayer, canonical_signs, checked, start_at_the_base
+from lora_da.methods.method import Numbers
 from lora_da.statistics import LayerStatistics
 
 CANDIDATES = 1024  # pairs that are looked at together: U and V are never held whole
 
 
-def filet(statistics: LayerStatistics, weight: Tensor | None, rank: int, *, plain_variance: float) -> LoraFactors:
+def filet(statistics: LayerStatistics, layer: LayerSpec, numbers: Numbers) -> LoraFactors:
     """Solve one layer, in the dtype of the statistics.
 
     Args:
         statistics: its input covariance and full output Fisher are read.
-        weight: W, (o, i), dequantised, on the same device.
-        rank: r ≤ min(i, o).
-        plain_variance: variance of an entry of plain LoRA's lora_A.
+        layer: its rank r, its weight W and its plain variance.
+        numbers: none of them concerns it.
 
     Raises:
         UnsolvableLayer: statistics or weight are not finite or zero, the weight has fewer than r columns that are not
@@ -40,7 +40,7 @@ def filet(statistics: LayerStatistics, weight: Tensor | None, rank: int, *, plai
     """
     cov = checked("input covariance", statistics.input_cov)
     fisher = checked("output Fisher", statistics.output_fisher)
-    weight = checked("weight", weight, if_zero="").to(cov.dtype)
+    rank, weight = layer.rank, checked("weight", layer.weight, if_zero="").to(cov.dtype)
     weight = weight / weight.abs().max()
     energies = fisher_energies(weight, cov, fisher)  # (i,)
     if int(torch.isfinite(energies).sum()) < rank:
@@ -50,8 +50,14 @@ def filet(statistics: LayerStatistics, weight: Tensor | None, rank: int, *, plai
     chosen = energies.sort(stable=True).indices[:rank]
     directions = _column_normalised(weight.T @ weight[:, chosen])  # (i, r)
     directions = directions * canonical_signs(directions)
-    lora_A, lora_B = start_at_the_base(directions, cov, plain_variance, len(weight))
+    lora_A, lora_B = start_at_the_base(directions, cov, layer.plain_variance, len(weight))
     return LoraFactors(lora_A, lora_B)
+
+
+def solving(i: int, o: int) -> int:
+    """Bytes that solving a layer takes: Z and Y scaled, W dequantised, in float32 and scaled, and a block of candidates
+    with their products."""
+    return 4 * (i**2 + o**2 + 3 * i * o + 4 * min(i, CANDIDATES) * (i + o))
 
 
 def fisher_energies(weight: Tensor, cov: Tensor, fisher: Tensor) -> Tensor:

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from lora_da.methods.common import (
+    LayerSpec,
     LoraFactors,
     UnsolvableLayer,
     canonical_signs,
@@ -32,6 +33,7 @@ from lora_da.methods.common import (
     plain_energy_scale,
 )
 from lora_da.methods.linalg import OVERSAMPLING, largest_eigenpairs
+from lora_da.methods.method import Preset
 from lora_da.statistics import LayerStatistics
 
 # An eigenvalue's error is the square of its residual: at these, a norm and an order of magnitude are settled.
@@ -61,44 +63,28 @@ class DampedInput:
         return torch.cholesky_solve(right, self.factor)
 
 
-def lora_da(
-    statistics: LayerStatistics,
-    rank: int,
-    *,
-    population: float,
-    variance_weight: float,
-    damping: float,
-    relative_damping: bool,
-    gamma: float,
-    normalize_step: bool,
-    plain_variance: float | None,
-    damped_input: DampedInput | None = None,
-) -> LoraFactors:
+def lora_da(statistics: LayerStatistics, layer: LayerSpec, preset: Preset) -> LoraFactors:
     """Solve one layer.
 
     Args:
         statistics: means of the layer, any float dtype.
-        rank: r ≤ min(i, o).
-        population: N, in the unit the gradient was averaged over.
-        variance_weight: v, the weight of the variance term.
-        damping: added to the diagonals of Z and Y; times their mean if `relative_damping`.
-        gamma: divisor of the step.
-        normalize_step: divide D by its largest singular value.
-        plain_variance: variance of an entry of plain LoRA's lora_A. If given, lora_A is scaled to the input energy
-            tr(A Z Aᵀ) that such a random A is expected to have, and lora_B takes the rest of the step;
-            otherwise both factors carry 1/√gamma.
-        damped_input: `damp_input` of the same Z and damping, if another layer has needed it already.
+        layer: its rank r, its population N, and `damp_input` of its Z. With `match_input_energy` lora_A is scaled to
+            the input energy tr(A Z Aᵀ) that plain LoRA's, with entries of its plain variance, is expected to have, and
+            lora_B takes the rest of the step; otherwise both factors carry 1/√gamma.
+        preset: v is `variance_weight`; `damping` is added to the diagonals of Z and Y, times their mean if it is
+            relative; `gamma` divides the step, of which D is divided by its largest singular value before if
+            `normalize_step`.
 
     Raises:
-        UnsolvableLayer: statistics are not finite or all zero, or Z or Y is not positive definite after damping.
+        UnsolvableLayer: statistics are not finite or all zero, or Y is not positive definite after damping.
     """
     grad = checked("gradient", statistics.grad)
     fisher = checked("output Fisher", statistics.output_fisher)
-    if damped_input is None:
-        damped_input = damp_input(statistics.input_cov, damping, relative_damping)
+    damped_input: DampedInput = layer.prepared
+    assert layer.population is not None, "the population was not asked for"
     dtype = damped_input.factor.dtype
-    inverse_fisher, damping_output = _inverse_fisher_diagonal(fisher.double(), damping, relative_damping)  # (o,)
-    variance = variance_weight * inverse_fisher.sum().item() / population
+    inverse_fisher, damping_output = _inverse_fisher_diagonal(fisher.double(), preset)  # (o,)
+    variance = preset.variance_weight * inverse_fisher.sum().item() / layer.population
     # G and 1/Y may be as small and as large as they like: D is held in units of their largest entries.
     grad_unit, fisher_unit = grad.abs().max(), inverse_fisher.max()
     weighted = (grad / grad_unit).T.to(dtype) * (inverse_fisher / fisher_unit).to(dtype)  # (i, o)
@@ -112,23 +98,23 @@ def lora_da(
     def minus_omega(v: Tensor) -> Tensor:  # (i, b) → (i, b)
         return bias(v) - variance * damped_input.solve(v) if variance else bias(v)
 
-    width = min(rank + OVERSAMPLING, *direction.shape)
+    width = min(layer.rank + OVERSAMPLING, *direction.shape)
     start = direction @ noise(direction.shape[1], width, like=direction)
-    pairs = largest_eigenpairs(minus_omega, start, rank)
+    pairs = largest_eigenpairs(minus_omega, start, layer.rank)
     a0 = pairs.vectors * canonical_signs(pairs.vectors)  # (i, r)
     b0 = a0.T @ direction  # (r, o)
     size = unit
-    if normalize_step:  # the eigenvectors of Ω do not change with the scale of D
+    if preset.normalize_step:  # the eigenvectors of Ω do not change with the scale of D
         size = 1 / largest_eigenpairs(bias, a0, 1, NORM_TOLERANCE).values.sqrt().item()
     captured = (b0.square().sum() / direction.square().sum()).item()
     b0 = b0.double() * size
 
-    scale = 1 / math.sqrt(gamma)
-    if plain_variance is not None:
-        scale = plain_energy_scale(a0, damped_input.cov.to(dtype), plain_variance)
+    scale = 1 / math.sqrt(preset.gamma)
+    if preset.match_input_energy:
+        scale = plain_energy_scale(a0, damped_input.cov.to(dtype), layer.plain_variance)
     factors = LoraFactors(
         lora_A=a0.T.double() * scale,
-        lora_B=b0.T / (gamma * scale),
+        lora_B=b0.T / (preset.gamma * scale),
         bias_captured=captured,
         damping_input=damped_input.damping,
         damping_output=damping_output,
@@ -140,15 +126,19 @@ def lora_da(
     return factors
 
 
-def damp_input(input_cov: Tensor | None, damping: float, relative_damping: bool) -> DampedInput:
+def damp_input(input_cov: Tensor | None, preset: Preset) -> DampedInput:
     """Damp and factor Z.
+
+    Args:
+        input_cov: Z, (i, i).
+        preset: its damping, added to the diagonal, times its mean if it is relative.
 
     Raises:
         UnsolvableLayer: Z is not finite, zero, or not positive definite after damping.
     """
     input_cov = checked("input covariance", input_cov)
     diagonal = input_cov.diagonal().double()
-    trace, added = diagonal.sum().item(), _damping(diagonal, damping, relative_damping)
+    trace, added = diagonal.sum().item(), _damping(diagonal, preset)
     dense = input_cov if float32_suffices(input_cov, trace, added) else input_cov.double()
     factor = _cholesky(dense, added, "input covariance")
     start = noise(factor.shape[0], min(NORM_BLOCK, factor.shape[0]), like=factor)
@@ -157,8 +147,8 @@ def damp_input(input_cov: Tensor | None, damping: float, relative_damping: bool)
     return DampedInput(input_cov, factor, added, (largest * smallest).item())
 
 
-def _damping(diagonal: Tensor, damping: float, relative: bool) -> float:
-    return damping * diagonal.mean().item() if relative else damping
+def _damping(diagonal: Tensor, preset: Preset) -> float:
+    return preset.damping * diagonal.mean().item() if preset.relative_damping else preset.damping
 
 
 def _cholesky(matrix: Tensor, damping: float, name: str) -> Tensor:
@@ -170,12 +160,12 @@ def _cholesky(matrix: Tensor, damping: float, name: str) -> Tensor:
     return cholesky
 
 
-def _inverse_fisher_diagonal(fisher: Tensor, damping: float, relative: bool) -> tuple[Tensor, float]:
+def _inverse_fisher_diagonal(fisher: Tensor, preset: Preset) -> tuple[Tensor, float]:
     """[Y⁻¹]_oo of the damped Y: the diagonal of the inverse if Y is full, 1/diag(Y) if only its diagonal is known."""
     if fisher.dim() == 2:
-        added = _damping(fisher.diagonal(), damping, relative)
+        added = _damping(fisher.diagonal(), preset)
         return torch.cholesky_inverse(_cholesky(fisher, added, "output Fisher")).diagonal(), added
-    added = _damping(fisher, damping, relative)
+    added = _damping(fisher, preset)
     damped = fisher + added
     if damped.min() <= 0:
         raise UnsolvableLayer("its output Fisher has a zero on the diagonal; set a damping above 0")

@@ -19,27 +19,29 @@ import math
 
 import torch
 
-from lora_da.methods.common import LoraFactors
+from lora_da.methods.common import LayerSpec, LoraFactors
 from lora_da.methods.gradient import decompose_gradient
+from lora_da.methods.method import Numbers
 from lora_da.statistics import LayerStatistics
 
 
-def lora_ga(statistics: LayerStatistics, rank: int, *, gamma: float) -> LoraFactors:
+def lora_ga(statistics: LayerStatistics, layer: LayerSpec, numbers: Numbers) -> LoraFactors:
     """Solve one layer.
 
     Args:
         statistics: its gradient is read. Where that has fewer directions than r, the rest of lora_A's rows are
             orthogonal to them and arbitrary.
-        rank: r ≤ min(i, o).
-        gamma: lora_A has singular values m^¼/√gamma, all the same.
+        layer: its rank r.
+        numbers: lora_A has singular values m^¼/√gamma, all the same.
 
     Raises:
         UnsolvableLayer: the gradient is not finite or zero.
     """
-    found = decompose_gradient(statistics, rank)
+    found = decompose_gradient(statistics, layer.rank)
+    assert numbers.gamma is not None
     out_features = found.left.shape[0]
     return LoraFactors(
-        lora_A=found.right.T * (out_features**0.25 / math.sqrt(gamma)),
+        lora_A=found.right.T * (out_features**0.25 / math.sqrt(numbers.gamma)),
         lora_B=torch.zeros_like(found.left),
         bias_captured=found.captured,
         residual=found.residual,

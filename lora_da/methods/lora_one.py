@@ -13,34 +13,36 @@ from __future__ import annotations
 
 import math
 
-from lora_da.methods.common import LoraFactors, UnsolvableLayer
+from lora_da.methods.common import LayerSpec, LoraFactors, UnsolvableLayer
 from lora_da.methods.gradient import decompose_gradient
+from lora_da.methods.method import Numbers
 from lora_da.statistics import LayerStatistics
 
 # Of the largest singular value: what float32 sums cannot tell from nothing.
 MIN_SINGULAR_VALUE = 1e-6
 
 
-def lora_one(statistics: LayerStatistics, rank: int, *, gamma: float) -> LoraFactors:
+def lora_one(statistics: LayerStatistics, layer: LayerSpec, numbers: Numbers) -> LoraFactors:
     """Solve one layer.
 
     Args:
         statistics: its gradient is read.
-        rank: r ≤ min(i, o).
-        gamma: divisor of the step.
+        layer: its rank r.
+        numbers: `gamma` divides the step.
 
     Raises:
         UnsolvableLayer: the gradient is not finite, zero, or of a rank below r: both factors of the rest of the pairs
             would be zero, and would stay zero in training.
     """
-    found = decompose_gradient(statistics, rank)
+    found = decompose_gradient(statistics, layer.rank)
     relative = found.values / found.values[0]
     if relative[-1] <= MIN_SINGULAR_VALUE:
         found_rank = int((relative > MIN_SINGULAR_VALUE).sum())
         raise UnsolvableLayer(
-            f"its gradient has rank {found_rank}, below the adapter's {rank}; take more samples or a smaller rank"
+            f"its gradient has rank {found_rank}, below the adapter's {layer.rank}; take more samples or a smaller rank"
         )
-    share = relative.sqrt() / math.sqrt(gamma)  # (r,)
+    assert numbers.gamma is not None
+    share = relative.sqrt() / math.sqrt(numbers.gamma)  # (r,)
     return LoraFactors(
         lora_A=share.unsqueeze(1) * found.right.T,
         lora_B=-found.left * share,

@@ -1,4 +1,4 @@
-"""A decoder as a row of blocks, of which some can be run without the others.
+"""A decoder as a sequence of blocks, of which some can be run without the others.
 
 To run blocks a … b again from the hidden state that entered block a, the decoder itself is called: it makes masks,
 position embeddings and everything else its blocks are given, whatever the architecture. The blocks before a and from b
@@ -24,8 +24,8 @@ from lora_da.samples.batch import NOT_TEXT
 REPLAY_TOLERANCE = 0.05
 
 
-class NotARow(Exception):
-    """The decoder's blocks do not make up a row in which each depends on the one before alone; the message says why."""
+class NotSequential(Exception):
+    """Blocks that are no sequence in which each depends on the one before alone; the message says why."""
 
 
 def find_blocks(decoder: nn.Module) -> list[nn.Module]:
@@ -37,7 +37,7 @@ def find_blocks(decoder: nn.Module) -> list[nn.Module]:
     return list(max((m for _, m in lists), key=len, default=[]))
 
 
-class BlockRow:
+class BlockSequence:
     """Runs some blocks of a decoder.
 
     Args:
@@ -50,13 +50,13 @@ class BlockRow:
         self._beside: list[int | None] = [None] * len(blocks)  # what a tuple holds beside the hidden state
         self._leaves: list[Tensor] | None = None  # while learning: what entered each block so far, cut from its graph
         self._first, self._stop = 0, len(blocks)
-        self._begin(None, ())
+        self._call = _Call(None, ())
 
     def __len__(self) -> int:
         return len(self._blocks)
 
-    def learn(self, gradients: bool = True, **inputs: Any) -> Tensor:
-        """Run all blocks, to see that they are a row and what they return; the hidden state behind the last.
+    def learn(self, gradients: bool, **inputs: Any) -> Tensor:
+        """Run all blocks, to see that they are a sequence and what they return; the hidden state behind the last.
 
         Then each alone, after a run over other tokens: what a block left lying for another one is stale by then.
 
@@ -65,12 +65,12 @@ class BlockRow:
             inputs: of the decoder.
 
         Raises:
-            NotARow: they are not.
+            NotSequential: they are not.
         """
         self._leaves = []
         try:
             with torch.set_grad_enabled(gradients), self.only(0, len(self)), kept_on_device():
-                last = self.run(None, **inputs)[len(self)].detach()
+                last = self.run(None, (), **inputs)[len(self)].detach()
             entered = [leaf.detach() for leaf in self._leaves] + [last]
         finally:
             self._leaves = None
@@ -83,11 +83,11 @@ class BlockRow:
     def _check_alone(self, number: int, hidden: Tensor, returned: Tensor, inputs: dict[str, Any]) -> None:
         try:
             with self.only(number, number + 1):
-                again = self.run(hidden, **inputs)[number + 1]
+                again = self.run(hidden, (), **inputs)[number + 1]
         except (RuntimeError, LookupError, TypeError, ValueError, AttributeError) as error:
             if isinstance(error, torch.AcceleratorError) or is_out_of_memory(error):
                 raise
-            raise NotARow(f"block {number} cannot be run alone: {error}") from error
+            raise NotSequential(f"block {number} cannot be run alone: {error}") from error
         check(again, returned)
 
     @contextlib.contextmanager
@@ -100,9 +100,9 @@ class BlockRow:
             try:
                 yield
             finally:
-                self._begin(None, ())
+                self._call = _Call(None, ())
 
-    def run(self, hidden: Tensor | None, keep: Sequence[int] = (), **inputs: Any) -> dict[int, Tensor]:
+    def run(self, hidden: Tensor | None, keep: Sequence[int], **inputs: Any) -> dict[int, Tensor]:
         """Call the decoder.
 
         Args:
@@ -115,45 +115,40 @@ class BlockRow:
         """
         with self.given(hidden, (*keep, self._stop)):
             self._decoder(**inputs)
-            if self._expected != len(self):
-                raise NotARow(f"{self._expected} of its {len(self)} blocks ran")
-            return self._kept
+            call = self._call
+            if call.expected != len(self):
+                raise NotSequential(f"{call.expected} of its {len(self)} blocks ran")
+            return call.kept
 
     @contextlib.contextmanager
     def given(self, hidden: Tensor | None, keep: Sequence[int] = ()) -> Iterator[None]:
         """As `run`, for a caller that calls the model itself, once."""
-        self._begin(hidden, keep)
+        self._call = _Call(hidden, keep)
         try:
             yield
         finally:
-            self._begin(None, ())
-
-    def _begin(self, hidden: Tensor | None, keep: Sequence[int]) -> None:
-        self._given, self._keep = hidden, frozenset(keep)
-        self._expected = 0  # the block to run next
-        self._passed: Tensor | None = None  # what the last one returned
-        self._kept: dict[int, Tensor] = {}
+            self._call = _Call(None, ())
 
     def _forward(self, number: int, original: Callable[..., Any]) -> Callable[..., Any]:
         def forward(*args: Any, **kwargs: Any) -> Any:
-            hidden = args[0] if args else kwargs.get("hidden_states")
-            if number != self._expected:
-                raise NotARow(f"block {number} runs where block {self._expected} is expected")
-            if not isinstance(hidden, Tensor) or (number and hidden is not self._passed):
-                raise NotARow(f"block {number} does not read what block {number - 1} returns")
-            self._expected += 1
-            if number == self._first and self._given is not None:
-                hidden = self._given.clone()  # a block may change its input in place, and this one is needed again
-            if number in self._keep:
-                self._kept[number] = hidden.clone()
+            call, hidden = self._call, args[0] if args else kwargs.get("hidden_states")
+            if number != call.expected:
+                raise NotSequential(f"block {number} runs where block {call.expected} is expected")
+            if not isinstance(hidden, Tensor) or (number and hidden is not call.passed):
+                raise NotSequential(f"block {number} does not read what block {number - 1} returns")
+            call.expected += 1
+            if number == self._first and call.given is not None:
+                hidden = call.given.clone()  # a block may change its input in place, and this one is needed again
+            if number in call.keep:
+                call.kept[number] = hidden.clone()
             if self._first <= number < self._stop:
                 output = self._run(number, original, hidden, args, kwargs)
             else:
                 beside = self._beside[number]
                 output = hidden if beside is None else (hidden, *(None,) * beside)
-            self._passed = output[0] if isinstance(output, tuple) else output
-            if number + 1 == self._stop and self._stop in self._keep:
-                self._kept[self._stop] = self._passed
+            call.passed = output[0] if isinstance(output, tuple) else output
+            if number + 1 == self._stop and self._stop in call.keep:
+                call.kept[self._stop] = call.passed
             return output
 
         return forward
@@ -166,7 +161,7 @@ class BlockRow:
         output = original(hidden, *args[1:], **kwargs) if args else original(**{**kwargs, "hidden_states": hidden})
         returned = output[0] if isinstance(output, tuple) else output
         if not isinstance(returned, Tensor) or returned.shape != hidden.shape or hidden.dim() != 3:
-            raise NotARow(f"block {number} does not read and return one hidden state (rows, columns, h)")
+            raise NotSequential(f"block {number} does not read and return one hidden state (rows, columns, h)")
         self._beside[number] = len(output) - 1 if isinstance(output, tuple) else None
         if self._leaves is None:
             return output
@@ -180,7 +175,29 @@ class BlockRow:
             found = torch.autograd.grad(returned.sum(), entered, allow_unused=True)
             earlier = [other for other, gradient in enumerate(found) if gradient is not None]
             if earlier:
-                raise NotARow(f"block {number} reads something of block {earlier[0]} past the hidden state between")
+                raise NotSequential(
+                    f"block {number} reads something of block {earlier[0]} past the hidden state between"
+                )
+
+
+class _Call:
+    """What is known while the decoder is called once.
+
+    Args:
+        given: what enters the first block that runs; what the decoder makes if None.
+        keep: numbers of the blocks whose input is kept.
+
+    Attributes:
+        expected: the block to run next.
+        passed: what the last one returned.
+        kept: by block number.
+    """
+
+    def __init__(self, given: Tensor | None, keep: Sequence[int]) -> None:
+        self.given, self.keep = given, frozenset(keep)
+        self.expected = 0
+        self.passed: Tensor | None = None
+        self.kept: dict[int, Tensor] = {}
 
 
 def _other_than(inputs: dict[str, Any]) -> dict[str, Any]:
@@ -196,11 +213,11 @@ def _is_floating(value: Any) -> bool:
 
 
 def check(again: Tensor, before: Tensor) -> None:
-    """Refuse a row whose blocks, run again, do not give what they gave.
+    """Refuse a sequence whose blocks, run again, do not give what they gave.
 
     Raises:
-        NotARow: the difference is more than rounding.
+        NotSequential: the difference is more than rounding.
     """
     off = torch.linalg.vector_norm(again.float() - before.float()) / torch.linalg.vector_norm(before.float())
     if not off <= REPLAY_TOLERANCE:
-        raise NotARow(f"its blocks, run again from their input alone, are off by {off:.2g}")
+        raise NotSequential(f"its blocks, run again from their input alone, are off by {off:.2g}")

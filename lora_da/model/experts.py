@@ -42,6 +42,7 @@ class KnownRows:
 
     def __init__(self, rows: Tensor) -> None:
         self._rows = rows
+        self._factors: Tensor | None = None  # (h,) odd, made when they are first needed
         self._sorted: tuple[Tensor, Tensor] | None = None  # fingerprints in order, and where each stands
 
     def positions_of(self, rows: Tensor) -> Tensor | None:
@@ -50,9 +51,6 @@ class KnownRows:
         if rows.shape[-1] != known.shape[-1] or rows.dtype != known.dtype or len(rows) > len(known):
             return None
         if self._sorted is None:
-            generator = torch.Generator("cpu").manual_seed(0)
-            factors = torch.randint(-(2**62), 2**62, known.shape[-1:], generator=generator, device="cpu") | 1
-            self._factors = factors.to(known.device)
             ordered, order = self._fingerprints(known).sort(stable=True)
             self._sorted = ordered, order
         ordered, order = self._sorted
@@ -68,5 +66,9 @@ class KnownRows:
 
     def _fingerprints(self, rows: Tensor) -> Tensor:
         """(n,) a 64-bit sum over the bits of each row, equal for equal rows whatever the order of summation."""
+        if self._factors is None:
+            generator = torch.Generator("cpu").manual_seed(0)
+            factors = torch.randint(-(2**62), 2**62, rows.shape[-1:], generator=generator, device="cpu") | 1
+            self._factors = factors.to(rows.device)
         bits = rows.contiguous().view({2: torch.int16, 4: torch.int32, 8: torch.int64}[rows.element_size()])
         return (bits.long() * self._factors).sum(-1)

@@ -60,8 +60,8 @@ def draw(
     samples: int,
     seed: int | None,
     population: int | None,
-    read: Read = read_causal,
-    needs_population: bool = True,
+    read: Read,
+    needs_population: bool,
 ) -> InitData:
     """Take the first `samples` documents of the data, or random ones if `seed` is given, and batch them by length.
 
@@ -104,6 +104,8 @@ def draw(
             f"none of the first {rows_seen} rows has a token that carries loss: all labels are -100; check the chat "
             "template, the masking (train_on_inputs, completion_only_loss, assistant_only_loss) and the maximum length"
         )
+    if n_samples < samples:
+        logger.warning("LoRA-DA: the data hold %d samples, %d were asked for", n_samples, samples)
     if population is None and n_rows is not None:
         population = max(n_samples, round(n_rows * n_found / rows_seen))
     batches = _batched(drawn, collate, read)

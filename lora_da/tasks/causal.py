@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,9 +13,9 @@ from lora_da.errors import LoraDAError
 from lora_da.model.streams import Streams
 from lora_da.samples.batch import TOKENS, Batch
 from lora_da.samples.draw import read_causal
-from lora_da.tasks.head import backward
+from lora_da.tasks.head import LossPass, backward
 from lora_da.tasks.inputs import model_inputs
-from lora_da.tasks.task import BeforeHead, Task, Timed, head_width, nobody
+from lora_da.tasks.task import Task, head_width
 
 
 class Causal(Task):
@@ -49,13 +48,5 @@ class Causal(Task):
     def inputs(self, batch: Batch, device: torch.device) -> dict[str, Any]:
         return model_inputs(self.model, batch, device, text_only=not self._reads_images)
 
-    def backward(
-        self,
-        batch: Batch,
-        inputs: dict[str, Any],
-        scale: float,
-        weights: Tensor | None = None,
-        timed: Timed = contextlib.nullcontext,
-        before_head: BeforeHead = nobody,
-    ) -> Tensor:
-        return backward(self.model, inputs, batch.tokens, scale, weights, timed, self.body, before_head)
+    def backward(self, batch: Batch, inputs: dict[str, Any], how: LossPass) -> Tensor:
+        return backward(self.model, self.body, inputs, batch.tokens, how)

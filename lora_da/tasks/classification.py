@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,7 +12,8 @@ from transformers import PreTrainedModel
 from lora_da.errors import LoraDAError
 from lora_da.samples.batch import Batch
 from lora_da.samples.tokens import IGNORED, read_rows, read_tokens
-from lora_da.tasks.task import BeforeHead, Task, Timed, nobody
+from lora_da.tasks.head import LossPass
+from lora_da.tasks.task import Task
 
 
 class _Classification(Task):
@@ -33,18 +33,18 @@ class _Classification(Task):
         return int(self.model.num_labels)
 
     def _backward(
-        self, inputs: dict[str, Any], labels: Tensor, n: int, scale: float, weights: Tensor | None, timed: Timed
+        self, inputs: dict[str, Any], labels: Tensor, n: int, weights: Tensor | None, how: LossPass
     ) -> Tensor:
-        """The pass over a batch of `n` labels that count; weights (…, 1) fit the logits."""
-        with timed("forward"):
+        """Run a batch of `n` labels that count; weights (…, 1), in the place of the pass's own, fit the logits."""
+        with how.timed("forward"):
             output = self.model(**inputs, labels=labels if n else None)  # the mean over no label is not a number
         if n and output.loss is None:
             raise self._no_loss()
         if torch.is_grad_enabled():
-            with timed("head"):
-                gradient = self._of_logits(output, n * scale) if n else torch.zeros_like(output.logits)
+            with how.timed("head"):
+                gradient = self._of_logits(output, n * how.scale) if n else torch.zeros_like(output.logits)
             if output.logits.requires_grad:
-                with timed("backward"):
+                with how.timed("backward"):
                     output.logits.backward(gradient if weights is None else (gradient * weights).to(gradient.dtype))
         return output.loss.detach().float() * n if n else output.logits.new_zeros((), dtype=torch.float32)
 
@@ -84,18 +84,10 @@ class SequenceClassification(_Classification):
         # The loss is a mean over all rows, so no other may be among them.
         return Batch(inputs, tokens, by_row=frozenset({"labels"})).counted_rows()
 
-    def backward(
-        self,
-        batch: Batch,
-        inputs: dict[str, Any],
-        scale: float,
-        weights: Tensor | None = None,
-        timed: Timed = contextlib.nullcontext,
-        before_head: BeforeHead = nobody,
-    ) -> Tensor:
+    def backward(self, batch: Batch, inputs: dict[str, Any], how: LossPass) -> Tensor:
         labels = batch.inputs["labels"].to(inputs["input_ids"].device)
         # One loss token in every document: however they are averaged, all weights are 1.
-        return self._backward(inputs, labels, batch.tokens.n_documents, scale, None, timed)
+        return self._backward(inputs, labels, batch.tokens.n_documents, None, how)
 
     def _is_single_label(self, labels: Tensor) -> bool:
         """As transformers decides it where the config does not."""
@@ -111,18 +103,10 @@ class TokenClassification(_Classification):
     def read(self, inputs: Mapping[str, Any], limit: int) -> Batch:
         return Batch(inputs, read_tokens(inputs, limit, shifted=False))
 
-    def backward(
-        self,
-        batch: Batch,
-        inputs: dict[str, Any],
-        scale: float,
-        weights: Tensor | None = None,
-        timed: Timed = contextlib.nullcontext,
-        before_head: BeforeHead = nobody,
-    ) -> Tensor:
+    def backward(self, batch: Batch, inputs: dict[str, Any], how: LossPass) -> Tensor:
         labels = batch.tokens.targets.view(batch.shape).to(inputs["input_ids"].device)
-        weights = None if weights is None else weights.view(*batch.shape, 1)
-        return self._backward(inputs, labels, int(batch.tokens.loss_tokens.sum()), scale, weights, timed)
+        weights = None if how.weights is None else how.weights.view(*batch.shape, 1)
+        return self._backward(inputs, labels, int(batch.tokens.loss_tokens.sum()), weights, how)
 
 
 def _row_labels(inputs: Mapping[str, Any]) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +14,7 @@ from lora_da.errors import LoraDAError
 from lora_da.samples.batch import NOT_FOR_THE_MODEL, Batch
 from lora_da.samples.tokens import read_rows
 from lora_da.tasks.classification import SequenceClassification
-from lora_da.tasks.task import BeforeHead, Timed, nobody
+from lora_da.tasks.head import LossPass
 
 
 @dataclass(frozen=True)
@@ -64,18 +63,10 @@ class Reward(SequenceClassification):
         tokens = read_rows(ordered, torch.ones(pairs, dtype=torch.bool), limit)
         return Batch(ordered, tokens, by_row=frozenset({"margin"}), rows_of_document=2).counted_rows()
 
-    def backward(
-        self,
-        batch: Batch,
-        inputs: dict[str, Any],
-        scale: float,
-        weights: Tensor | None = None,
-        timed: Timed = contextlib.nullcontext,
-        before_head: BeforeHead = nobody,
-    ) -> Tensor:
-        with timed("forward"):
+    def backward(self, batch: Batch, inputs: dict[str, Any], how: LossPass) -> Tensor:
+        with how.timed("forward"):
             rewards = self.model(**inputs).logits.squeeze(-1)  # (rows,)
-        with timed("head"):
+        with how.timed("head"):
             chosen, rejected = rewards.float().view(-1, 2).unbind(1)
             ahead = chosen - rejected
             if batch.inputs.get("margin") is not None:
@@ -85,8 +76,8 @@ class Reward(SequenceClassification):
                 of_pairs = of_pairs + self._loss.center_coefficient * (chosen + rejected).square()
             total = of_pairs[: batch.tokens.n_documents].sum()  # all of them, or none
         if total.requires_grad:
-            with timed("backward"):
-                (total * scale).backward()
+            with how.timed("backward"):
+                (total * how.scale).backward()
         return total.detach()
 
     @staticmethod

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -18,8 +17,8 @@ from lora_da.model.forward import replaced
 from lora_da.model.streams import Streams
 from lora_da.samples.batch import ENCODER, TOKENS, Batch, selected
 from lora_da.samples.tokens import IGNORED, read_tokens, real_tokens
-from lora_da.tasks.head import backward_from_head
-from lora_da.tasks.task import BeforeHead, Task, Timed, head_width, nobody
+from lora_da.tasks.head import LossPass, backward_from_head
+from lora_da.tasks.task import Task, head_width
 
 
 @dataclass(frozen=True)
@@ -86,7 +85,7 @@ class Seq2Seq(Task):
         LoraDAError: the model names no encoder or decoder.
     """
 
-    why_not_a_row = "it has an encoder and a decoder"
+    why_not_sequential = "it has an encoder and a decoder"
     has_experts = False  # T5 keeps the parts of its blocks in lists, as others keep their experts
 
     def __init__(self, model: PreTrainedModel) -> None:
@@ -124,16 +123,8 @@ class Seq2Seq(Task):
             inputs = {**inputs, "decoder_input_ids": made}
         return SourceAndTarget(inputs, tokens, source=source)
 
-    def backward(
-        self,
-        batch: Batch,
-        inputs: dict[str, Any],
-        scale: float,
-        weights: Tensor | None = None,
-        timed: Timed = contextlib.nullcontext,
-        before_head: BeforeHead = nobody,
-    ) -> Tensor:
-        with timed("forward"):
+    def backward(self, batch: Batch, inputs: dict[str, Any], how: LossPass) -> Tensor:
+        with how.timed("forward"):
             output = self._decoded(inputs)
 
         def mean_loss(states: Tensor, targets: Tensor) -> Tensor:
@@ -144,7 +135,7 @@ class Seq2Seq(Task):
                 loss: Tensor = self.model(encoder_outputs=encoded, decoder_input_ids=ids, labels=ids).loss
             return loss
 
-        return backward_from_head(mean_loss, output.last_hidden_state, batch.tokens, scale, weights, timed, before_head)
+        return backward_from_head(mean_loss, output.last_hidden_state, batch.tokens, how)
 
     def _decoded(self, inputs: dict[str, Any]) -> Any:
         """What the decoder returns; the model's own forward goes on with one token of it, for the head to be cheap."""

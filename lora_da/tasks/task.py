@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -16,14 +14,8 @@ from lora_da.model.blocks import find_blocks
 from lora_da.model.sharding import shape
 from lora_da.model.streams import Streams
 from lora_da.samples.batch import Batch
+from lora_da.tasks.head import LossPass
 from lora_da.tasks.inputs import model_inputs
-
-Timed = Callable[[str], AbstractContextManager[Any]]
-BeforeHead = Callable[[int, "Tensor | None"], None]
-
-
-def nobody(n: int, weights: Tensor | None) -> None:
-    """Nobody listens to what the head reads."""
 
 
 def head_width(head: Any) -> int:
@@ -43,11 +35,11 @@ class Task(ABC):
     Attributes:
         blocks: of the decoder, lowest first.
         streams: where the layers are that read other than the tokens of the loss.
-        why_not_a_row: why the blocks cannot be run without each other; empty if that is to be tried.
+        why_not_sequential: why the blocks cannot be run without each other; empty if that is to be tried.
         has_experts: whether a list of modules inside a block is one of experts.
     """
 
-    why_not_a_row = ""
+    why_not_sequential = ""
     has_experts = True
     streams = Streams()
 
@@ -82,26 +74,13 @@ class Task(ABC):
         return model_inputs(self.model, batch, device)
 
     @abstractmethod
-    def backward(
-        self,
-        batch: Batch,
-        inputs: dict[str, Any],
-        scale: float,
-        weights: Tensor | None = None,
-        timed: Timed = contextlib.nullcontext,
-        before_head: BeforeHead = nobody,
-    ) -> Tensor:
-        """Backpropagate `scale` times the weighted sum of the losses of the batch's counted loss tokens; under
-        `torch.no_grad` compute the loss alone.
+    def backward(self, batch: Batch, inputs: dict[str, Any], how: LossPass) -> Tensor:
+        """Backpropagate the weighted sum of the losses of the batch's counted loss tokens.
 
         Args:
             batch: what is run, labels included.
             inputs: of `inputs`.
-            scale: factor of the loss.
-            weights: (p,) factor of the loss at each position, on the model's device; 1 if None.
-            timed: a context for each of `forward`, `head` and `backward`.
-            before_head: told before each call of a language-model head how many loss tokens it reads, the first ones,
-                and the (n,) factors of their losses, which are applied behind it.
+            how: scale, weights and who is told.
 
         Returns:
             The sum without factor and weights, a scalar on the model's device.

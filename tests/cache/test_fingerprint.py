@@ -16,7 +16,7 @@ from lora_da import LoraDAConfig, LoraDAError
 from lora_da.adapter import find_adapter
 from lora_da.cache.fingerprint import CHUNK, ROW, _Words, fingerprint
 from lora_da.model.state import estimation_mode
-from lora_da.samples.draw import draw
+from lora_da.samples.draw import draw, read_causal
 
 ROWS = documents(12)
 SMALL = LoraDAConfig(samples=8)
@@ -26,7 +26,7 @@ QUANTISED = {"4-bit": {"load_in_4bit": True, "bnb_4bit_use_double_quant": True},
 def key(model=None, data=None, config=SMALL):
     model = with_lora(tiny_llama()) if model is None else model
     with estimation_mode(model):
-        drawn = draw(data or batches(ROWS, 4), config.samples, config.seed, config.population_size)
+        drawn = draw(data or batches(ROWS, 4), config.samples, config.seed, config.population_size, read_causal, True)
         return fingerprint(model, find_adapter(model), drawn, config)
 
 

@@ -4,13 +4,12 @@ import copy
 
 import pytest
 import torch
-from collecting import collected, distance, documents, gpt2, llama, packed, padded, with_lora, worst
+from collecting import collected, distance, documents, gpt2, llama, packed, padded, watching, with_lora, worst
 from oracle import objective, oracle_solve, oracle_statistics, projector
+from solving import solve_lora_da
 from torch import nn
 from torch.nn import functional as F
 
-from lora_da.collect.collector import Collector
-from lora_da.methods.lora_da import lora_da
 from lora_da.model.state import estimation_mode
 
 EXACT = 1e-10  # float64 against float64
@@ -85,7 +84,7 @@ def test_nothing_but_the_documents_matters(layout: str, reentrant: bool | None) 
 
 def subspaces(statistics: dict) -> dict[str, torch.Tensor]:
     """(i, 4) of each layer."""
-    solved = {name: lora_da(s, 4, plain_variance=None, **NUMBERS) for name, s in statistics.items()}
+    solved = {name: solve_lora_da(s, 4, **NUMBERS) for name, s in statistics.items()}
     return {name: torch.linalg.qr(factors.lora_A.T.double()).Q for name, factors in solved.items()}
 
 
@@ -140,16 +139,16 @@ def test_grad_is_autograds_weight_grad(dtype: torch.dtype) -> None:
             F.cross_entropy(logits, row["labels"][1:], reduction="sum", ignore_index=-100).backward()
 
     summed = copy.deepcopy(base)
-    collector = Collector({n: summed.get_submodule(n) for n in names})
+    collector = watching({n: summed.get_submodule(n) for n in names})
     summed.requires_grad_(False)
     with collector.observing():
         for row in rows:
             n = len(row["labels"])
-            collector.reading(torch.ones(n, dtype=torch.bool), torch.device("cpu"))
+            collector.reading(torch.ones(n, dtype=torch.bool), torch.device("cpu"), {})
             logits = summed(row["input_ids"][None]).logits[0, :-1].to(torch.promote_types(dtype, torch.float32))
             F.cross_entropy(logits, row["labels"][1:], reduction="sum", ignore_index=-100).backward()
     for name in names:
-        ours = collector.statistics(name, 1).grad.T  # Conv1D keeps its weight (i, o)
+        ours = collector.sums.take_statistics(name, 1, 1.0).grad.T  # Conv1D keeps its weight (i, o)
         truth = exact.get_submodule(name).weight.grad
         plain = distance(base.get_submodule(name).weight.grad, truth)
         assert distance(ours, truth) <= plain + {torch.float64: EXACT, torch.float32: 1e-6, torch.bfloat16: 1e-3}[dtype]
@@ -158,11 +157,11 @@ def test_grad_is_autograds_weight_grad(dtype: torch.dtype) -> None:
 def test_one_token_makes_kfac_exact() -> None:
     """With one counted token the K-FAC block Y ⊗ Z is the outer product of the gradient with itself."""
     layer, x = nn.Linear(5, 3, dtype=torch.float64), torch.randn(1, 1, 5, dtype=torch.float64)
-    collector = Collector({"l": layer}, frozenset(["l"]))
+    collector = watching({"l": layer}, full=True)
     with collector.observing():
-        collector.reading(torch.ones(1, dtype=torch.bool), torch.device("cpu"))
+        collector.reading(torch.ones(1, dtype=torch.bool), torch.device("cpu"), {})
         layer(x).square().sum().backward()
-    s = collector.statistics("l", 1)
+    s = collector.sums.take_statistics("l", 1, 1.0)
     g = layer.weight.grad.flatten()
     assert distance(s.grad, layer.weight.grad) <= EXACT
     assert distance(torch.kron(s.output_fisher, s.input_cov), torch.outer(g, g)) <= EXACT
@@ -171,15 +170,15 @@ def test_one_token_makes_kfac_exact() -> None:
 def test_layers_that_read_one_tensor_share_their_covariance() -> None:
     base = llama()
     names = linear_names(base)
-    collector = Collector({n: base.get_submodule(n) for n in names})
+    collector = watching({n: base.get_submodule(n) for n in names})
     base.requires_grad_(False)
     ids = documents()[0]["input_ids"][None]
     with collector.observing():
-        collector.reading(torch.ones(ids.numel(), dtype=torch.bool), torch.device("cpu"))
+        collector.reading(torch.ones(ids.numel(), dtype=torch.bool), torch.device("cpu"), {})
         base(ids).logits.logsumexp(-1).sum().backward()
     groups: dict[str, set[str]] = {}
     for name in names:
-        groups.setdefault(collector.reads_like(name), set()).add(name.split(".")[-1])
+        groups.setdefault(collector.sums.reads_like[name], set()).add(name.split(".")[-1])
     assert sorted(map(sorted, groups.values())) == sorted(
         [["k_proj", "q_proj", "v_proj"], ["o_proj"], ["gate_proj", "up_proj"], ["down_proj"]] * 2
     )
@@ -202,8 +201,8 @@ def test_float16_is_scaled_and_unscaled(scale_overflows: bool, monkeypatch: pyte
     base, rows = llama(), documents()
     half = with_lora(llama(torch.float16))
     if scale_overflows:
-        monkeypatch.setattr("lora_da.collect.schedule.LOSS_SCALE", 2.0**22)
-        monkeypatch.setattr("lora_da.collect.schedule.LOSS_SCALE_STEP", 2.0**6)
+        monkeypatch.setattr("lora_da.collect.scaling.LOSS_SCALE", 2.0**22)
+        monkeypatch.setattr("lora_da.collect.scaling.LOSS_SCALE_STEP", 2.0**6)
     ours = collected(half, [padded(rows)])
     truth = oracle(base.half(), rows)
     assert worst(ours, truth) <= 0.02

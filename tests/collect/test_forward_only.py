@@ -13,7 +13,7 @@ import torch
 import translators
 from collecting import distance
 from peft import PeftModel
-from planning import Way, forced, recorded
+from planning import Forced, Way, recorded
 
 from lora_da import LoraDAConfig, initialize_lora_da_weights
 from lora_da.tasks import RewardLoss
@@ -57,13 +57,13 @@ def test_it_sees_what_the_full_pass_sees(case: str, cuts: int, monkeypatch: pyte
     found = {}
     for method in ("lora_da", "cntlora"):
         model, batches, named = CASES[case]()
-        with recorded() as statistics, forced(Way(cuts=cuts)), monkeypatch.context() as patch:
+        with recorded() as statistics, monkeypatch.context() as patch:
             if method == "cntlora":
                 patch.setattr(torch.Tensor, "backward", pytest.fail)
                 patch.setattr(torch.autograd, "grad", pytest.fail)
-            report = initialize_lora_da_weights(
-                model, batches, LoraDAConfig(method=method), show_progress=False, **named
-            )
+            config = LoraDAConfig(method=method)
+            way = Forced(Way(cuts=cuts))
+            report = initialize_lora_da_weights(model, batches, config, show_progress=False, plan=way, **named)
         found[method] = statistics, report
     (full, report), (forward, alone) = found["lora_da"], found["cntlora"]
     assert full.keys() == forward.keys() and full

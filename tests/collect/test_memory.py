@@ -2,17 +2,17 @@
 
 import gc
 import weakref
-from functools import partial
 
 import pytest
 import torch
 from models import batches, documents, pad, tiny_llama, with_lora
 from torch.utils.data import DataLoader
 
-import lora_da.initialize
 from lora_da import LoraDAConfig, initialize_lora_da_weights
 from lora_da.collect.borders import Border
-from lora_da.collect.plan import make_plan
+from lora_da.collect.collector import Collector
+from lora_da.collect.plan import Segment, in_segments
+from lora_da.collect.schedule import Schedule
 from lora_da.memory import GIB, PeakMemory
 
 SAME = 1e-5  # float32 sums of the same tokens in the same order, of a model that is run again
@@ -39,18 +39,18 @@ def test_a_smaller_budget_gives_what_one_pass_gives() -> None:
 
 def test_the_sums_of_a_segment_are_gone_before_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[weakref.ref] = []
-    original = lora_da.collect.schedule.Collector
+    original = Schedule._collector
 
-    def spy(*args, **kwargs):
+    def spy(schedule: Schedule, segment: Segment) -> Collector:
         gc.collect()
         assert [ref for ref in seen if ref() is not None] == []
-        collector = original(*args, **kwargs)
-        seen.append(weakref.ref(collector))
+        collector = original(schedule, segment)
+        seen.extend(map(weakref.ref, (collector, collector.sums)))
         return collector
 
-    monkeypatch.setattr(lora_da.collect.schedule, "Collector", spy)
+    monkeypatch.setattr(Schedule, "_collector", spy)
     _, plan = initialised(memory_budget=1 / GIB)
-    assert "each run 7 times" in plan and len(seen) == 14
+    assert "each run 7 times" in plan and len(seen) == 2 * 14
 
 
 @pytest.mark.parametrize("cuts", [1, 2, 3, 6])
@@ -67,10 +67,9 @@ def test_hidden_states_on_the_cpu_take_what_was_forecast(cuts: int, monkeypatch:
         held.append(sum(b.nbytes for b in borders))
 
     monkeypatch.setattr(Border, "put", put)
-    monkeypatch.setattr(lora_da.initialize, "make_plan", partial(make_plan, n_segments=cuts))
-    model = with_lora(tiny_llama(num_hidden_layers=6))
-    config = LoraDAConfig(samples=8)
-    report = initialize_lora_da_weights(model, DataLoader(documents(8), collate_fn=pad), config, show_progress=False)
+    model, loader = with_lora(tiny_llama(num_hidden_layers=6)), DataLoader(documents(8), collate_fn=pad)
+    config, plan = LoraDAConfig(samples=8), in_segments(cuts)
+    report = initialize_lora_da_weights(model, loader, config, show_progress=False, plan=plan)
     assert max(held) == pytest.approx(report.forecast["cpu"], rel=0.1)
 
 

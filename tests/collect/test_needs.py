@@ -12,14 +12,15 @@ import torch
 from collecting import PREFIX, distance, llama
 from models import Stream
 from oracle import projector
-from other_methods import BATCHES, METHODS, ROWS, TAKEN, TURNED, WAYS, every_method, factors, start, with_lora
+from other_methods import BATCHES, ROWS, TAKEN, TURNED, WAYS, every_method, factors, start, with_lora
 from picture import content, differences, picture
-from planning import Way, forced
+from planning import Forced, Way
 
-import lora_da.needs
+import lora_da.methods.cntlora
+import lora_da.solve
 from lora_da import LoraDAConfig, LoraDAError, initialize_lora_da_weights
 from lora_da.memory import GIB
-from lora_da.needs import NEEDS
+from lora_da.methods import METHODS
 from lora_da.statistics import InputSums, LayerSums
 
 
@@ -44,8 +45,8 @@ def test_cntlora_runs_no_backward_and_keeps_no_graph(way: str) -> None:
     kept: list[bool] = []
     head = model.get_base_model().get_output_embeddings()
     hook = head.register_forward_hook(lambda module, args, output: kept.append(output.requires_grad))
-    with forced(WAYS[way]), torch.autograd.graph.saved_tensors_hooks(pytest.fail, pytest.fail):
-        report = start(model, "cntlora")
+    with torch.autograd.graph.saved_tensors_hooks(pytest.fail, pytest.fail):
+        report = start(model, "cntlora", Forced(WAYS[way]))
     hook.remove()
     assert report.initialized == 14 and kept and not any(kept)
 
@@ -72,7 +73,7 @@ def test_cntlora_serves_a_layer_that_has_no_backward() -> None:
 @every_method
 def test_sums_that_nobody_reads_are_not_held(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
     held: dict[str, list[bool]] = {"xx": [], "dx": [], "dd": []}
-    add_input, means = InputSums.add, LayerSums.means
+    add_input, take_means = InputSums.add, LayerSums.take_means
 
     def add(self: InputSums, x: torch.Tensor) -> None:
         add_input(self, x)
@@ -81,25 +82,26 @@ def test_sums_that_nobody_reads_are_not_held(method: str, monkeypatch: pytest.Mo
     def look(self: LayerSums, *args: Any) -> Any:
         held["dx"].append(self.sigma_dx_ is not None)
         held["dd"].append(self.sigma_dd_ is not None)
-        return means(self, *args)
+        return take_means(self, *args)
 
     monkeypatch.setattr(InputSums, "add", add)
-    monkeypatch.setattr(LayerSums, "means", look)
+    monkeypatch.setattr(LayerSums, "take_means", look)
     start(with_lora(llama()), method)
     grad, cov, fisher = TAKEN[method]
     assert {k: set(v) for k, v in held.items()} == {"xx": {cov}, "dx": {grad}, "dd": {fisher}}
 
 
-def test_the_plan_counts_what_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_plan_counts_what_is_taken() -> None:
     """The same model, so that what runs is the same: forecasts differ by the sums alone, or by what a solver takes."""
     i, o = 512, 64
 
     def planned(method: str, solving: int) -> int:
-        monkeypatch.setitem(NEEDS, method, replace(NEEDS[method], solving=lambda i, o: solving))
+        changed = replace(METHODS[method].needs, solving=lambda i, o: solving)
         base = llama(hidden_size=o, intermediate_size=i, num_hidden_layers=1)
-        with forced(Way()) as plans:
-            start(with_lora(base, target_modules=["down_proj"]), method)
-        return plans[0].device_bytes
+        planner = Forced(Way())
+        model = with_lora(base, target_modules=["down_proj"])
+        start(model, replace(METHODS[method], needs=changed), planner)
+        return planner.plans[0].device_bytes
 
     held = {"lora_da": i * o + i * i + o, "filet": i * i + o * o, "cntlora": i * i, "lora_one": i * o, "lora_ga": i * o}
     for method in METHODS:
@@ -117,9 +119,9 @@ def test_a_forward_pass_is_planned_with_one_blocks_activations() -> None:
     for method in ("cntlora", "lora_ga"):
         for blocks in (2, 8):
             model = with_lora(llama(num_hidden_layers=blocks), target_modules=r".*layers\.0\.self_attn\.q_proj")
-            with forced(Way()) as plans:
-                start(model, method)
-            found[method, blocks] = plans[0].device_bytes
+            planner = Forced(Way())
+            start(model, method, planner)
+            found[method, blocks] = planner.plans[0].device_bytes
     assert found["cntlora", 8] == found["cntlora", 2] <= found["lora_ga", 2]
     assert found["lora_ga", 8] > 2 * found["lora_ga", 2]
 
@@ -131,7 +133,7 @@ def test_cntlora_goes_on_where_memory_runs_out(
 ) -> None:
     expected, model, calls = with_lora(llama()), with_lora(llama()), [0]
     start(expected, "cntlora")
-    owner, name = (InputSums, "add") if stage == "forward" else (lora_da.solve, "cntlora")
+    owner, name = (InputSums, "add") if stage == "forward" else (lora_da.methods.cntlora, "cntlora")
     original = getattr(owner, name)
 
     def full(*args: Any, **kwargs: Any) -> Any:
@@ -141,12 +143,12 @@ def test_cntlora_goes_on_where_memory_runs_out(
         return original(*args, **kwargs)
 
     monkeypatch.setattr(owner, name, full)
-    with forced(WAYS[way]), caplog.at_level(logging.WARNING, "lora_da"):
+    with caplog.at_level(logging.WARNING, "lora_da"):
         if stage == "solve":  # on the CPU there is nowhere to go
             with pytest.raises(LoraDAError, match="layer .* does not fit in the CPU's memory to be solved"):
-                start(model, "cntlora")
+                start(model, "cntlora", Forced(WAYS[way]))
             return
-        assert start(model, "cntlora").initialized == 14
+        assert start(model, "cntlora", Forced(WAYS[way])).initialized == 14
     assert any("out of memory" in record.message for record in caplog.records)
     for layer, (a, _) in factors(expected).items():
         assert distance(projector(factors(model)[layer][0].T), projector(a.T)) <= TURNED
@@ -155,7 +157,7 @@ def test_cntlora_goes_on_where_memory_runs_out(
 def test_filet_leaves_layers_that_are_too_wide_for_a_full_fisher(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(lora_da.needs, "WIDEST_FULL_FISHER", 48)
+    monkeypatch.setattr(lora_da.solve, "WIDEST_FULL_FISHER", 48)
     model = with_lora(llama(), target_modules=["lm_head", "up_proj"])
     before = content(model.get_base_model().lm_head.lora_A["default"].weight)
     with caplog.at_level(logging.WARNING, "lora_da"):
@@ -171,7 +173,7 @@ def test_filet_leaves_layers_that_are_too_wide_for_a_full_fisher(
 
 @pytest.mark.parametrize("method", ["filet", "cntlora"])
 def test_a_weight_that_cannot_be_read_is_named(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lora_da.needs, "dense_weight", lambda base: None)
+    monkeypatch.setattr(lora_da.solve, "dense_weight", lambda base: None)
     model = with_lora(llama())
     before = picture(model)
     with pytest.raises(

@@ -15,12 +15,12 @@ from exhaustion import STAGES, Full, Initialised, at_the_borders, in_a_backward,
 from models import seeded
 from peft import LoraConfig, PeftModel, get_peft_model
 from picture import differences, picture
-from planning import Way, forced
+from planning import Forced, Way
 from transformers import Gemma3nForCausalLM, Gemma3nTextConfig
 
-import lora_da.solve
+import lora_da.methods.lora_da
 from lora_da import LoraDAConfig, LoraDAError, initialize_lora_da_weights
-from lora_da.collect.collector import Collector
+from lora_da.collect.sums import SegmentSums
 from lora_da.statistics import LayerStatistics
 
 SAME = 1e-5  # float32 sums of the same tokens in another order
@@ -137,8 +137,8 @@ def test_one_row_and_one_layer_that_do_not_fit(way: str, monkeypatch: pytest.Mon
     model, name = tiny(), "base_model.model.model.layers.0.mlp.up_proj"
     before = picture(model)
     while_watching(monkeypatch, Full(monkeypatch), lambda names: name in names)
-    with forced(WAYS[way]), pytest.raises(LoraDAError, match=f"out of memory with layer {name} alone and one row"):
-        initialize_lora_da_weights(model, BATCHES, CONFIG, show_progress=False)
+    with pytest.raises(LoraDAError, match=f"out of memory with layer {name} alone and one row"):
+        initialize_lora_da_weights(model, BATCHES, CONFIG, show_progress=False, plan=Forced(WAYS[way]))
     assert differences(before, picture(model)) == []
 
 
@@ -149,8 +149,8 @@ def test_a_block_without_targeted_layers_that_does_not_fit(monkeypatch: pytest.M
     full = Full(monkeypatch)
     base.model.layers[1].mlp.register_forward_pre_hook(lambda _module, _args: full.used(torch.is_grad_enabled()))
     before = picture(model)
-    with forced(Way(cuts=BLOCKS)), pytest.raises(LoraDAError, match="out of memory"):
-        initialize_lora_da_weights(model, BATCHES, CONFIG, show_progress=False)
+    with pytest.raises(LoraDAError, match="out of memory"):
+        initialize_lora_da_weights(model, BATCHES, CONFIG, show_progress=False, plan=Forced(Way(cuts=BLOCKS)))
     assert differences(before, picture(model)) == []
 
 
@@ -159,8 +159,8 @@ def test_not_even_the_borders_of_one_row_fit(way: str, monkeypatch: pytest.Monke
     model = tiny()
     before = picture(model)
     at_the_borders(monkeypatch, model, Full(monkeypatch), rows=0)
-    with forced(WAYS[way]), pytest.raises(LoraDAError, match="out of memory"):
-        initialize_lora_da_weights(model, BATCHES, CONFIG, show_progress=False)
+    with pytest.raises(LoraDAError, match="out of memory"):
+        initialize_lora_da_weights(model, BATCHES, CONFIG, show_progress=False, plan=Forced(WAYS[way]))
     assert differences(before, picture(model)) == []
 
 
@@ -182,17 +182,16 @@ class OnGpu:
 def test_the_solver_goes_on_on_the_cpu(way: str, call: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """A layer that cannot be solved on its GPU is solved on the CPU, the ones after it on the GPU again."""
     expected, full, asked = initialised(tiny(), WAYS[way]), Full(monkeypatch, call), []
-    statistics, solve = Collector.statistics, lora_da.solve.lora_da
+    statistics, solve = SegmentSums.take_statistics, lora_da.methods.lora_da.lora_da
 
-    def solved(*args: Any, **numbers: Any) -> Any:
+    def solved(*args: Any) -> Any:
         full.used()
-        return solve(*args, **numbers)
+        return solve(*args)
 
-    monkeypatch.setattr(Collector, "statistics", lambda *args: OnGpu(statistics(*args), asked))
-    monkeypatch.setattr(lora_da.solve, "lora_da", solved)
+    monkeypatch.setattr(SegmentSums, "take_statistics", lambda *args: OnGpu(statistics(*args), asked))
+    monkeypatch.setattr(lora_da.methods.lora_da, "lora_da", solved)
     model = tiny()
-    with forced(WAYS[way]):
-        initialize_lora_da_weights(model, BATCHES, CONFIG, show_progress=False)
+    initialize_lora_da_weights(model, BATCHES, CONFIG, show_progress=False, plan=Forced(WAYS[way]))
     layers = 6 * BLOCKS
     assert asked == ["cuda"] * call + ["cpu"] + ["cuda"] * (layers - call) and full.times == 1
     for name, product in expected.products.items():
@@ -204,10 +203,10 @@ def test_a_solver_without_memory_leaves_the_model(call: int, monkeypatch: pytest
     """Where the sums are on the CPU there is nowhere else to go."""
     model, full = tiny(), Full(monkeypatch, call)
     before = picture(model)
-    solve = lora_da.solve.lora_da
-    monkeypatch.setattr(lora_da.solve, "lora_da", lambda *args, **numbers: full.used() or solve(*args, **numbers))
-    with forced(WAYS["2 segments"]), pytest.raises((torch.OutOfMemoryError, LoraDAError), match="memory"):
-        initialize_lora_da_weights(model, BATCHES, CONFIG, show_progress=False)
+    solve = lora_da.methods.lora_da.lora_da
+    monkeypatch.setattr(lora_da.methods.lora_da, "lora_da", lambda *args: full.used() or solve(*args))
+    with pytest.raises((torch.OutOfMemoryError, LoraDAError), match="memory"):
+        initialize_lora_da_weights(model, BATCHES, CONFIG, show_progress=False, plan=Forced(WAYS["2 segments"]))
     assert differences(before, picture(model)) == []
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from itertools import pairwise
 from typing import Any
@@ -9,10 +10,10 @@ from typing import Any
 import pytest
 import torch
 from architectures import BLOCKS, LLAMA
-from collecting import documents, packed, padded, worst
+from collecting import PLENTY, documents, packed, padded, worst
 from oracle import oracle_statistics
 from peft import LoraConfig, PeftModel, get_peft_model
-from planning import CPU, PLENTY, Way, collected_by, surveyed_model
+from planning import CPU, Way, collected_by, surveyed_model
 
 import lora_da.collect.plan
 import lora_da.processes
@@ -21,12 +22,20 @@ from lora_da.collect.borders import Border
 from lora_da.collect.plan import Plan, Segment, cut, make_plan, split
 from lora_da.collect.survey import Survey
 from lora_da.memory import GIB
-from lora_da.samples.draw import draw
+from lora_da.methods import METHODS
+from lora_da.needs import Needs
+from lora_da.processes import Processes, Run
+from lora_da.samples.draw import draw, read_causal
 from lora_da.statistics import gradient_bytes, input_bytes
 
 ROWS = documents((9, 14, 6, 11))
 BATCHES = [padded(ROWS), packed(ROWS)]
 FLOAT32 = 2e-5  # float32 model and sums against the float64 oracle
+
+
+def needs_of(full_fisher: bool) -> Needs:
+    """What LoRA-DA reads, with the output Fisher in full or as its diagonal."""
+    return replace(METHODS["lora_da"].needs, full_fisher_up_to=math.inf if full_fisher else 0)
 
 
 class Planner:
@@ -35,12 +44,12 @@ class Planner:
     def __init__(self, model: PeftModel | None = None, **survey: Any) -> None:
         model = model or get_peft_model(LLAMA.base(), LoraConfig(r=2, target_modules="all-linear"))
         self.layers = find_adapter(model).layers
-        self.batches = draw(BATCHES, 1000, None, 1000).batches
+        self.batches = draw(BATCHES, 1000, None, 1000, read_causal, True).batches
         self.survey: Survey = replace(surveyed_model(model, BATCHES), **survey)
 
     def __call__(self, budget: float | None, full_fisher: bool = False) -> Plan:
-        full = frozenset(layer.name for layer in self.layers if full_fisher)
-        return make_plan(self.survey, self.layers, full, self.batches, CPU, budget)
+        run = Run(Processes(), CPU, budget, False)
+        return make_plan(self.survey, self.layers, self.batches, needs_of(full_fisher), run)
 
     def falling(self) -> list[Plan]:
         """From one that is plenty to one in which nothing fits."""
@@ -61,7 +70,7 @@ def runs(plan: Plan) -> list[tuple[int, int]]:
 
 @pytest.mark.parametrize("row", [True, False])
 def test_every_layer_is_served_once_in_the_blocks_that_hold_it(row: bool) -> None:
-    planner = Planner() if row else Planner(row=None, why_not="unknown")
+    planner = Planner() if row else Planner(sequence=None, why_not="unknown")
     for plan in planner.falling():
         assert served(plan) == sorted(layer.name for layer in planner.layers)
         for segment in plan.segments:
@@ -128,7 +137,7 @@ def test_a_forecast_holds_the_sums() -> None:
     planner = Planner()
     for full_fisher in (False, True):
         plan = planner(PLENTY, full_fisher)
-        gradients = sum(gradient_bytes(a.in_features, a.out_features, full_fisher) for a in planner.layers)
+        gradients = sum(gradient_bytes(a.in_features, a.out_features, needs_of(full_fisher)) for a in planner.layers)
         # q, k and v share an input, and so do gate and up; o and down have their own
         inputs = BLOCKS * (3 * input_bytes(32) + input_bytes(48))
         assert gradients + inputs < plan.device_bytes < 10 * (gradients + inputs)
@@ -161,7 +170,7 @@ def test_without_a_budget_half_of_what_is_free(free: int, monkeypatch: pytest.Mo
 
 @pytest.mark.compat("unknown-architecture")
 def test_an_unknown_architecture_is_run_in_passes() -> None:
-    planner = Planner(row=None, why_not="its decoder has no list of blocks")
+    planner = Planner(sequence=None, why_not="its decoder has no list of blocks")
     assert planner(PLENTY).line().startswith("one pass, ")
     plan = planner(1 / GIB)
     assert plan.cuts == 1 and plan.passes == len(planner.layers) and set(runs(plan)) == {(0, BLOCKS)}
@@ -172,7 +181,7 @@ def test_an_unknown_architecture_is_run_in_passes() -> None:
 def test_the_lines() -> None:
     def line(*segments: tuple[int, int], cpu: float = 0, why: str = "") -> str:
         return Plan(
-            tuple(Segment(a, b, ()) for a, b in segments), 2 * GIB, 64, int(cpu * GIB), 7 * GIB, GIB, why
+            tuple(Segment(a, b, ()) for a, b in segments), 2 * GIB, 64, int(cpu * GIB), 7 * GIB, GIB, None, why
         ).line()
 
     memory = "3.0 of 8.0 GiB"
@@ -227,8 +236,8 @@ def test_no_gradient_goes_below_the_lowest_layer(way: Way, monkeypatch: pytest.M
 def test_a_segment_is_split_by_blocks_then_by_layers() -> None:
     planner = Planner()
     pieces = cut(planner.survey, planner.layers, 1)
-    while any(split(piece, planner.survey) for piece in pieces):
-        pieces = [part for piece in pieces for part in (split(piece, planner.survey) or (piece,))]
+    while any(split(piece, planner.survey, False) for piece in pieces):
+        pieces = [part for piece in pieces for part in (split(piece, planner.survey, False) or (piece,))]
     assert [piece.layers for piece in pieces] == [(layer,) for layer in planner.layers]
     blocks = [planner.survey.block_of[layer.name] for layer in planner.layers]
     assert [(piece.first, piece.stop) for piece in pieces] == [(block, block + 1) for block in blocks]

@@ -14,12 +14,11 @@ from architectures import ARCHITECTURES, BLOCKS, LLAMA, Architecture
 from collecting import documents, packed, padded, with_lora, worst
 from oracle import OracleStatistics, oracle_statistics
 from peft import PeftModel
-from planning import ONE, WAYS, Way, collected_by
+from planning import ONE, WAYS, Replanned, Way, collected_by
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 
 from lora_da.adapter import find_adapter
 from lora_da.collect.borders import Border
-from lora_da.model.blocks import NotARow
 
 FLOAT32 = 2e-5  # float32 model and sums against the float64 oracle, as in the tests of the collector
 LENGTHS = (9, 14, 6, 11, 7, 13, 8)
@@ -123,7 +122,7 @@ def test_a_wrong_border_shows(wrong: Callable[..., torch.Tensor], monkeypatch: p
     monkeypatch.setattr(Border, "get", wrong)
     try:
         ours = collected_by(fresh("Llama"), batches, Way(cuts=2))
-    except NotARow:
+    except Replanned:
         return
     assert worst(ours, expected) > 100 * FLOAT32
 

@@ -7,7 +7,6 @@ would come to.
 from __future__ import annotations
 
 import gc
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +18,9 @@ from peft import PeftModel
 from processes import launch
 from torch.utils.data import DataLoader
 
-import lora_da.initialize
 from lora_da import LoraDAConfig, initialize_lora_da_weights
 from lora_da.collect.borders import Border
-from lora_da.collect.plan import make_plan
+from lora_da.collect.plan import Plan, Planner, in_segments, make_plan
 from lora_da.report import InitReport
 
 pytestmark = [pytest.mark.once, pytest.mark.slow]
@@ -54,15 +52,14 @@ def long_documents(count: int, length: int) -> list[Document]:
     return documents(count, shortest=length, longest=length)
 
 
-def initialize(model: PeftModel, data: Any, samples: int) -> InitReport:
+def initialize(model: PeftModel, data: Any, samples: int, plan: Planner = make_plan) -> InitReport:
     config = LoraDAConfig(samples=samples, population_size=samples)
-    return initialize_lora_da_weights(model, data, config, show_progress=False)
+    return initialize_lora_da_weights(model, data, config, show_progress=False, plan=plan)
 
 
 @pytest.mark.parametrize("cuts", [1, 2], ids=["one pass", "streamed"])
-def test_two_hundred_initialisations(cuts: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_two_hundred_initialisations(cuts: int) -> None:
     """A leak of one layer's sums alone would be 75 MiB, one of a Python object 150 objects."""
-    monkeypatch.setattr(lora_da.initialize, "make_plan", partial(make_plan, n_segments=cuts))
     model = wide(2, 256, target_modules=["q_proj", "down_proj"])
     data = batches(documents(8), 4)
     starts = [p for name, p in model.named_parameters() if "lora_B" in name]
@@ -71,7 +68,7 @@ def test_two_hundred_initialisations(cuts: int, monkeypatch: pytest.MonkeyPatch)
         with torch.no_grad():
             for parameter in starts:
                 parameter.zero_()
-        assert initialize(model, data, 8).initialized == 4
+        assert initialize(model, data, 8, in_segments(cuts)).initialized == 4
         if number in (50, 200):
             gc.collect()
             seen[number] = resident(), len(gc.get_objects())
@@ -98,7 +95,7 @@ def growth(folder: Path) -> dict[int, tuple[int, int, int]]:
     found = {}
     for cuts in (2, 4):
         seen: list[int] = []
-        plans = []
+        plans: list[Plan] = []
 
         def put(
             border: Border, number: int, tensor: torch.Tensor, original: Any = Border.put, seen: Any = seen
@@ -106,18 +103,18 @@ def growth(folder: Path) -> dict[int, tuple[int, int, int]]:
             original(border, number, tensor)
             seen.append(resident())
 
-        def planned(*args: Any, cuts: int = cuts, plans: Any = plans, **named: Any) -> Any:
-            plans.append(make_plan(*args, n_segments=cuts, **named))
+        def planned(*args: Any, cuts: int = cuts, plans: Any = plans) -> Plan:
+            plans.append(in_segments(cuts)(*args))
             return plans[-1]
 
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(Border, "put", put)
-            patch.setattr(lora_da.initialize, "make_plan", planned)
             # what the first run of all brings into the process, libraries' own buffers, is no matter of plans
             for count in (8, rows):
                 seen.clear()
                 model = wide(4, 128, target_modules=["q_proj"])
-                report = initialize(model, DataLoader(long_documents(count, length), collate_fn=pad), count)
+                loader = DataLoader(long_documents(count, length), collate_fn=pad)
+                report = initialize(model, loader, count, planned)
         assert report.tokens == rows * length and report.initialized == 4
         assert plans[-1].cpu_bytes >= (cuts - 1) * rows * length * 128 * 4  # hidden states alone, without a gradient
         found[cuts] = max(seen) - seen[0], plans[-1].cpu_bytes, plans[-1].device_bytes

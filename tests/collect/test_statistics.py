@@ -2,7 +2,9 @@
 
 import pytest
 import torch
+from collecting import needs
 
+from lora_da.needs import Sums
 from lora_da.statistics import SYMMETRIC_FROM, InputSums, LayerSums
 
 pytestmark = pytest.mark.once
@@ -15,12 +17,12 @@ EXACT = 1e-12  # float64 sums in another order
 def test_means_are_those_of_all_tokens(i: int, full_fisher: bool) -> None:
     g = torch.Generator().manual_seed(0)
     x, d = (torch.randn(50, k, generator=g, dtype=torch.float64) for k in (i, 7))
-    inputs = InputSums()
-    layer = LayerSums(inputs, full_fisher)
+    inputs = InputSums(Sums())
+    layer = LayerSums(inputs, needs(full=full_fisher))
     for part in (slice(0, 20), slice(20, 50)):
         inputs.add(x[part])
         layer.add(x[part], d[part])
-    means = layer.means(10, scale=4.0)
+    means = layer.take_means(10, scale=4.0)
     fisher = d.T @ d / 16 / 50
     truth = (d.T @ x / 40, x.T @ x / 50, fisher if full_fisher else fisher.diagonal())
     for ours, expected in zip((means.grad, means.input_cov, means.output_fisher), truth, strict=True):
@@ -29,4 +31,5 @@ def test_means_are_those_of_all_tokens(i: int, full_fisher: bool) -> None:
 
 
 def test_sums_of_nothing_have_no_mean() -> None:
-    assert InputSums().mean() is None and LayerSums(InputSums(), False).means(1) is None
+    inputs = InputSums(Sums())
+    assert inputs.take_mean() is None and LayerSums(inputs, needs()).take_means(1, 1.0) is None

@@ -4,8 +4,8 @@ import pytest
 import torch
 from method_oracles import ShiftProblem
 from oracle import projector
+from solving import find_shift, solve_cntlora
 
-from lora_da.methods.cntlora import cntlora, find_shift
 from lora_da.methods.common import LoraFactors, UnsolvableLayer
 
 pytestmark = pytest.mark.once
@@ -33,7 +33,7 @@ def mu_of(p: ShiftProblem) -> float:
 
 
 def solved(p: ShiftProblem, rank: int, plain_variance: float = 1.0) -> LoraFactors:
-    return cntlora(find_shift(second_moment(p), mu_of(p)), p.weight, rank, plain_variance=plain_variance)
+    return solve_cntlora(find_shift(second_moment(p), mu_of(p)), p.weight, rank, plain_variance=plain_variance)
 
 
 def relative(a: torch.Tensor, b: torch.Tensor) -> float:
@@ -105,7 +105,7 @@ def test_directions_that_are_used_as_before_training_are_left_alone() -> None:
     λ = 1 or 0 it is 0."""
     values = torch.tensor([2.9, 1.0, 0.0, 0.5, 0.6, 1.0], dtype=torch.float64)
     assert values.mean() == 1
-    found = cntlora(find_shift(torch.diag(values), MU), torch.eye(6, dtype=torch.float64), 2, plain_variance=1.0)
+    found = solve_cntlora(find_shift(torch.diag(values), MU), torch.eye(6, dtype=torch.float64), 2, plain_variance=1.0)
     worth = values * ((1 + MU) ** 0.5 - (values + MU).sqrt()).abs() / (values + MU)
     chosen = worth.argsort(descending=True)[:2]
     assert sorted(chosen.tolist()) == sorted(found.lora_A.abs().argmax(1).tolist()) == [0, 3]
@@ -127,8 +127,8 @@ def test_its_rows_see_inputs_that_are_close_to_white() -> None:
 @pytest.mark.parametrize("scale", [1e-12, 1e12])
 def test_units_change_nothing_but_the_scale_that_is_plain_loras(scale: float) -> None:
     p = problem(30, 40)
-    one = cntlora(find_shift(second_moment(p), MU), p.weight, 4, plain_variance=1.0)
-    other = cntlora(find_shift(second_moment(p) * scale, MU), p.weight * scale, 4, plain_variance=1.0)
+    one = solve_cntlora(find_shift(second_moment(p), MU), p.weight, 4, plain_variance=1.0)
+    other = solve_cntlora(find_shift(second_moment(p) * scale, MU), p.weight * scale, 4, plain_variance=1.0)
     assert relative(other.lora_A, one.lora_A) <= EXACT
 
 
@@ -137,7 +137,7 @@ def test_float32_where_the_damping_bounds_the_condition_number() -> None:
     shift = find_shift(second_moment(p).float(), MU)
     assert shift.vectors.dtype == torch.float32
     assert find_shift(second_moment(p).float(), 1e-9).vectors.dtype == torch.float64
-    ours = cntlora(shift, p.weight.bfloat16(), 4, plain_variance=1.0)
+    ours = solve_cntlora(shift, p.weight.bfloat16(), 4, plain_variance=1.0)
     truth = ShiftProblem(p.x, p.weight.bfloat16().double(), MU)
     rows = torch.linalg.svd(truth.solve(4), full_matrices=False).Vh[:4]
     assert relative(projector(ours.lora_A.T), projector(rows.T)) <= 1e-3
@@ -147,10 +147,10 @@ def test_fewer_tokens_than_inputs() -> None:
     """Directions that no token has are not chosen, and nothing blows up."""
     p = problem(20, 33)
     few = p.x[:6].float()
-    ours = cntlora(find_shift(few.T @ few / 6, MU), p.weight.float(), 4, plain_variance=1.0)
+    ours = solve_cntlora(find_shift(few.T @ few / 6, MU), p.weight.float(), 4, plain_variance=1.0)
     touched = projector(few.T.double())  # (33, 33), of rank 6
     assert relative(ours.lora_A @ touched, ours.lora_A) <= 1e-4  # rounding of float32 sums, whitened
-    rest = cntlora(find_shift(few.T @ few / 6, MU), p.weight.float(), 12, plain_variance=1.0)
+    rest = solve_cntlora(find_shift(few.T @ few / 6, MU), p.weight.float(), 12, plain_variance=1.0)
     assert torch.isfinite(rest.lora_A).all() and torch.linalg.matrix_rank(rest.lora_A) == 12
 
 
@@ -165,7 +165,7 @@ def test_condition_and_damping_are_reported() -> None:
 def test_isotropic_inputs_have_no_shift() -> None:
     weight = torch.randn(5, 8, dtype=torch.float64)
     with pytest.raises(UnsolvableLayer, match="there is no shift to start from"):
-        cntlora(find_shift(3.0 * torch.eye(8, dtype=torch.float64), MU), weight, 2, plain_variance=1.0)
+        solve_cntlora(find_shift(3.0 * torch.eye(8, dtype=torch.float64), MU), weight, 2, plain_variance=1.0)
 
 
 @pytest.mark.parametrize(
@@ -185,4 +185,4 @@ def test_impossible_inputs_are_named(cov: torch.Tensor, damping: float, message:
 def test_impossible_weights_are_named(value: float, message: str) -> None:
     shift = find_shift(second_moment(problem(5, 8)), MU)
     with pytest.raises(UnsolvableLayer, match=message):
-        cntlora(shift, torch.full((5, 8), value), 2, plain_variance=1.0)
+        solve_cntlora(shift, torch.full((5, 8), value), 2, plain_variance=1.0)

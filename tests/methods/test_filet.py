@@ -4,10 +4,11 @@ import pytest
 import torch
 from method_oracles import oracle_filet
 from oracle import projector
+from solving import solve_filet
 
 import lora_da.methods.filet
 from lora_da.methods.common import UnsolvableLayer
-from lora_da.methods.filet import filet, fisher_energies
+from lora_da.methods.filet import fisher_energies
 from lora_da.statistics import LayerStatistics
 
 pytestmark = pytest.mark.once
@@ -45,7 +46,7 @@ def test_it_chooses_the_oracles_directions(o: int, i: int, candidates: int, monk
     ours = fisher_energies(weight, s.input_cov, s.output_fisher)
     unit = s.input_cov.abs().max() * s.output_fisher.abs().max()
     assert relative(ours * unit, energies) <= EXACT
-    found = filet(s, weight, rank, plain_variance=plain)
+    found = solve_filet(s, weight, rank, plain_variance=plain)
     # row by row: in the order of their energies, all by one factor
     scale = found.lora_A.norm() / directions.norm()
     cosines = (found.lora_A / scale * directions.T).sum(1)
@@ -56,7 +57,7 @@ def test_it_chooses_the_oracles_directions(o: int, i: int, candidates: int, monk
 
 def test_lora_a_has_plain_loras_input_energy() -> None:
     weight, s = layer(30, 40)
-    found = filet(s, weight, 6, plain_variance=1 / 120)
+    found = solve_filet(s, weight, 6, plain_variance=1 / 120)
     energy = torch.trace(found.lora_A @ s.input_cov @ found.lora_A.T).item()
     g = torch.Generator().manual_seed(0)
     plain = [(torch.rand(6, 40, generator=g, dtype=torch.float64) * 2 - 1) * 40**-0.5 for _ in range(3000)]
@@ -67,7 +68,7 @@ def test_lora_a_has_plain_loras_input_energy() -> None:
 def test_no_other_pairs_have_less_energy() -> None:
     weight, s = layer(30, 40)
     energies, directions = oracle_filet(weight, s.input_cov, s.output_fisher, 5)
-    found = filet(s, weight, 5, plain_variance=1 / 120)
+    found = solve_filet(s, weight, 5, plain_variance=1 / 120)
     chosen = (found.lora_A @ directions).abs() / found.lora_A.norm(dim=1, keepdim=True)
     assert (chosen.amax(1) > 1 - EXACT).all()
     largest = oracle_filet(weight, -s.input_cov, s.output_fisher, 5)[1]  # a wrong sign would choose others
@@ -90,9 +91,9 @@ def test_float32_sums_give_the_energies(o: int, i: int) -> None:
 @pytest.mark.parametrize("scale", [1e-15, 1e15])
 def test_units_of_weight_loss_and_inputs_change_nothing(scale: float) -> None:
     weight, s = layer(30, 40)
-    one = filet(single(s), weight.float(), 4, plain_variance=1 / 120)
+    one = solve_filet(single(s), weight.float(), 4, plain_variance=1 / 120)
     scaled = LayerStatistics(None, s.input_cov.float() * scale, s.output_fisher.float() * scale, s.n_tokens)
-    other = filet(scaled, (weight * scale).float(), 4, plain_variance=1 / 120)
+    other = solve_filet(scaled, (weight * scale).float(), 4, plain_variance=1 / 120)
     assert relative(other.lora_A, one.lora_A) <= 1e-4
 
 
@@ -100,14 +101,14 @@ def test_columns_of_zeros_are_no_candidates() -> None:
     """A column that is zero in W has no pair; it would have no energy, and be chosen first."""
     weight, s = layer(20, 33)
     weight[:, 5:25] = 0
-    found = filet(s, weight, 4, plain_variance=1 / 99)
+    found = solve_filet(s, weight, 4, plain_variance=1 / 99)
     kept = [k for k in range(33) if not 5 <= k < 25]
     _, directions = oracle_filet(weight[:, kept], s.input_cov[kept][:, kept], s.output_fisher, 4)
     assert relative(projector(found.lora_A[:, kept].T), projector(directions)) <= 1e-8
     assert not found.lora_A[:, 5:25].any()
     weight[:, :30] = 0
     with pytest.raises(UnsolvableLayer, match="its weight has 3 columns that are not zero, below the rank 4"):
-        filet(s, weight, 4, plain_variance=1 / 99)
+        solve_filet(s, weight, 4, plain_variance=1 / 99)
 
 
 def test_directions_without_input_energy_are_named() -> None:
@@ -117,7 +118,7 @@ def test_directions_without_input_energy_are_named() -> None:
     silent = torch.zeros(33, 33, dtype=torch.float64)
     silent[20, 20] = 1.0
     with pytest.raises(UnsolvableLayer, match="of the mean input energy over the samples, .*take more samples"):
-        filet(LayerStatistics(None, silent, s.output_fisher, 2), weight, 2, plain_variance=1 / 99)
+        solve_filet(LayerStatistics(None, silent, s.output_fisher, 2), weight, 2, plain_variance=1 / 99)
 
 
 @pytest.mark.parametrize(
@@ -134,7 +135,7 @@ def test_what_is_impossible_is_named(name: str, value: float, message: str) -> N
     given = {"weight": weight, "input_cov": s.input_cov, "output_fisher": s.output_fisher}
     given[name] = torch.full_like(given[name], value)
     with pytest.raises(UnsolvableLayer, match=message):
-        filet(
+        solve_filet(
             LayerStatistics(None, given["input_cov"], given["output_fisher"], 1), given["weight"], 2, plain_variance=1.0
         )
 
@@ -142,5 +143,5 @@ def test_what_is_impossible_is_named(name: str, value: float, message: str) -> N
 def test_the_weight_is_left_as_it_is() -> None:
     weight, s = layer(10, 12)
     before = weight.clone()
-    filet(s, weight, 2, plain_variance=1.0)
+    solve_filet(s, weight, 2, plain_variance=1.0)
     assert torch.equal(weight, before)

@@ -4,11 +4,10 @@ import pytest
 import torch
 from method_oracles import oracle_lora_ga, oracle_lora_one
 from oracle import projector
+from solving import solve_lora_ga, solve_lora_one
 
 from lora_da.methods.common import UnsolvableLayer
 from lora_da.methods.linalg import largest_singular_triplets
-from lora_da.methods.lora_ga import lora_ga
-from lora_da.methods.lora_one import lora_one
 from lora_da.statistics import LayerStatistics
 
 pytestmark = pytest.mark.once
@@ -38,7 +37,7 @@ def relative(a: torch.Tensor, b: torch.Tensor) -> float:
 @pytest.mark.parametrize(("o", "i"), SIZES)
 def test_lora_one_is_its_formula(o: int, i: int) -> None:
     grad, rank, gamma = gradient(o, i), 4, 128.0
-    ours = lora_one(taken(grad), rank, gamma=gamma)
+    ours = solve_lora_one(taken(grad), rank, gamma=gamma)
     lora_A, lora_B = oracle_lora_one(grad, rank, gamma)
     assert relative(ours.lora_B @ ours.lora_A, lora_B @ lora_A) <= ITERATED
     # pair by pair, whose signs are free together
@@ -50,7 +49,7 @@ def test_lora_one_is_its_formula(o: int, i: int) -> None:
 
 def test_lora_one_goes_downhill_by_one_over_gamma() -> None:
     grad = gradient(40, 60)
-    ours = lora_one(taken(grad), 40, gamma=4.0)
+    ours = solve_lora_one(taken(grad), 40, gamma=4.0)
     step = ours.lora_B @ ours.lora_A
     assert relative(step, -grad / torch.linalg.matrix_norm(grad, 2) / 4) <= EXACT
     assert (grad * step).sum() < 0
@@ -60,7 +59,7 @@ def test_lora_one_goes_downhill_by_one_over_gamma() -> None:
 @pytest.mark.parametrize(("o", "i"), SIZES)
 def test_lora_ga_has_the_papers_lora_a_and_moves_nothing(o: int, i: int) -> None:
     grad, rank = gradient(o, i), 4
-    ours = lora_ga(taken(grad), rank, gamma=16.0)
+    ours = solve_lora_ga(taken(grad), rank, gamma=16.0)
     truth = oracle_lora_ga(grad, rank, 16.0)
     assert relative(projector(ours.lora_A.T), projector(truth.T)) <= 1e-5
     assert relative(ours.lora_A @ ours.lora_A.T, truth @ truth.T) <= EXACT  # orthogonal rows of one length
@@ -70,7 +69,7 @@ def test_lora_ga_has_the_papers_lora_a_and_moves_nothing(o: int, i: int) -> None
 
 
 @pytest.mark.parametrize("scale", [1e-30, 1e25])
-@pytest.mark.parametrize("method", [lora_one, lora_ga])
+@pytest.mark.parametrize("method", [solve_lora_one, solve_lora_ga])
 def test_the_size_of_the_loss_changes_nothing(method, scale: float) -> None:
     grad = gradient(30, 40).float()
     one, other = (method(taken(g), 4, gamma=16.0) for g in (grad, grad * scale))
@@ -78,7 +77,7 @@ def test_the_size_of_the_loss_changes_nothing(method, scale: float) -> None:
         assert torch.allclose(getattr(one, name), getattr(other, name), rtol=1e-5, atol=1e-7)
 
 
-@pytest.mark.parametrize("method", [lora_one, lora_ga])
+@pytest.mark.parametrize("method", [solve_lora_one, solve_lora_ga])
 def test_deterministic_and_sign_canonical(method) -> None:
     first, second = (method(taken(gradient(50, 200)), 6, gamma=16.0) for _ in range(2))
     assert torch.equal(first.lora_A, second.lora_A) and torch.equal(first.lora_B, second.lora_B)
@@ -90,16 +89,16 @@ def test_a_gradient_of_three_tokens(o: int, i: int) -> None:
     """LoRA-One has no start for more pairs than it has directions; LoRA-GA's further rows are orthogonal to them."""
     grad = gradient(o, i, n=3).float()
     with pytest.raises(UnsolvableLayer, match="its gradient has rank 3, below the adapter's 8"):
-        lora_one(taken(grad), 8, gamma=128.0)
-    assert lora_one(taken(grad), 3, gamma=128.0).bias_captured == pytest.approx(1.0)
-    ours = lora_ga(taken(grad), 8, gamma=16.0)
+        solve_lora_one(taken(grad), 8, gamma=128.0)
+    assert solve_lora_one(taken(grad), 3, gamma=128.0).bias_captured == pytest.approx(1.0)
+    ours = solve_lora_ga(taken(grad), 8, gamma=16.0)
     gram = ours.lora_A @ ours.lora_A.T
     assert relative(gram, torch.eye(8, dtype=torch.float64) * o**0.5 / 16) <= 1e-8
     assert ours.bias_captured == pytest.approx(1.0)
 
 
 @pytest.mark.parametrize(("value", "message"), [(0.0, "gradient is zero"), (float("nan"), "gradient is not finite")])
-@pytest.mark.parametrize("method", [lora_one, lora_ga])
+@pytest.mark.parametrize("method", [solve_lora_one, solve_lora_ga])
 def test_impossible_gradients_are_named(method, value: float, message: str) -> None:
     with pytest.raises(UnsolvableLayer, match=message):
         method(taken(torch.full((5, 6), value)), 2, gamma=16.0)

@@ -7,10 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 from oracle import objective, oracle_solve, projector
+from solving import damp_input, solve_lora_da
 
 from lora_da.config import PRESETS
+from lora_da.methods.common import LoraFactors, UnsolvableLayer
 from lora_da.methods.linalg import DENSE_UP_TO, TOLERANCE, largest_eigenpairs
-from lora_da.methods.lora_da import LoraFactors, UnsolvableLayer, damp_input, lora_da
 from lora_da.statistics import LayerStatistics
 
 pytestmark = pytest.mark.once
@@ -41,7 +42,7 @@ def numbers(preset: str, population: float = 7473.0) -> dict:
 
 
 def solve(s: LayerStatistics, rank: int, plain_variance: float | None = None, **kwargs) -> LoraFactors:
-    return lora_da(s, rank, plain_variance=plain_variance, **kwargs)
+    return solve_lora_da(s, rank, plain_variance=plain_variance, **kwargs)
 
 
 def relative(a: torch.Tensor, b: torch.Tensor) -> float:

@@ -25,7 +25,7 @@ from other_methods import (
     with_lora,
 )
 from picture import differences, picture
-from planning import forced, recorded
+from planning import Forced, recorded
 from test_experts import mixture
 from torch import nn
 
@@ -93,9 +93,10 @@ def test_it_starts_where_its_oracle_does(method: str, base: str, tmp_path: Path)
 def test_whatever_the_plan(method: str, way: str) -> None:
     expected, model = with_lora(llama()), with_lora(llama())
     reports = [start(expected, method)]
-    with forced(WAYS[way]) as plans:
-        reports.append(start(model, method))
-    assert plans[0].cuts == WAYS[way].cuts and plans[0].passes == WAYS[way].parts
+    planner = Forced(WAYS[way])
+    reports.append(start(model, method, planner))
+    (plan,) = planner.plans
+    assert plan.cuts == WAYS[way].cuts and plan.passes == WAYS[way].parts
     assert reports[1].loss == pytest.approx(reports[0].loss, rel=FLOAT32)
     for name, (a, b) in factors(expected).items():
         ours = factors(model)[name]

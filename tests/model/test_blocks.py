@@ -14,7 +14,7 @@ from collecting import PREFIX, documents, padded, worst
 from models import seeded
 from oracle import oracle_statistics
 from peft import LoraConfig, get_peft_model
-from planning import Way, forced, recorded
+from planning import Forced, Way, recorded
 from torch import Tensor, nn
 from transformers import Gemma3nForCausalLM, Gemma3nTextConfig, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
@@ -81,9 +81,10 @@ def initialised(base: PreTrainedModel, batches: list[dict[str, Tensor]], way: Wa
     model = get_peft_model(copy.deepcopy(base), LoraConfig(r=4, target_modules=ATTENTION))
     names = [layer.name.removeprefix(PREFIX) for layer in find_adapter(model).layers]
     config = LoraDAConfig(samples=len(ROWS), preset="paper", averaging="tokens")
-    with forced(way) as plans, recorded() as ours:
-        initialize_lora_da_weights(model, batches, config, show_progress=False)
-    return plans, worst(ours, oracle_statistics(base, ROWS, names, "tokens"))
+    planner = Forced(way)
+    with recorded() as ours:
+        initialize_lora_da_weights(model, batches, config, show_progress=False, plan=planner)
+    return planner.plans, worst(ours, oracle_statistics(base, ROWS, names, "tokens"))
 
 
 def test_the_unchanged_decoder_streams() -> None:
@@ -127,9 +128,10 @@ def test_a_block_that_is_left_out() -> None:
     base = llama()
     base.config.num_hidden_layers = BLOCKS - 1
     model = get_peft_model(base, LoraConfig(r=4, target_modules=["q_proj"], layers_to_transform=[0, 1]))
-    with forced(Way(cuts=2)) as plans:
-        initialize_lora_da_weights(model, BATCHES["one batch"], LoraDAConfig(samples=4), show_progress=False)
-    assert plans[-1].why_not_streamed == f"{BLOCKS - 1} of its {BLOCKS} blocks ran"
+    planner = Forced(Way(cuts=2))
+    config = LoraDAConfig(samples=4)
+    initialize_lora_da_weights(model, BATCHES["one batch"], config, show_progress=False, plan=planner)
+    assert planner.plans[-1].why_not_streamed == f"{BLOCKS - 1} of its {BLOCKS} blocks ran"
 
 
 def test_keys_and_values_that_later_blocks_share() -> None:

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from collecting import collected, distance, documents, llama, packed, padded, with_lora, worst
+from collecting import collected, distance, documents, llama, packed, padded, watching, with_lora, worst
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.utils.integrations import dequantize_bnb_weight
 from torch import nn
@@ -12,7 +12,6 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from lora_da import LoraDAConfig, initialize_lora_da_weights
 from lora_da.adapter import find_adapter
-from lora_da.collect.collector import Collector
 
 bnb = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
 
@@ -94,11 +93,11 @@ def test_int8_layer_collects_exactly_what_passes_through_it() -> None:
     results = []
     for module in (layer, nn.Linear(32, 16, bias=False)):
         module.requires_grad_(False)
-        collector = Collector({"l": module})
+        collector = watching({"l": module})
         with collector.observing():
-            collector.reading(torch.ones(10, dtype=torch.bool), torch.device("cpu"))
+            collector.reading(torch.ones(10, dtype=torch.bool), torch.device("cpu"), {})
             module(x).backward(d)
-        results.append(collector.statistics("l", 1))
+        results.append(collector.sums.take_statistics("l", 1, 1.0))
     assert worst({"l": results[0]}, {"l": results[1]}) == 0
     assert distance(results[0].grad, d.flatten(0, 1).T @ x.flatten(0, 1)) <= 1e-6
 

@@ -6,6 +6,7 @@ import contextlib
 
 import pytest
 import torch
+from collecting import PLAIN_PASS, watching
 from models import (
     VOCABULARY,
     batches,
@@ -23,9 +24,8 @@ from transformers.integrations.neftune import neftune_post_forward_hook
 
 from lora_da import LoraDAConfig, initialize_lora_da_weights
 from lora_da.adapter import find_adapter
-from lora_da.collect.collector import Collector
 from lora_da.model.state import estimation_mode
-from lora_da.samples.draw import draw
+from lora_da.samples.draw import draw, read_causal
 from lora_da.tasks.head import backward
 
 DATA = batches(documents(6), 3)
@@ -104,14 +104,14 @@ def adapted(kind, noisy, **lora):
 def statistics(model, mode):
     """Of every layer, as the product takes them, with the model in the given mode."""
     layers = {layer.name: layer.base for layer in find_adapter(model).layers}
-    collector, base = Collector(layers), model.get_base_model()
-    data = draw(DATA, 6, None, None)
+    collector, base = watching(layers), model.get_base_model()
+    data = draw(DATA, 6, None, None, read_causal, True)
     with mode, collector.observing():
         for batch in data.batches:
-            collector.reading(batch.tokens.document >= 0, torch.device("cpu"))
+            collector.reading(batch.tokens.document >= 0, torch.device("cpu"), {})
             inputs = {name: value for name, value in batch.inputs.items() if name != "labels"}
-            backward(base, inputs, batch.tokens, 1.0)
-    found = {name: collector.statistics(name, data.n_samples) for name in layers}
+            backward(base, base.get_decoder(), inputs, batch.tokens, PLAIN_PASS)
+    found = {name: collector.sums.take_statistics(name, data.n_samples, 1.0) for name in layers}
     return {
         f"{name}.{field}": getattr(statistics, field)
         for name, statistics in found.items()

@@ -13,14 +13,14 @@ from counting import LAYOUTS, MANY
 from hypothesis import given
 from hypothesis import strategies as st
 from models import with_lora
-from planning import Way, forced, recorded
+from planning import Forced, Way, recorded
 from torch import Tensor
 from torch.utils.data import DataLoader
 
 import lora_da.samples.draw
 from lora_da import LoraDAConfig, initialize_lora_da_weights
 from lora_da.samples.batch import Batch, by_length, divided
-from lora_da.samples.draw import draw
+from lora_da.samples.draw import draw, read_causal
 from lora_da.samples.tokens import read_tokens
 from lora_da.statistics import LayerStatistics
 
@@ -172,23 +172,23 @@ def test_rows_are_not_put_together_where_that_would_change_them(
 ) -> None:
     """Padding that nothing marks, positions that padding moves, and a width that cannot be cut."""
     monkeypatch.setattr("lora_da.samples.draw.BATCH_TOKENS", 60)
-    data = draw(DataLoader(ROWS, 4, collate_fn=collate), len(ROWS), None, None)
+    data = draw(DataLoader(ROWS, 4, collate_fn=collate), len(ROWS), None, None, read_causal, True)
     assert [batch.shape[0] for batch in data.batches] == [1] * len(ROWS)
     assert data.n_tokens == sum(len(row["labels"]) for row in ROWS)
 
 
 def statistics(data: Any, ran: list[int] | None = None) -> dict[str, LayerStatistics]:
     """Of an initialisation on the first rows of `data`; the tokens that the decoder reads go to `ran`."""
-    model = with_lora(LLAMA.base())
+    model, planner = with_lora(LLAMA.base()), Forced(Way())
 
     def note(_module: Any, args: tuple[Any, ...], output: Tensor) -> None:
-        if ran is not None and torch.is_grad_enabled() and plans:
+        if ran is not None and torch.is_grad_enabled() and planner.plans:
             ran.append(args[0].shape[0] * args[0].shape[1])
 
     model.get_base_model().model.layers[0].mlp.register_forward_hook(note)
     config = LoraDAConfig(samples=len(ROWS), preset="paper", averaging="tokens")
-    with recorded() as found, forced(Way()) as plans:
-        report = initialize_lora_da_weights(model, data, config, show_progress=False)
+    with recorded() as found:
+        report = initialize_lora_da_weights(model, data, config, show_progress=False, plan=planner)
     assert (report.samples, report.tokens) == (len(ROWS), sum(len(row["labels"]) for row in ROWS))
     return found
 
@@ -226,5 +226,5 @@ def test_no_padding_is_run(collate: Any, monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_rows_of_like_length_are_collated_together(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lora_da.samples.draw, "BATCH_TOKENS", 28)
-    batches = draw(loader(3), len(ROWS), None, None).batches
+    batches = draw(loader(3), len(ROWS), None, None, read_causal, True).batches
     assert [batch.shape for batch in batches] == [(2, 14), (2, 12), (2, 10), (3, 8), (1, 5)]

@@ -2,26 +2,33 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import math
+from collections.abc import Mapping
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from torch import Tensor
-from tqdm import tqdm
+from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from lora_da.adapter import find_adapter
-from lora_da.collect.plan import make_plan
-from lora_da.collect.schedule import Sweep
-from lora_da.collect.survey import survey
-from lora_da.config import LoraDAConfig
+from lora_da.collect import Planner, collect, make_plan
+from lora_da.collect.collector import Collector
+from lora_da.collect.selection import Selection
+from lora_da.collect.sums import SegmentSums
 from lora_da.model.state import estimation_mode
+from lora_da.model.streams import Streams
+from lora_da.needs import Needs, Sums
+from lora_da.processes import Processes, Run
 from lora_da.samples.draw import draw
 from lora_da.statistics import LayerStatistics
-from lora_da.tasks import find_task
+from lora_da.tasks import RewardLoss, find_task
+from lora_da.tasks.head import LossPass
 
 VOCABULARY = 97
 PREFIX = "base_model.model."
+PLENTY = 64.0  # GiB of a budget in which every tiny model is one pass
 
 
 def llama(dtype: torch.dtype = torch.float32, **changes: object) -> LlamaForCausalLM:
@@ -79,24 +86,38 @@ def packed(rows: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     }
 
 
+# Each batch's loss as it is, and nobody listens.
+PLAIN_PASS = LossPass(1.0, None, contextlib.nullcontext, lambda n, weights: None)
+
+
+def needs(averaging: str = "tokens", full: bool = True) -> Needs:
+    """All sums, the output Fisher in full or as its diagonal."""
+    return Needs(Sums(), lambda i, o: 0, full_fisher_up_to=math.inf if full else 0, averaging=averaging)
+
+
+def watching(layers: Mapping[str, nn.Module], full: bool = False) -> Collector:
+    """A collector of layers that all read the same tokens."""
+    sums = SegmentSums(layers, needs(full=full))
+    return Collector(layers, sums, Selection(layers, Streams(), {}, None), contextlib.nullcontext)
+
+
 def collected(
-    model: PeftModel, batches: list[dict[str, Tensor]], averaging: str = "tokens", full: bool = True
+    model: PeftModel,
+    batches: list[dict[str, Tensor]],
+    averaging: str = "tokens",
+    full: bool = True,
+    plan: Planner = make_plan,
+    reward: RewardLoss | None = None,
 ) -> dict[str, LayerStatistics]:
     """The product's statistics of every layer, in the plan that it makes, under the base model's names."""
-    adapter, task, device = find_adapter(model), find_task(model.get_base_model()), torch.device("cpu")
-    full_fisher = frozenset(layer.name for layer in adapter.layers if full)
-    preset = LoraDAConfig(averaging=averaging).resolved_preset()
-    found = {}
-    with estimation_mode(model), tqdm(disable=True) as progress:
-        data = draw(batches, 1000, None, 1000, task.read)
-        surveyed = survey(task, adapter.layers, task.inputs(data.batches[-1].glimpse(), device))
-        plan = make_plan(surveyed, adapter.layers, full_fisher, data.batches, device, None)
-        sweep = Sweep(task, data, plan, surveyed, preset, full_fisher, device)
-        for layers, collector in sweep.collected(progress):
-            units = data.n_loss_tokens if averaging == "tokens" else data.n_samples
-            found |= {layer.name.removeprefix(PREFIX): collector.statistics(layer.name, units) for layer in layers}
-    assert len(found) == len(adapter.layers) and all(s is not None for s in found.values())
-    return found
+    layers, task = find_adapter(model).layers, find_task(model.get_base_model(), reward)
+    run = Run(Processes(), torch.device("cpu"), PLENTY, False)
+    with estimation_mode(model):
+        data = draw(batches, 1000, None, 1000, task.read, True)
+        found = collect(task, layers, data, needs(averaging, full), run, lambda layer, seen: seen.statistics, plan)
+    assert len(found.outcomes) == len(layers)
+    assert all(isinstance(outcome, LayerStatistics) for outcome in found.outcomes.values())
+    return {name.removeprefix(PREFIX): statistics for name, statistics in found.outcomes.items()}
 
 
 def distance(a: Tensor, b: Tensor) -> float:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from many_cases import ROWS, SAMPLES, Broken, fails_in, llama
-from planning import ONE, Way, forced
+from planning import ONE, Forced, Way
 from pytest import MonkeyPatch
 from torch import Tensor, nn
 from trainers import plain
@@ -16,7 +16,7 @@ from transformers import TrainerCallback, training_args
 import lora_da.tasks.head
 from lora_da import LoraDAConfig
 from lora_da.callback import LoraDACallback
-from lora_da.collect.schedule import Sweep
+from lora_da.collect.segment import SegmentRun
 from lora_da.model.sharding import copied
 
 SMALL = 1e-6  # a learning rate at which one step of Adam changes an entry by this much and no more
@@ -61,13 +61,13 @@ def settings(stage: int | None) -> dict[str, Any]:
 
 def trained(folder: Path, stage: int | None, way: Way = ONE, **args: Any) -> dict[str, Any]:
     """One step of training; without a stage, in one process and without DeepSpeed."""
-    initializer, watch = LoraDACallback(LoraDAConfig(samples=SAMPLES, population_size=1000)), Watch()
+    config = LoraDAConfig(samples=SAMPLES, population_size=1000)
+    initializer, watch = LoraDACallback(config, plan=Forced(way)), Watch()
     model = llama()
     if args.get("bf16") and stage is None:
         model = model.bfloat16()  # as DeepSpeed does it
         args = {}
-    with forced(way):
-        plain(model, ROWS, folder, initializer, watch, **{"learning_rate": SMALL, **settings(stage), **args}).train()
+    plain(model, ROWS, folder, initializer, watch, **{"learning_rate": SMALL, **settings(stage), **args}).train()
     report = initializer.report
     return {**watch.found, "loss": report.loss, "initialized": report.initialized}
 
@@ -96,5 +96,5 @@ def all_cases(folder: Path) -> dict[str, Any]:
 
 def dies(folder: Path) -> None:
     with MonkeyPatch.context() as patch:
-        fails_in(patch, Sweep, "_loss", 1, Broken("the fault of one process"))
+        fails_in(patch, SegmentRun, "_run_top", 1, Broken("the fault of one process"))
         trained(folder, 3)

@@ -9,12 +9,12 @@ import pytest
 import torch
 from peft import PeftModel
 from picture import differences, picture
-from planning import Way, forced, recorded
+from planning import Forced, Way, recorded
 
 from lora_da import LoraDAConfig, initialize_lora_da_weights
 from lora_da.collect.collector import Collector
-from lora_da.collect.schedule import Sweep
-from lora_da.model.blocks import BlockRow
+from lora_da.collect.schedule import Schedule
+from lora_da.model.blocks import BlockSequence
 from lora_da.report import InitReport
 from lora_da.solve import LayerSolver
 from lora_da.statistics import LayerSums
@@ -25,13 +25,13 @@ class Full:
 
     def __init__(self, patch: pytest.MonkeyPatch, at: int | None = None) -> None:
         self.at, self.calls, self.times, self.begun = at, 0, 0, False
-        original = Sweep.collected
+        original = Schedule.run
 
-        def collected(sweep: Sweep, progress: Any) -> Any:
+        def run(schedule: Schedule, *args: Any) -> None:
             self.begun = True
-            return original(sweep, progress)
+            original(schedule, *args)
 
-        patch.setattr(Sweep, "collected", collected)
+        patch.setattr(Schedule, "run", run)
 
     def used(self, too_much: bool = False) -> None:
         if not self.begun:
@@ -44,14 +44,14 @@ class Full:
 
 def at_the_borders(patch: pytest.MonkeyPatch, model: PeftModel, full: Full, rows: int | None = None) -> None:
     """While hidden states are laid down: a forward without gradient of which some are kept."""
-    original = BlockRow.run
+    original = BlockSequence.run
 
-    def run(self: BlockRow, hidden: Any, keep: Any = (), **inputs: Any) -> Any:
+    def run(self: BlockSequence, hidden: Any, keep: Any = (), **inputs: Any) -> Any:
         if keep:
             full.used(rows is not None and len(inputs["input_ids"]) > rows)
         return original(self, hidden, keep, **inputs)
 
-    patch.setattr(BlockRow, "run", run)
+    patch.setattr(BlockSequence, "run", run)
 
 
 def in_a_forward(patch: pytest.MonkeyPatch, model: PeftModel, full: Full, rows: int | None = None) -> None:
@@ -110,14 +110,16 @@ class Initialised:
         self.solved: list[str] = []
         original = LayerSolver.solve
 
-        def solve(solver: LayerSolver, layer: Any) -> Any:
+        def solve(solver: LayerSolver, layer: Any, observed: Any) -> Any:
             self.solved.append(layer.name)
-            return original(solver, layer)
+            return original(solver, layer, observed)
 
         before = picture(model)
-        with pytest.MonkeyPatch.context() as patch, forced(way), recorded() as self.statistics:
+        with pytest.MonkeyPatch.context() as patch, recorded() as self.statistics:
             patch.setattr(LayerSolver, "solve", solve)
-            self.report: InitReport = initialize_lora_da_weights(model, batches, config, show_progress=False)
+            self.report: InitReport = initialize_lora_da_weights(
+                model, batches, config, show_progress=False, plan=Forced(way)
+            )
         self.changed = differences(before, picture(model))
         self.products = {name: product_of(model, name) for name in self.report.layers}
 

@@ -13,9 +13,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 import lora_da.methods.lora_da
-from lora_da.collect.collector import Collector
-from lora_da.collect.schedule import Sweep
-from lora_da.model.blocks import BlockRow
+from lora_da.collect.schedule import Schedule
+from lora_da.collect.sums import SegmentSums
+from lora_da.model.blocks import BlockSequence
 from lora_da.solve import LayerSolver
 from lora_da.statistics import LayerSums
 
@@ -58,13 +58,13 @@ def block(model: PeftModel, number: int) -> Any:
 
 
 def begin_the_sweep(patch: pytest.MonkeyPatch, fault: Fault) -> None:
-    original = Sweep.collected
+    original = Schedule.run
 
-    def collected(self: Sweep, progress: Any) -> Any:
+    def run(self: Schedule, *args: Any) -> None:
         fault.swept = True
-        return original(self, progress)
+        original(self, *args)
 
-    patch.setattr(Sweep, "collected", collected)
+    patch.setattr(Schedule, "run", run)
 
 
 def in_the_survey(patch: pytest.MonkeyPatch, model: PeftModel, fault: Fault) -> None:
@@ -73,13 +73,13 @@ def in_the_survey(patch: pytest.MonkeyPatch, model: PeftModel, fault: Fault) -> 
 
 def at_the_borders(patch: pytest.MonkeyPatch, model: PeftModel, fault: Fault) -> None:
     """While hidden states are laid down between segments."""
-    original = BlockRow.run
+    original = BlockSequence.run
 
-    def run(self: BlockRow, hidden: Any, keep: Any = (), **inputs: Any) -> Any:
+    def run(self: BlockSequence, hidden: Any, keep: Any = (), **inputs: Any) -> Any:
         kept = original(self, hidden, keep, **inputs)
         return {number: fault(state) for number, state in kept.items()} if keep else kept
 
-    patch.setattr(BlockRow, "run", run)
+    patch.setattr(BlockSequence, "run", run)
 
 
 def in_the_forward(patch: pytest.MonkeyPatch, model: PeftModel, fault: Fault) -> None:
@@ -106,14 +106,14 @@ def while_summing(patch: pytest.MonkeyPatch, model: PeftModel, fault: Fault) -> 
 
 
 def while_averaging(patch: pytest.MonkeyPatch, model: PeftModel, fault: Fault) -> None:
-    original = Collector.statistics
+    original = SegmentSums.take_statistics
 
-    def statistics(self: Collector, name: str, n_units: int) -> Any:
-        found = original(self, name, n_units)
+    def take(self: SegmentSums, name: str, n_units: int, scale: float) -> Any:
+        found = original(self, name, n_units, scale)
         found.grad.copy_(fault(found.grad))
         return found
 
-    patch.setattr(Collector, "statistics", statistics)
+    patch.setattr(SegmentSums, "take_statistics", take)
 
 
 def in_the_solver(patch: pytest.MonkeyPatch, model: PeftModel, fault: Fault) -> None:
@@ -131,7 +131,7 @@ def in_the_solver(patch: pytest.MonkeyPatch, model: PeftModel, fault: Fault) -> 
 def between_layers(patch: pytest.MonkeyPatch, model: PeftModel, fault: Fault) -> None:
     """When a layer's factors are handed over."""
     original = LayerSolver.solve
-    patch.setattr(LayerSolver, "solve", lambda self, layer: (fault(), original(self, layer))[1])
+    patch.setattr(LayerSolver, "solve", lambda self, *args: (fault(), original(self, *args))[1])
 
 
 class Parameter(torch.nn.Parameter):

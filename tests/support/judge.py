@@ -58,7 +58,7 @@ def _factors(model: PeftModel, name: str, adapter: str) -> tuple[Tensor, Tensor]
 def _errors(a: Tensor, b: Tensor, seen: OracleStatistics, population: int, gaussian: bool) -> Iterable[float]:
     rank, i = a.shape
     energy = rank * seen.input_cov.trace().item() * (1 / rank**2 if gaussian else 1 / (3 * i))
-    preset = LoraDAConfig().resolved_preset()
+    preset = LoraDAConfig().numbers()
     best = oracle_solve(
         seen.grad,
         seen.input_cov,

@@ -26,6 +26,23 @@ class Imports:
 
 
 @dataclass(frozen=True)
+class Knows:
+    """Of the package `own` the files of `where` name these modules only, and what is in them."""
+
+    name: str
+    where: tuple[str, ...]
+    own: str
+    only: tuple[str, ...]
+    but: tuple[str, ...] = ()
+
+    def broken(self, tree: ast.Module) -> Iterator[tuple[int, str]]:
+        for line, name in modules_named(tree):
+            inside = name.startswith(f"{self.own}.")
+            if inside and not any(name == module or name.startswith(f"{module}.") for module in self.only):
+                yield line, name
+
+
+@dataclass(frozen=True)
 class StandardLibrary:
     """At import, the files of `where` import the standard library only, and `besides`."""
 
@@ -73,7 +90,7 @@ class NoGlobals:
                 yield node.lineno, f"global {', '.join(node.names)}"
 
 
-Rule = Imports | StandardLibrary | Attributes | NoGlobals
+Rule = Imports | Knows | StandardLibrary | Attributes | NoGlobals
 
 
 def broken(rule: Rule, path: str, source: str) -> list[str]:

@@ -15,7 +15,7 @@ from datasets import Dataset
 from models import batches, documents, tiny_llama, with_lora
 from peft import LoraConfig, PeftModel, get_peft_model
 from picture import differences, picture
-from planning import Way, forced, recorded
+from planning import Forced, Way, recorded
 from test_experts import mixture
 from torch import Tensor
 from torch import distributed as dist
@@ -25,8 +25,8 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 import lora_da.initialize
 from lora_da import LoraDAConfig, LoraDAError, initialize_lora_da_weights
 from lora_da.adapter import AdapterLayer
-from lora_da.collect.schedule import Sweep
-from lora_da.model.blocks import BlockRow
+from lora_da.collect.segment import Feed, SegmentRun
+from lora_da.model.blocks import BlockSequence
 from lora_da.solve import LayerSolver
 from trl_integration import LoraDAInitializer
 
@@ -57,8 +57,9 @@ def initialized(model: PeftModel, way: Way, rows: Any = None, **settings: Any) -
     """The adapter, what the report counts, and which layers this process solved, under one forced plan."""
     population = 1000 if settings.get("method", "lora_da") == "lora_da" else None
     config = LoraDAConfig(population_size=population, samples=SAMPLES, **settings)
-    with forced(way), recorded() as statistics:
-        report = initialize_lora_da_weights(model, rows or batches(ROWS, 3), config, show_progress=False)
+    data = rows or batches(ROWS, 3)
+    with recorded() as statistics:
+        report = initialize_lora_da_weights(model, data, config, show_progress=False, plan=Forced(way))
     return {
         "adapter": adapter(model),
         "solved": sorted(statistics),
@@ -139,9 +140,9 @@ def fails_in(patch: pytest.MonkeyPatch, owner: Any, method: str, where: int, err
 FAULTS: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
     "adapter": lambda p: fails_in(p, lora_da.initialize, "find_adapter", 1, LoraDAError("broken")),
     "data": lambda p: fails_in(p, lora_da.initialize, "draw", 0, Broken("broken")),
-    "survey": lambda p: fails_in(p, BlockRow, "learn", 1, Broken("broken")),
-    "borders": lambda p: fails_in(p, Sweep, "_inputs", 1, Broken("broken")),
-    "pass": lambda p: fails_in(p, Sweep, "_loss", 1, Broken("broken")),
+    "survey": lambda p: fails_in(p, BlockSequence, "learn", 1, Broken("broken")),
+    "borders": lambda p: fails_in(p, Feed, "inputs", 1, Broken("broken")),
+    "pass": lambda p: fails_in(p, SegmentRun, "_run_top", 1, Broken("broken")),
     "solve": lambda p: fails_in(p, LayerSolver, "solve", 1, Broken("broken"), call=2),
     "write": lambda p: fails_in(p, AdapterLayer, "write", 1, Broken("broken"), call=3),
 }
@@ -178,9 +179,10 @@ def faults() -> dict[str, Any]:
 def memory() -> dict[str, Any]:
     """One process of several runs out of memory, once, at each place."""
     found = {}
-    for name, method in {"borders": "_hidden", "pass": "_loss", "segment": "_run"}.items():
+    places = {"borders": (Feed, "hidden"), "pass": (SegmentRun, "_run_top"), "segment": (SegmentRun, "_run_blocks")}
+    for name, (owner, method) in places.items():
         with pytest.MonkeyPatch.context() as patch:
-            fails_in(patch, Sweep, method, 1, torch.OutOfMemoryError("no memory left"))
+            fails_in(patch, owner, method, 1, torch.OutOfMemoryError("no memory left"))
             found[name] = initialized(llama(), Way(cuts=2))
     return found
 
@@ -188,7 +190,7 @@ def memory() -> dict[str, Any]:
 def dies(folder: Path) -> None:
     """One process fails, nobody catches it; how long the others stay is what the launcher sees."""
     with process_group(), pytest.MonkeyPatch.context() as patch:
-        fails_in(patch, Sweep, "_loss", 1, Broken("the fault of one process"))
+        fails_in(patch, SegmentRun, "_run_top", 1, Broken("the fault of one process"))
         (folder / f"began{rank()}").write_text(str(time.time()))
         initialized(llama(), Way())
 

@@ -15,6 +15,7 @@ from torch import nn
 
 from lora_da import LoraDAConfig, initialize_lora_da_weights
 from lora_da.adapter import find_adapter
+from lora_da.collect import Planner, make_plan
 
 METHODS = ("filet", "cntlora", "lora_one", "lora_ga")
 STARTS_AT_THE_BASE = ("filet", "cntlora", "lora_ga")
@@ -43,9 +44,9 @@ def with_lora(base: nn.Module, **changes: Any) -> PeftModel:
     return get_peft_model(base, LoraConfig(**{"r": RANK, "target_modules": "all-linear", **changes}))
 
 
-def start(model: PeftModel, method: str, **settings: Any) -> Any:
+def start(model: PeftModel, method: Any, plan: Planner = make_plan, **settings: Any) -> Any:
     config = LoraDAConfig(method=method, samples=len(ROWS), **settings)
-    return initialize_lora_da_weights(model, BATCHES, config, show_progress=False)
+    return initialize_lora_da_weights(model, BATCHES, config, show_progress=False, plan=plan)
 
 
 def factors(model: PeftModel) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:

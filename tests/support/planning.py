@@ -9,24 +9,22 @@ from typing import Any
 
 import pytest
 import torch
-from collecting import PREFIX
+from collecting import PREFIX, collected, needs
 from peft import PeftModel
-from tqdm import tqdm
 
-import lora_da.initialize
 from lora_da.adapter import AdapterLayer, find_adapter
-from lora_da.collect.collector import Collector
 from lora_da.collect.plan import Plan, Segment, cut, make_plan
-from lora_da.collect.schedule import Sweep
-from lora_da.collect.survey import Survey, survey
-from lora_da.config import LoraDAConfig
+from lora_da.collect.sums import SegmentSums
+from lora_da.collect.survey import Survey, survey_model
 from lora_da.model.state import estimation_mode
+from lora_da.needs import Needs
+from lora_da.processes import Run
+from lora_da.samples import Batch
 from lora_da.samples.draw import draw
 from lora_da.statistics import LayerStatistics
-from lora_da.tasks import find_task
+from lora_da.tasks import RewardLoss, find_task
 
 CPU = torch.device("cpu")
-PLENTY = 64.0  # GiB of a budget in which every tiny model is one pass
 
 
 @dataclass(frozen=True)
@@ -41,15 +39,15 @@ class Way:
     row: bool = True
 
     def survey(self, surveyed: Survey) -> Survey:
-        return surveyed if self.row else replace(surveyed, row=None, why_not="the test says so")
+        return surveyed if self.row else surveyed.uncut("the test says so")
 
     def plan(self, plan: Plan, surveyed: Survey, layers: Sequence[AdapterLayer]) -> Plan:
         """The same forecast with this way's segments; of a model that cannot be cut, one segment in as many parts."""
-        cuts = self.cuts if surveyed.row is not None else 1
+        cuts = self.cuts if surveyed.sequence is not None else 1
         whole = cut(surveyed, layers, cuts)
         parts = self.parts if cuts == self.cuts else self.cuts * self.parts
         segments = [part for segment in whole for part in in_parts(segment, parts)]
-        return replace(plan, segments=tuple(segments), why_not_streamed=surveyed.why_not)
+        return replace(plan, segments=tuple(segments))
 
 
 ONE = Way()
@@ -69,36 +67,64 @@ def in_parts(segment: Segment, parts: int) -> list[Segment]:
     return [replace(segment, layers=segment.layers[k : k + size]) for k in range(0, max(1, len(segment.layers)), size)]
 
 
-@contextlib.contextmanager
-def forced(way: Way) -> Iterator[list[Plan]]:
-    """`initialize_lora_da_weights` runs the samples this way; yields the plans that were made, as they are made."""
-    plans: list[Plan] = []
+class Forced:
+    """A planner that runs the samples one way, whatever the memory there is.
 
-    def planned(surveyed: Survey, layers: Sequence[AdapterLayer], *rest: Any, **named: Any) -> Plan:
-        plans.append(way.plan(make_plan(surveyed, layers, *rest, **named), surveyed, layers))
-        return plans[-1]
+    Attributes:
+        plans: that were made, in their order.
+    """
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(lora_da.initialize, "make_plan", planned)
-        patch.setattr(lora_da.initialize, "survey", lambda *args: way.survey(survey(*args)))
-        yield plans
+    def __init__(self, way: Way) -> None:
+        self.way = way
+        self.plans: list[Plan] = []
+
+    def __call__(
+        self, surveyed: Survey, layers: Sequence[AdapterLayer], batches: Sequence[Batch], needs: Needs, run: Run
+    ) -> Plan:
+        surveyed = self.way.survey(surveyed)
+        plan = make_plan(surveyed, layers, batches, needs, run)
+        self.plans.append(self.way.plan(plan, surveyed, layers))
+        return self.plans[-1]
+
+
+class Replanned(Exception):
+    """The samples were not run as they were to be."""
+
+
+class Demanded(Forced):
+    """As `Forced`, for a model that can be run that way.
+
+    Raises:
+        Replanned: another plan is asked for.
+    """
+
+    def __call__(
+        self, surveyed: Survey, layers: Sequence[AdapterLayer], batches: Sequence[Batch], needs: Needs, run: Run
+    ) -> Plan:
+        if self.plans:
+            raise Replanned(surveyed.why_not)
+        assert surveyed.sequence is not None or self.way.cuts == 1, surveyed.why_not
+        plan = super().__call__(surveyed, layers, batches, needs, run)
+        assert plan.passes == self.way.parts
+        assert plan.cuts == self.way.cuts or min(surveyed.block_of.values()) > 0  # segments below are left out
+        return plan
 
 
 @contextlib.contextmanager
 def recorded() -> Iterator[dict[str, LayerStatistics]]:
     """The statistics that reach the solver, under the base model's names; of a layer's attempts the last."""
     seen: dict[str, LayerStatistics] = {}
-    original = Collector.statistics
+    original = SegmentSums.take_statistics
 
-    def statistics(self: Collector, name: str, n_units: int) -> LayerStatistics | None:
-        found = original(self, name, n_units)
+    def take(self: SegmentSums, name: str, n_units: int, scale: float) -> LayerStatistics | None:
+        found = original(self, name, n_units, scale)
         if found is not None:
             copied = (None if t is None else t.clone() for t in (found.grad, found.input_cov, found.output_fisher))
             seen[name.removeprefix(PREFIX)] = LayerStatistics(*copied, found.n_tokens)
         return found
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Collector, "statistics", statistics)
+        patch.setattr(SegmentSums, "take_statistics", take)
         yield seen
 
 
@@ -106,32 +132,17 @@ def surveyed_model(model: PeftModel, batches: list[dict[str, Any]]) -> Survey:
     """What the product finds out about a model before it plans."""
     task = find_task(model.get_base_model())
     with estimation_mode(model):
-        data = draw(batches, 1000, None, 1000, task.read)
-        return survey(task, find_adapter(model).layers, task.inputs(data.batches[-1].glimpse(), CPU))
+        data = draw(batches, 1000, None, 1000, task.read, True)
+        return survey_model(task, find_adapter(model).layers, task.inputs(data.batches[-1].glimpse(), CPU), needs())
 
 
 def collected_by(
-    model: PeftModel, batches: list[dict[str, Any]], way: Way = ONE, averaging: str = "tokens", full: bool = True
+    model: PeftModel,
+    batches: list[dict[str, Any]],
+    way: Way = ONE,
+    averaging: str = "tokens",
+    full: bool = True,
+    reward: RewardLoss | None = None,
 ) -> dict[str, LayerStatistics]:
     """The product's statistics of every layer under a forced plan, under the base model's names."""
-    layers, task = find_adapter(model).layers, find_task(model.get_base_model())
-    full_fisher = frozenset(layer.name for layer in layers if full)
-    preset = LoraDAConfig(averaging=averaging).resolved_preset()
-    found: dict[str, LayerStatistics] = {}
-    with estimation_mode(model):
-        data = draw(batches, 1000, None, 1000, task.read)
-        units = data.n_loss_tokens if averaging == "tokens" else data.n_samples
-        seen = survey(task, layers, task.inputs(data.batches[-1].glimpse(), CPU))
-        assert seen.row is not None or way.cuts == 1, seen.why_not
-        seen = way.survey(seen)
-        plan = way.plan(make_plan(seen, layers, full_fisher, data.batches, CPU, PLENTY), seen, layers)
-        assert plan.passes == way.parts
-        assert plan.cuts == way.cuts or min(seen.block_of.values()) > 0  # segments below are left out
-        sweep = Sweep(task, data, plan, seen, preset, full_fisher, CPU)
-        for served, collector in sweep.collected(tqdm(disable=True)):
-            for layer in served:
-                statistics = collector.statistics(layer.name, units)
-                assert statistics is not None and layer.name not in found
-                found[layer.name.removeprefix(PREFIX)] = statistics
-    assert len(found) == len(layers)
-    return found
+    return collected(model, batches, averaging, full, Demanded(way), reward)

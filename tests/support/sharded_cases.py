@@ -14,14 +14,14 @@ from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 from many_cases import ROWS, SAMPLES, Broken, fails_in, llama, process_group, rank
 from models import batches, tiny_llama, with_lora
 from peft import PeftModel
-from planning import Way, forced
+from planning import Forced, Way
 from torch import Tensor, nn
 from torch import distributed as dist
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from lora_da import LoraDAConfig, initialize_lora_da_weights
-from lora_da.collect.schedule import Sweep
+from lora_da.collect.segment import SegmentRun
 
 
 def sharded(model: PeftModel, block: str = "LlamaDecoderLayer", reshard: bool = True) -> PeftModel:
@@ -55,8 +55,7 @@ def initialized(model: PeftModel, way: Way, **settings: Any) -> dict[str, Any]:
     population = None if "method" in settings else 1000
     config = LoraDAConfig(population_size=population, samples=SAMPLES, **settings)
     kinds = {name: type(p) for name, p in model.named_parameters()}
-    with forced(way):
-        report = initialize_lora_da_weights(model, batches(ROWS, 3), config, show_progress=False)
+    report = initialize_lora_da_weights(model, batches(ROWS, 3), config, show_progress=False, plan=Forced(way))
     return {
         "adapter": whole_adapter(model),
         "loss": report.loss,
@@ -126,5 +125,5 @@ def cached(folder: Path) -> list[dict[str, Any]]:
 def dies(folder: Path) -> None:
     """One process fails in a forward, in which the others wait for it."""
     with process_group(), pytest.MonkeyPatch.context() as patch:
-        fails_in(patch, Sweep, "_loss", 1, Broken("the fault of one process"))
+        fails_in(patch, SegmentRun, "_run_top", 1, Broken("the fault of one process"))
         initialized(sharded(llama()), Way())

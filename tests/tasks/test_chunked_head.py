@@ -1,8 +1,10 @@
 """The chunked head: the model's own loss and gradients, without the logits of a whole batch."""
 
+from dataclasses import replace
+
 import pytest
 import torch
-from collecting import VOCABULARY, documents, packed, padded, with_lora
+from collecting import PLAIN_PASS, VOCABULARY, documents, packed, padded, with_lora
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 import lora_da.tasks.head
@@ -54,7 +56,7 @@ def test_gradients_are_those_of_the_models_own_loss(kind: str, monkeypatch: pyte
     model = build(kind).train()
     batch = padded(documents())
     inputs = {k: v for k, v in batch.items() if k != "labels"}
-    tokens = read_tokens(batch, 100)
+    tokens, doubled = read_tokens(batch, 100), replace(PLAIN_PASS, scale=2.0)
     n_loss = int(tokens.loss_tokens.sum())
 
     def embedding_gradient(run) -> torch.Tensor:
@@ -70,7 +72,9 @@ def test_gradients_are_those_of_the_models_own_loss(kind: str, monkeypatch: pyte
         return seen[0].grad
 
     losses = []
-    chunked = embedding_gradient(lambda: losses.append(backward(model, inputs, tokens, scale=2.0).item()))
+    chunked = embedding_gradient(
+        lambda: losses.append(backward(model, model.get_decoder(), inputs, tokens, doubled).item())
+    )
     whole = embedding_gradient(lambda: (model(**batch, use_cache=False).loss * n_loss * 2.0).backward())
     assert torch.linalg.norm(chunked - whole) <= FLOAT32 * torch.linalg.norm(whole)
     assert losses[0] == pytest.approx(model(**batch).loss.item() * n_loss, rel=1e-5)
@@ -86,7 +90,8 @@ def test_the_head_never_sees_more_than_a_chunk(monkeypatch: pytest.MonkeyPatch) 
     batch = packed(documents((40, 50)))
     tokens = read_tokens(batch, 100)
     with estimation_mode(model):
-        backward(base, {k: v for k, v in batch.items() if k != "labels"}, tokens, 1.0)
+        inputs = {k: v for k, v in batch.items() if k != "labels"}
+        backward(base, base.get_decoder(), inputs, tokens, PLAIN_PASS)
     hook.remove()
     assert max(rows) <= 8 + 1
     assert sum(rows) - len(rows) == tokens.loss_tokens.sum()
@@ -99,5 +104,6 @@ def test_a_forward_that_was_patched_on_the_decoder_is_put_back() -> None:
     decoder.forward = lambda *a, **k: original(*a, **k)
     patched = decoder.forward
     batch = padded(documents())
-    backward(base, {k: v for k, v in batch.items() if k != "labels"}, read_tokens(batch, 9), 1.0)
+    inputs = {k: v for k, v in batch.items() if k != "labels"}
+    backward(base, decoder, inputs, read_tokens(batch, 9), PLAIN_PASS)
     assert decoder.forward is patched

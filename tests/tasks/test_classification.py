@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 from classifiers import HEADS, LINEAR, K, adapted, classifier, in_batches, losses, number, pad, several, single, tagged
-from collecting import worst
+from collecting import PLAIN_PASS, worst
 from dequantized import dequantized, four_bit
 from peft import PeftModel
 from picture import differences, picture
@@ -97,7 +97,7 @@ def test_a_batch_in_which_nothing_counts_adds_nothing(head, make):
         loss_tokens=batch.tokens.loss_tokens[:0],
     )
     batch = replace(batch, tokens=nothing)
-    total = task.backward(batch, task.inputs(batch, torch.device("cpu")), 1.0)
+    total = task.backward(batch, task.inputs(batch, torch.device("cpu")), PLAIN_PASS)
     assert total == 0
     gradients = [p.grad for p in task.model.parameters() if p.grad is not None]
     assert gradients and all(not gradient.any() for gradient in gradients)
@@ -107,7 +107,7 @@ def test_a_pooler_is_served_with_one_vector_a_row():
     rows = single()
     model = adapted(classifier("Bert"))
     surveyed = surveyed_model(model, in_batches(rows, 3))
-    assert surveyed.row is None and "pooler" in surveyed.why_not
+    assert surveyed.sequence is None and "pooler" in surveyed.why_not
     found = collected_by(model, in_batches(rows, 3))
     assert found["bert.pooler.dense"].n_tokens == len(rows)
     assert found["bert.encoder.layer.0.attention.self.query"].n_tokens == sum(len(r["input_ids"]) for r in rows)

@@ -6,17 +6,19 @@ import copy
 
 import pytest
 import torch
-from collecting import PREFIX, VOCABULARY, distance, documents, gpt2, llama, packed, padded
+from collecting import PLENTY, PREFIX, VOCABULARY, distance, documents, gpt2, llama, packed, padded
 from oracle import oracle_solve
 from peft import LoraConfig, get_peft_model
 from picture import differences, picture
-from planning import CPU, ONE, PLENTY, WAYS, Way, collected_by, forced, recorded, surveyed_model
+from planning import CPU, ONE, WAYS, Forced, Way, collected_by, recorded, surveyed_model
 
 import lora_da.tasks.head
 from lora_da import LoraDAConfig, initialize_lora_da_weights
 from lora_da.adapter import find_adapter
 from lora_da.collect.plan import make_plan
-from lora_da.samples.draw import draw
+from lora_da.methods import METHODS
+from lora_da.processes import Processes, Run
+from lora_da.samples.draw import draw, read_causal
 from lora_da.statistics import LayerStatistics
 
 SAME = 2e-5  # float32 sums against float64
@@ -118,7 +120,7 @@ def test_its_factors_are_the_oracles(preset: str) -> None:
     config = LoraDAConfig(preset=preset, samples=6, population_size=600, damping=0.1)
     with recorded() as seen:
         initialize_lora_da_weights(model, [padded(rows)], config, show_progress=False)
-    numbers = config.resolved_preset()
+    numbers = config.numbers()
     truth = expected(base, rows, numbers.averaging)
     if numbers.full_fisher_up_to < VOCABULARY:
         truth = LayerStatistics(truth.grad, truth.input_cov, truth.output_fisher.diagonal(), truth.n_tokens)
@@ -145,11 +147,11 @@ def test_the_plan_counts_its_sums() -> None:
     plans = []
     for targets in (TARGETS, TARGETS[:2]):
         model = with_lora(base, targets)
-        surveyed, data = surveyed_model(model, batches), draw(batches, 100, None, 100)
-        assert surveyed.row is not None and surveyed.why_not == ""
-        plans.append(
-            make_plan(surveyed, find_adapter(model).layers, frozenset(), data.batches, CPU, PLENTY).device_bytes
-        )
+        surveyed, data = surveyed_model(model, batches), draw(batches, 100, None, 100, read_causal, True)
+        assert surveyed.sequence is not None and surveyed.why_not == ""
+        run = Run(Processes(), CPU, PLENTY, False)
+        layers, lora_da = find_adapter(model).layers, METHODS["lora_da"].needs
+        plans.append(make_plan(surveyed, layers, data.batches, lora_da, run).device_bytes)
     more, sums = plans[0] - plans[1], 4 * (VOCABULARY * 32 + 32 * 32)
     logits = 4 * 4 * PLANNED_CHUNK * VOCABULARY
     assert sums + logits / 2 <= more <= 10 * sums + logits
@@ -157,7 +159,8 @@ def test_the_plan_counts_its_sums() -> None:
 
 def test_it_is_streamed_with_the_last_block() -> None:
     model = with_lora(llama(num_hidden_layers=4))
-    with forced(Way(cuts=4)) as plans:
-        report = initialize_lora_da_weights(model, [padded(documents())], LoraDAConfig(samples=4), show_progress=False)
-    assert report.initialized == 9 and plans[0].cuts == 4
-    assert [layer.name.removeprefix(PREFIX) for layer in plans[0].segments[-1].layers][-1] == "lm_head"
+    planner, config = Forced(Way(cuts=4)), LoraDAConfig(samples=4)
+    report = initialize_lora_da_weights(model, [padded(documents())], config, show_progress=False, plan=planner)
+    (plan,) = planner.plans
+    assert report.initialized == 9 and plan.cuts == 4
+    assert [layer.name.removeprefix(PREFIX) for layer in plan.segments[-1].layers][-1] == "lm_head"

@@ -9,43 +9,20 @@ from collecting import worst
 from dequantized import dequantized, four_bit
 from models import tiny_llama, with_lora
 from picture import differences, picture
-from planning import CPU, PLENTY, WAYS
+from planning import WAYS, collected_by
 from rewards import CENTER, in_batches, losses, pad, pairs, reward_model
 from task_oracle import statistics_of
 from torch.utils.data import DataLoader
-from tqdm import tqdm
 
 from lora_da import LoraDAConfig, LoraDAError, initialize_lora_da_weights
-from lora_da.adapter import find_adapter
-from lora_da.collect.plan import make_plan
-from lora_da.collect.schedule import Sweep
-from lora_da.collect.survey import survey
-from lora_da.model.state import estimation_mode
-from lora_da.samples.draw import draw
 from lora_da.tasks import RewardLoss, find_task
 
 FLOAT32 = 2e-5  # float32 model and sums against the float64 oracle
 
 
-def collected(model, batches, center=None, way=WAYS["one pass"], averaging="tokens"):
-    layers = find_adapter(model).layers
-    task = find_task(model.get_base_model(), RewardLoss(center))
-    full, found = frozenset(layer.name for layer in layers), {}
-    preset = LoraDAConfig(averaging=averaging).resolved_preset()
-    with estimation_mode(model):
-        data = draw(batches, 1000, None, 1000, task.read)
-        assert data.n_samples == data.n_loss_tokens
-        seen = way.survey(survey(task, layers, task.inputs(data.batches[-1].glimpse(), CPU)))
-        plan = way.plan(make_plan(seen, layers, full, data.batches, CPU, PLENTY), seen, layers)
-        assert (plan.cuts, plan.passes) == (way.cuts, way.parts)
-        for served, collector in Sweep(task, data, plan, seen, preset, full, CPU).collected(tqdm(disable=True)):
-            found |= {a.name.removeprefix("base_model.model."): collector.statistics(a.name, 7) for a in served}
-    return found
-
-
 def check(kind, found, batches, center=None, way=WAYS["one pass"], averaging="tokens"):
     model = adapted(reward_model(kind))
-    ours = collected(model, batches, center, way, averaging)
+    ours = collected_by(model, batches, way, averaging, reward=RewardLoss(center))
     oracle = statistics_of(reward_model(kind), found, losses(center or 0), list(ours), averaging)
     assert {name: s.n_tokens for name, s in ours.items()} == {name: s.n_tokens for name, s in oracle.items()}
     assert worst(ours, oracle) < FLOAT32
@@ -109,7 +86,7 @@ def test_four_bit_equals_its_dequantised_twin(tmp_path):
     wide = {"hidden_size": 64, "intermediate_size": 128}
     base = four_bit(reward_model(**wide), tmp_path, "score")
     twin, found = dequantized(base, reward_model(**wide)), pairs()
-    ours = collected(adapted(base), in_batches(found, 3), CENTER)
+    ours = collected_by(adapted(base), in_batches(found, 3), reward=RewardLoss(CENTER))
     assert worst(ours, statistics_of(twin, found, losses(CENTER), list(ours), "tokens")) < FLOAT32
 
 

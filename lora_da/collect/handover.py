@@ -1,0 +1,129 @@
+"""From the sums of a segment to who makes something of them: layer by layer, each in one process."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Generic, TypeAlias, TypeVar
+
+from torch import Tensor
+from tqdm import tqdm
+
+from lora_da.adapter import AdapterLayer
+from lora_da.collect.segment import Work
+from lora_da.collect.sums import SegmentSums
+from lora_da.errors import LoraDAError
+from lora_da.memory import is_out_of_memory
+from lora_da.model.weights import dense_weight
+from lora_da.statistics import LayerStatistics, NotServed
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Observed:
+    """What was collected of a layer; its tensors are the receiver's to use up.
+
+    Args:
+        statistics: its means.
+        weight: W, (o, i), dequantised on its device; None where nobody reads it, or PEFT cannot dequantise it.
+        reads_like: the layer whose input it shares, itself if none: their Z is one tensor.
+        is_last_reader: whether no layer that shares this input is handed over after it.
+    """
+
+    statistics: LayerStatistics
+    weight: Tensor | None
+    reads_like: str
+    is_last_reader: bool
+
+
+# Takes a layer with what was collected of it.
+SolveLayer: TypeAlias = Callable[[AdapterLayer, Observed], "T | NotServed"]
+
+
+class HandingOver(Generic[T]):
+    """Hands a segment's layers over, those whose sums this process has.
+
+    Args:
+        work: of which the segment is a part.
+        sums: of its layers.
+        scale: the factor that every d in them carries.
+        bar: advanced by one for each layer.
+        solve_layer: who they are handed to.
+    """
+
+    def __init__(self, work: Work, sums: SegmentSums, scale: float, bar: tqdm, solve_layer: SolveLayer[T]) -> None:
+        self._work, self._sums, self._scale, self._bar = work, sums, scale, bar
+        self._solve_layer = solve_layer
+        # The gradient is averaged over samples or loss tokens.
+        data = work.data
+        self._n_units = data.n_loss_tokens if work.needs.averaging == "tokens" else data.n_samples
+
+    def hand_over(self, layers: Sequence[AdapterLayer]) -> tuple[dict[str, T | NotServed], dict[str, int]]:
+        """What was made of each, and the tokens that it was observed with."""
+        sums, processes = self._sums, self._work.run.processes
+        outcomes: dict[str, T | NotServed] = {}
+        tokens: dict[str, int] = {}
+        last_reader = {sums.reads_like.get(a.name): a.name for a in layers if a.name not in sums.misshapen}
+        for layer in layers:
+            name, passed_by = layer.name, self._was_passed_by(layer.name)
+            if sums.owner.get(name, 0) != processes.rank:
+                if processes.sharded and not passed_by:
+                    self._weight(layer)  # where the base is sharded, all processes gather what its owner reads
+                continue
+            self._bar.update()
+            if passed_by:
+                outcomes[name] = NotServed("an expert that no token of the samples was routed to", failed=False)
+                continue
+            with self._work.watch("solve"):
+                outcomes[name] = self._made_of(layer, name in last_reader.values())
+            tokens[name] = sums.n_tokens(name)
+        return outcomes, tokens
+
+    def _made_of(self, layer: AdapterLayer, is_last_reader: bool) -> T | NotServed:
+        observed = self._observed(layer, is_last_reader)
+        return observed if isinstance(observed, NotServed) else self._solve_layer(layer, observed)
+
+    def _was_passed_by(self, name: str) -> bool:
+        """Whether a layer is inside an expert that was given no token that counts."""
+        sums = self._sums
+        return name in self._work.survey.routed and name not in sums.misshapen and sums.n_tokens(name) == 0
+
+    def _observed(self, layer: AdapterLayer, is_last_reader: bool) -> Observed | NotServed:
+        """What was collected of a layer, or why nothing was.
+
+        Raises:
+            LoraDAError: the layer was never seen, or no gradient reached it.
+        """
+        weight = self._weight(layer)
+        if layer.name in self._sums.misshapen:
+            return NotServed(
+                f"its input has shape {self._sums.misshapen[layer.name]}, not one vector per token of the batch (an "
+                "expert or a vision layer?); take such layers out of target_modules (Axolotl: lora_target_modules)"
+            )
+        statistics = self._sums.take_statistics(layer.name, self._n_units, self._scale)
+        if statistics is None:
+            what = "a gradient" if self._work.needs.sums.backward else "a token"
+            raise LoraDAError(
+                f"layer {layer.name} was never reached by {what}: its forward is replaced (a fused kernel?) or it "
+                "takes no part in the loss; switch the kernel off or take the layer out of target_modules"
+            )
+        return Observed(statistics, weight, self._sums.reads_like[layer.name], is_last_reader)
+
+    def _weight(self, layer: AdapterLayer) -> Tensor | None:
+        """W, for who reads it; all processes ask where it is sharded.
+
+        Raises:
+            LoraDAError: it does not fit in memory.
+        """
+        if not self._work.needs.weight:
+            return None
+        try:
+            return dense_weight(layer.base)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            raise LoraDAError(
+                f"the weight of layer {layer.name} does not fit in memory beside what was collected; set a smaller "
+                "`memory_budget`, so that fewer layers are served at a time"
+            ) from error

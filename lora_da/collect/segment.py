@@ -1,0 +1,230 @@
+"""All batches through some of the blocks, once: nothing is tried again here."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lora_da.collect.borders import Borders
+from lora_da.collect.collector import Collector
+from lora_da.collect.plan import Plan, Segment
+from lora_da.collect.scaling import LossScaling
+from lora_da.collect.survey import Survey
+from lora_da.collect.timing import Stopwatch
+from lora_da.model.blocks import BlockSequence, NotSequential, check
+from lora_da.model.gradients import outputs_with_gradients
+from lora_da.model.state import reentrant_checkpointing, without_checkpointing
+from lora_da.needs import Needs
+from lora_da.processes import Run
+from lora_da.samples.batch import Batch
+from lora_da.samples.draw import InitData
+from lora_da.tasks import Task
+from lora_da.tasks.head import LossPass
+
+
+@dataclass(frozen=True)
+class Work:
+    """What is to be done, from beginning to end the same.
+
+    Args:
+        task: its model in estimation mode.
+        data: the init samples.
+        needs: what is taken of the layers.
+        survey: of the model.
+        plan: of the segments.
+        run: where.
+        watch: where the time goes.
+    """
+
+    task: Task
+    data: InitData
+    needs: Needs
+    survey: Survey
+    plan: Plan
+    run: Run
+    watch: Stopwatch
+
+    @property
+    def sequence(self) -> BlockSequence | None:
+        """What is cut into segments; None where the model is run whole."""
+        return self.plan.sequence
+
+    def is_top(self, segment: Segment) -> bool:
+        """Whether the head runs with it."""
+        return segment.stop == self.survey.n_blocks
+
+
+class Feed:
+    """This process's batches, and the hidden states that enter the blocks.
+
+    Args:
+        work: to be done.
+        batches: replaced where they are divided.
+        borders: what is kept between the segments.
+    """
+
+    def __init__(self, work: Work, batches: Sequence[Batch], borders: Borders) -> None:
+        self.work, self.batches, self.borders = work, list(batches), borders
+
+    def each(self, do: Callable[[int], object]) -> None:
+        """Do it for the number of each batch; all processes leave each round, or all raise what one of them raised."""
+        processes = self.work.run.processes
+        for number in range(processes.most(len(self.batches))):
+            with processes.together():
+                if number < len(self.batches):
+                    do(number)
+                    self.borders.note_bytes()
+
+    def inputs(self, number: int) -> dict[str, Any]:
+        """What the body takes of a batch."""
+        return self.work.task.inputs(self.batches[number], self.work.run.device)
+
+    def hidden(self, first: int, number: int, differentiable: bool) -> Tensor | None:
+        """What enters a segment; None where the decoder makes it."""
+        if first == 0:
+            return None
+        with self.work.watch("copies"):
+            return self.borders.hidden[first].get(number, number + 1).detach().requires_grad_(differentiable)
+
+
+@torch.no_grad()
+def lay(feed: Feed, sequence: BlockSequence, start: int, borders: Sequence[int]) -> None:
+    """Run the batches forward from block `start`, and keep what enters the blocks of `borders`."""
+    laid = {border: feed.borders.new(len(feed.batches)) for border in borders}
+    watch = feed.work.watch
+
+    def lay_batch(number: int) -> None:
+        inputs, hidden = feed.inputs(number), feed.hidden(start, number, False)
+        with watch("forward"):
+            entered = sequence.run(hidden, borders, **inputs)
+        with watch("copies"):
+            for border in borders:
+                laid[border].put(number, entered[border])
+
+    with without_checkpointing(feed.work.task.model), sequence.only(start, borders[-1]):
+        feed.each(lay_batch)
+    feed.borders.hidden |= laid
+
+
+class SegmentRun:
+    """One run of all batches through a segment, its layers watched.
+
+    Args:
+        feed: of the batches.
+        segment: blocks and layers.
+        collector: of the layers.
+        scaling: of the loss.
+        gradient_below: whether the gradient of what enters the segment is kept for the one below.
+    """
+
+    def __init__(
+        self, feed: Feed, segment: Segment, collector: Collector, scaling: LossScaling, gradient_below: bool
+    ) -> None:
+        self._feed, self._work = feed, feed.work
+        self._segment, self._collector, self._scaling = segment, collector, scaling
+        self._backward = feed.work.needs.sums.backward
+        self._below = feed.borders.new(len(feed.batches)) if gradient_below else None
+        block_of = feed.work.survey.block_of
+        reads_inputs = any(block_of.get(layer.name, 0) == segment.first for layer in segment.layers)
+        self._reads_inputs = reads_inputs and self._backward
+
+    def collect(self, ran: Callable[[], object]) -> Tensor:
+        """Run them.
+
+        Args:
+            ran: told of every batch that has run.
+
+        Returns:
+            The summed loss, a scalar on the device, where the segment is the topmost; else zero.
+        """
+        total = torch.zeros((), device=self._work.run.device)
+
+        def collect_batch(number: int) -> None:
+            loss = self._collect_batch(number)
+            if loss is not None:
+                total.add_(loss)
+            ran()
+
+        with (
+            torch.set_grad_enabled(self._backward),
+            self._own_activations(),
+            self._collector.observing(),
+            self._cut(),
+        ):
+            self._feed.each(collect_batch)
+        if self._below is not None:
+            self._feed.borders.gradients[self._segment.first] = self._below
+        return total
+
+    def _collect_batch(self, number: int) -> Tensor | None:
+        """Run one batch; the summed loss where that is the topmost segment."""
+        segment, batch, loss = self._segment, self._feed.batches[number], None
+        self._collector.reading(batch.tokens.document >= 0, self._work.run.device, batch.others())
+        inputs = self._feed.inputs(number)
+        hidden = self._feed.hidden(segment.first, number, self._below is not None or self._reads_inputs)
+        if self._work.is_top(segment):
+            with self._given(hidden):
+                loss = self._run_top(batch, inputs)
+        else:
+            self._run_blocks(number, hidden, inputs)
+        if self._below is not None:
+            if hidden is None or hidden.grad is None:
+                raise NotSequential(f"no gradient reaches what enters block {segment.first}")
+            self._collector.look_for_overflow(hidden.grad)
+            with self._work.watch("copies"):
+                self._below.put(number, hidden.grad)
+        return loss
+
+    def _run_top(self, batch: Batch, inputs: dict[str, Any]) -> Tensor:
+        weights = self._scaling.weights(batch, self._work.run.device)
+        reading_head = self._collector.selection.reading_head
+        how = LossPass(self._scaling.factor, weights, self._work.watch, reading_head)
+        return self._work.task.backward(batch, inputs, how)
+
+    def _run_blocks(self, number: int, hidden: Tensor | None, inputs: dict[str, Any]) -> None:
+        sequence, stop, watch = self._work.sequence, self._segment.stop, self._work.watch
+        assert sequence is not None, "a model that is not cut has one segment, the topmost"
+        with watch("forward"):
+            output = sequence.run(hidden, (), **inputs)[stop]
+        if number == 0:
+            check(output.detach(), self._feed.borders.first_batch[stop])
+        if output.requires_grad:
+            with watch("copies"):
+                gradient = self._feed.borders.gradients[stop].get(number, number + 1)
+            with watch("backward"):
+                output.backward(gradient)
+
+    def _cut(self) -> AbstractContextManager[None]:
+        """The decoder runs the segment's blocks alone, where these are not all."""
+        sequence, segment = self._work.sequence, self._segment
+        if sequence is None or (segment.first == 0 and self._work.is_top(segment)):
+            return contextlib.nullcontext()
+        return sequence.only(segment.first, segment.stop)
+
+    def _given(self, hidden: Tensor | None) -> AbstractContextManager[None]:
+        """The segment's lowest block is given this, where it is not the decoder's."""
+        sequence = self._work.sequence
+        return contextlib.nullcontext() if sequence is None or self._segment.first == 0 else sequence.given(hidden)
+
+    @contextlib.contextmanager
+    def _own_activations(self) -> Iterator[None]:
+        """Where the plan decides what is computed again, or nothing is, the model's own checkpointing is off.
+
+        Embeddings require gradients where the segment's lowest block is served, as they do in training with PEFT; a
+        pass that serves higher blocks goes back no further than those, unless its checkpointing needs it to.
+        """
+        task, whole = self._work.task, self._work.sequence is None
+        reentrant = self._backward and whole and reentrant_checkpointing(task.model)
+        with contextlib.ExitStack() as stack:
+            if not whole or not self._backward:
+                stack.enter_context(without_checkpointing(task.model))
+            if (self._segment.first == 0 and self._reads_inputs) or reentrant:
+                for module in task.embeddings:
+                    stack.enter_context(outputs_with_gradients(module))
+            yield

@@ -1,0 +1,179 @@
+"""Which rows of a layer's input count: those of tokens, of an encoder's, of whole rows, of an expert, of the head."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lora_da.model.experts import KnownRows, Routed
+from lora_da.model.streams import Streams
+from lora_da.samples.batch import ENCODER, ROWS, TOKENS
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """Rows of an input (…, i), counted through.
+
+    Args:
+        indices: of those that count; all of them if None.
+        weights: (n,) what each one's d is still to be multiplied by; 1 if None.
+    """
+
+    indices: Tensor | None
+    weights: Tensor | None = None
+
+    def of(self, tensor: Tensor) -> Tensor:
+        """The rows (n, k) of a tensor (…, k)."""
+        rows = tensor.flatten(0, -2)
+        return rows if self.indices is None else rows[self.indices.to(rows.device)]
+
+
+class Selection:
+    """Says which rows count, batch by batch.
+
+    Args:
+        layers: the base layers, by name.
+        streams: where the layers are that read other than the tokens of the loss.
+        routed: the layers that are inside an expert and read some of the tokens only.
+        head: the language-model head, which reads what `reading_head` says.
+    """
+
+    def __init__(
+        self, layers: Mapping[str, nn.Module], streams: Streams, routed: Mapping[str, Routed], head: str | None
+    ) -> None:
+        self._stream_of = streams.of(layers)
+        self._within = streams.within
+        self._routed = {name: routed[name] for name in layers if name in routed}
+        self._head = head
+        self._batch: _BatchRows | None = None
+
+    @contextlib.contextmanager
+    def following(self) -> Iterator[None]:
+        """Hook the modules that hand hidden states to experts and to layers that read an encoder's."""
+        mixtures = {routed.mixture for routed in self._routed.values()}
+        hooks = [m.register_forward_pre_hook(self._note_mixture, with_kwargs=True) for m in mixtures]
+        if ENCODER in self._within:
+            hooks.append(self._within[ENCODER].register_forward_hook(self._note_encoded))
+            hooks.append(self._within[TOKENS].register_forward_pre_hook(self._note_handed_over, with_kwargs=True))
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+            self._batch = None
+
+    @property
+    def is_reading(self) -> bool:
+        """Whether a batch was announced."""
+        return self._batch is not None
+
+    def reading(self, counted: Tensor, device: torch.device, others: Mapping[str, Tensor]) -> None:
+        """Say which tokens the next forward reads.
+
+        Args:
+            counted: (p,) bool, the positions that count; d is zero at the others.
+            device: where the samples go.
+            others: the same of streams other than `TOKENS`, each with a number of positions of its own.
+        """
+        self._batch = _BatchRows(counted, device, others)
+
+    def reading_head(self, n: int, weights: Tensor | None) -> None:
+        """Say what the head's next call reads: `n` tokens that carry loss, and rows behind them that do not count.
+
+        Args:
+            n: tokens.
+            weights: (n,) what each one's loss is still to be multiplied by, its d with it; 1 if None.
+        """
+        assert self._batch is not None, "no batch was announced"
+        self._batch.head = n, weights
+
+    def chosen(self, name: str, x: Tensor) -> Chosen | None:
+        """Which rows of a layer's input x (…, i) count; None where that cannot be told."""
+        batch = self._batch
+        assert batch is not None, "no batch was announced"
+        if name == self._head:
+            n, weights = batch.head
+            return Chosen(torch.arange(n, device=x.device), weights)
+        routed = self._routed.get(name)
+        if routed is not None and routed.mixture in batch.mixture_inputs:
+            rows = x.detach().flatten(0, -2)
+            positions = batch.mixture_inputs[routed.mixture].positions_of(rows)
+            if positions is not None:
+                batch.expert_positions[routed.expert] = positions
+            # a layer further inside reads what the expert has made of the same rows
+            positions = batch.expert_positions.get(routed.expert)
+            if positions is not None and len(positions) == len(rows):
+                return batch.among(positions)
+        stream = self._stream(name, x, batch)
+        known = None if stream is None else batch.positions.get(stream)
+        return Chosen(known[1]) if known is not None and x.shape[:-1].numel() == known[0] else None
+
+    def passes_by(self, name: str) -> bool:
+        """Whether a layer is inside an expert, which may be given no token."""
+        return name in self._routed
+
+    def _stream(self, name: str, x: Tensor, batch: _BatchRows) -> str | None:
+        """What x (…, i) of a layer is made of; None if unknown."""
+        if any(same_memory(x, hidden) for hidden in batch.handed_over):
+            return ENCODER
+        if ROWS in batch.positions and x.dim() == 2 and name not in self._routed:
+            # Some layers read all tokens in one list; where a row is one token, that is the same.
+            return TOKENS if len(x) == batch.positions[TOKENS][0] else ROWS
+        return self._stream_of.get(name)
+
+    def _note_encoded(self, _encoder: nn.Module, _args: tuple[Any, ...], output: Any) -> None:
+        if self._batch is not None:
+            self._batch.handed_over.append(output[0].detach())
+
+    def _note_handed_over(self, _reader: nn.Module, _args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        hidden = kwargs.get("encoder_hidden_states")  # what the encoder returned may have been projected on its way
+        if self._batch is not None and isinstance(hidden, Tensor):
+            self._batch.handed_over.append(hidden.detach())
+
+    def _note_mixture(self, mixture: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        hidden = next((v for v in (*args, *kwargs.values()) if isinstance(v, Tensor)), None)
+        if self._batch is None or hidden is None:
+            return
+        if hidden.shape[:-1].numel() == self._batch.positions[TOKENS][0]:
+            self._batch.mixture_inputs[mixture] = KnownRows(hidden.detach().flatten(0, -2))
+
+
+class _BatchRows:
+    """What is known of one batch while it runs.
+
+    Attributes:
+        positions: how many there are in a stream, and the indices of those that count (None: all of them).
+        handed_over: an encoder's hidden states, as it returned them and as their reader got them.
+        mixture_inputs: what each mixture of experts was called with.
+        expert_positions: of the tokens that each expert was given last.
+        head: as `Selection.reading_head` is told.
+    """
+
+    def __init__(self, counted: Tensor, device: torch.device, others: Mapping[str, Tensor]) -> None:
+        everything = bool(counted.all())
+        self._counts = None if everything else counted.to(device, non_blocking=True)
+        indices = None if everything else counted.nonzero().flatten().to(device, non_blocking=True)
+        self.positions: dict[str, tuple[int, Tensor | None]] = {
+            stream: (counts.numel(), counts.flatten().nonzero().flatten().to(device, non_blocking=True))
+            for stream, counts in others.items()
+        }
+        self.positions[TOKENS] = len(counted), indices
+        self.handed_over: list[Tensor] = []
+        self.mixture_inputs: dict[nn.Module, KnownRows] = {}
+        self.expert_positions: dict[nn.Module, Tensor] = {}
+        self.head: tuple[int, Tensor | None] = 0, None
+
+    def among(self, positions: Tensor) -> Chosen:
+        """Of some tokens, given by their positions, those that count."""
+        counts = self._counts
+        return Chosen(None if counts is None else counts.to(positions.device)[positions].nonzero().flatten())
+
+
+def same_memory(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors are views of the same numbers in the same layout."""
+    return a.data_ptr() == b.data_ptr() and a.shape == b.shape and a.stride() == b.stride() and a.dtype == b.dtype

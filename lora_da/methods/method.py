@@ -1,0 +1,86 @@
+"""What a method is: what it reads, its numbers, its function.
+
+Standard library only: a config is loaded without torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields, replace
+from importlib import import_module
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from lora_da.needs import Averaging, Needs
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from lora_da.methods.common import LayerSpec, LoraFactors
+    from lora_da.statistics import LayerStatistics
+
+
+@dataclass(frozen=True)
+class Preset:
+    """What a named variant of LoRA-DA sets. The numbers can be overridden one by one in `LoraDAConfig`."""
+
+    averaging: Averaging
+    variance_weight: float
+    damping: float
+    gamma: float
+    full_fisher_up_to: int
+    relative_damping: bool  # damping times the mean diagonal, or an absolute number
+    normalize_step: bool  # divide D by its largest singular value
+    match_input_energy: bool  # scale lora_A to plain LoRA's tr(A Z Aᵀ), or share 1/√gamma with lora_B
+
+
+@dataclass(frozen=True)
+class Numbers:
+    """What a method other than LoRA-DA is set by; None where it has no such number."""
+
+    full_fisher_up_to: ClassVar[int] = 0
+
+    averaging: Averaging | None = None
+    damping: float | None = None
+    gamma: float | None = None
+
+
+@dataclass(frozen=True)
+class Method:
+    """An initialisation on the statistics of a layer.
+
+    Args:
+        name: as users write it.
+        needs: what it reads; its numbers may ask for more.
+        numbers: what it is set by unless told otherwise.
+        solve: one layer's factors from its statistics, what else is known of it, and the numbers.
+        prepare: what it makes of Z and the numbers, once for all layers that read the same input; nothing if None.
+        presets: named variants of its numbers, the one called `default` those above; none if empty.
+        population: whether it asks for the size of the training set.
+    """
+
+    name: str
+    needs: Needs
+    numbers: Preset | Numbers
+    solve: Callable[[LayerStatistics, LayerSpec, Any], LoraFactors]
+    prepare: Callable[[Tensor | None, Any], Any] | None = None
+    presets: Mapping[str, Preset] = field(default_factory=dict)
+    population: bool = False
+
+    @property
+    def settable(self) -> list[str]:
+        """The names of the numbers that it has a use for."""
+        return [f.name for f in fields(self.numbers) if getattr(self.numbers, f.name) is not None]
+
+    def needs_with(self, numbers: Preset | Numbers) -> Needs:
+        """What it reads where it is set by these numbers."""
+        widest = max(self.needs.full_fisher_up_to, numbers.full_fisher_up_to)
+        return replace(self.needs, full_fisher_up_to=widest, averaging=numbers.averaging or "tokens")
+
+
+def function_of(module: str, name: str) -> Callable[..., Any]:
+    """A function of a file in this folder, which is imported when it is first called."""
+
+    def call(*args: Any) -> Any:
+        return getattr(import_module(f"lora_da.methods.{module}"), name)(*args)
+
+    return call
