@@ -35,7 +35,7 @@ lint: $(AXOLOTL)/.ready
 	$(AXOLOTL)/bin/ruff format --check .
 	$(AXOLOTL)/bin/mypy
 
-# What works with what, as the tests' markers say, into the README.
+# What works with what, as the tests' markers say, into docs/compatibility.md.
 table:
 	$(PYTHON) tests/support/table.py
 

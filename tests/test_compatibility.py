@@ -1,19 +1,19 @@
-"""The README's table of what works with what is what the tests show."""
+"""The table of what works with what is what the tests show."""
 
 from __future__ import annotations
 
 import pytest
 from compatibility import ROWS
-from table import README, keys_of, sources, states, table, written
+from table import PAGE, keys_of, sources, states, table, written
 
 pytestmark = pytest.mark.once
 
 ALL = [row for rows in ROWS.values() for row in rows]
 
 
-def test_the_readme_holds_the_table_of_the_markers() -> None:
-    readme = README.read_text(encoding="utf-8")
-    assert readme == written(readme, table(states(map(keys_of, sources().values())))), "run `make table`"
+def test_the_page_holds_the_table_of_the_markers() -> None:
+    page = PAGE.read_text(encoding="utf-8")
+    assert page == written(page, table(states(map(keys_of, sources().values())))), "run `make table`"
 
 
 @pytest.mark.parametrize("file", sources())

@@ -1,26 +1,41 @@
-"""The README is true: its snippets run, its tables are the code's, its commands and links exist."""
+"""Snippets run: all that README and docs show."""
 
-import dataclasses
+from __future__ import annotations
+
+import importlib.util
 import re
+import shlex
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
 from collecting import documents, llama, padded, with_lora
+from models import tiny_llama
+from pages import Fence, commands, fences, pages
 from peft import LoraConfig
+from test_rows import as_lines, tokenizer
 from transformers import Trainer, TrainingArguments
 
-from lora_da.config import PRESETS, LoraDAConfig
+from axolotl_lora_da.settings import read_settings
+from lora_da.__main__ import main
 
-ROOT = Path(__file__).parents[1]
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+SHOWN = fences(pages())
+RUN: set[Fence] = set()
+THE_COMMAND = "python -m lora_da "
 
 
-def snippet(language: str, containing: str) -> str:
-    found = [s for s in re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL) if containing in s]
-    assert len(found) == 1, f"{len(found)} {language} snippets contain {containing!r}"
-    return found[0]
+def runs(page: str, language: str, containing: str = "", argument: str = "code") -> pytest.MarkDecorator:
+    """Give a test the one snippet of a page with these words."""
+    found = [fence for fence in SHOWN if (fence.page, fence.language) == (page, language) and containing in fence.code]
+    assert len(found) == 1, f"{page}: {len(found)} {language} snippets contain {containing!r}"
+    RUN.update(found)
+    return pytest.mark.parametrize(argument, [found[0].code], ids=[page])
+
+
+def not_run(shown: list[Fence]) -> list[Fence]:
+    """Snippets that no test takes; what is typed into a shell is looked at line by line instead."""
+    return [fence for fence in shown if fence.language != "bash" and fence not in RUN]
 
 
 def rows() -> list[dict]:
@@ -31,15 +46,33 @@ def collate(features: list[dict]) -> dict[str, torch.Tensor]:
     return padded([{k: torch.tensor(f[k]) for k in ("input_ids", "labels")} for f in features])
 
 
-@pytest.mark.compat("peft-call")
-def test_peft_snippet_runs() -> None:
+def own_loop() -> dict:
+    """The names that a loop of one's own has."""
     loader = torch.utils.data.DataLoader(rows(), batch_size=2, collate_fn=collate)
-    names = {"peft_model": with_lora(llama()), "dataloader": loader}
-    exec(snippet("python", "initialize_lora_da_weights").replace("samples=256", "samples=4"), names)
+    return {"peft_model": with_lora(llama()), "dataloader": loader}
+
+
+@pytest.mark.compat("peft-call")
+@runs("README.md", "python", "initialize_lora_da_weights")
+def test_peft_snippet_runs(code: str) -> None:
+    names = own_loop()
+    exec(code.replace("samples=256", "samples=4"), names)
     assert names["report"].initialized == 14
 
 
-def test_trl_snippet_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.filterwarnings("ignore:Could not find a config file:UserWarning")  # PEFT's: the base is in no folder
+@runs("docs/starts.md", "python")
+def test_export_snippet_runs(code: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    names = own_loop()
+    exec(code.replace("samples=256", "samples=4"), names)
+    assert names["report"].initialized == 14
+    assert (tmp_path / "initial-adapter" / "adapter_model.safetensors").exists()
+
+
+@runs("README.md", "python", "LoraDAInitializer")
+@runs("README.md", "", argument="line")
+def test_trl_snippet_runs(code: str, line: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """With the Trainer in the place of SFTTrainer, which has tests of its own: the snippet is about the callback."""
 
     def sft_trainer(model, peft_config, **kwargs):
@@ -53,52 +86,60 @@ def test_trl_snippet_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
         "train_dataset": rows(),
         "peft_config": LoraConfig(),
     }
-    exec(snippet("python", "LoraDAInitializer"), names)
+    exec(code, names)
     shown = [line for line in capsys.readouterr().out.splitlines() if line.startswith("LoRA-DA: ")]
-    pattern = re.search(r"```\n(LoRA-DA: .*)\n```", README)[1]
     assert len(shown) == 1
-    assert re.sub(r"[\d.,]+", "#", shown[0]) == re.sub(r"[\d.,]+", "#", pattern)
+    assert re.sub(r"[\d.,]+", "#", shown[0]) == re.sub(r"[\d.,]+", "#", line.strip())
 
 
-def test_yaml_snippet_is_all_it_takes() -> None:
-    assert yaml.safe_load(snippet("yaml", "plugins")) == {"plugins": ["lora_da"]}
+@runs("README.md", "yaml")
+def test_yaml_snippet_is_all_it_takes(code: str) -> None:
+    assert yaml.safe_load(code) == {"plugins": ["lora_da"]}
 
 
-def table(heading: str) -> list[list[str]]:
-    lines = README[README.index(heading) :].splitlines()
-    body = lines[2 : next(i for i, line in enumerate(lines) if not line.startswith("|"))]
-    return [[cell.strip().strip("`") for cell in line.strip("|").split("|")] for line in body]
+@runs("docs/axolotl.md", "yaml")
+def test_yaml_block_is_read(code: str) -> None:
+    config = yaml.safe_load(code)
+    assert config["plugins"] == ["lora_da"]
+    settings = read_settings(config)
+    assert {name: getattr(settings, name) for name in config["lora_da"]} == config["lora_da"]
 
 
-def test_option_table_names_every_field_and_default() -> None:
-    options = {row[0]: row[1] for row in table("| field | default |")}
-    assert list(options) == [f.name for f in dataclasses.fields(LoraDAConfig)]
-    for field in dataclasses.fields(LoraDAConfig):
-        if field.default is not None:
-            assert options[field.name] == str(field.default)
+@runs("docs/axolotl.md", "yaml")
+@pytest.mark.axolotl
+@pytest.mark.skipif(importlib.util.find_spec("pydantic") is None, reason="pydantic comes with Axolotl")
+def test_yaml_block_passes_the_schema(code: str) -> None:
+    from axolotl_lora_da.args import LoraDAArgs
+
+    config = yaml.safe_load(code)
+    assert LoraDAArgs(lora_da=config["lora_da"]).lora_da == read_settings(config)
 
 
-def test_preset_table_is_the_code() -> None:
-    presets = {row[0].split("`")[0]: row[1:] for row in table("| preset | `averaging` |")}
-    assert list(presets) == list(PRESETS)
-    for name, preset in PRESETS.items():
-        averaging, variance, damping, gamma, full, step, scale = presets[name]
-        assert averaging == preset.averaging
-        assert [float(variance), float(gamma), int(full)] == [
-            preset.variance_weight,
-            preset.gamma,
-            preset.full_fisher_up_to,
-        ]
-        assert float(damping.split(" ")[0]) == preset.damping
-        assert ("mean diagonal" in damping) == preset.relative_damping
-        assert (step == "σ(D) = 1") == preset.normalize_step
-        assert ("tr(A Z Aᵀ)" in scale) == preset.match_input_energy
+def test_the_command_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+    monkeypatch.chdir(tmp_path)
+    tiny_llama(hidden_size=64, intermediate_size=128).save_pretrained("path/to/model")
+    tokenizer().save_pretrained("path/to/model")
+    as_lines(tmp_path / "rows.jsonl", [{"prompt": "a b c", "completion": " d e"}] * 4)
+    (typed,) = (line for _, line in commands(SHOWN) if line.startswith(THE_COMMAND))
+    assert main([*shlex.split(typed.removeprefix(THE_COMMAND)), "--device", "cpu"]) == 0
+    assert (tmp_path / "initial-adapter" / "adapter_model.safetensors").exists()
 
 
-def test_links_and_make_targets_exist() -> None:
-    links = re.findall(r"\]\((?!https?:)([^)#]+)\)", README)
-    assert links
-    assert [link for link in links if not (ROOT / link).exists()] == []
-    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
-    for target in set(re.findall(r"\bmake ([a-z-]+)", README)):
-        assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
+@pytest.mark.once
+def test_every_snippet_is_run() -> None:
+    assert not_run(SHOWN) == []
+
+
+@pytest.mark.once
+@pytest.mark.parametrize("language", ["python", "yaml", "json", ""])
+def test_a_snippet_that_nothing_runs_is_found(language: str) -> None:
+    planted = fences({"docs/new.md": f"Text.\n\n```{language}\nlora_da.initialize()\n```\n"})
+    assert not_run([*SHOWN, *planted]) == planted != []
+
+
+@pytest.mark.once
+@pytest.mark.parametrize("text", ["- so:\n\n  ```python\n  x\n  ```\n", "```python\nx\n", "```python title\nx\n```\n"])
+def test_a_fence_that_would_be_overlooked_is_an_error(text: str) -> None:
+    with pytest.raises(ValueError, match=r"docs/new\.md: a fence begins"):
+        fences({"docs/new.md": text})

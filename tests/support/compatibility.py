@@ -1,4 +1,4 @@
-"""What works with what: the rows of the README's table, in order. Their states are not written here.
+"""What works with what: the rows of docs/compatibility.md, in order. Their states are not written here.
 
 A test that shows a row carries `@pytest.mark.compat("key")`, a test of the sentence that refuses one
 `@pytest.mark.refused("key")`; `table.py` reads these markers, and `make table` writes the table.

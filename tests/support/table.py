@@ -1,4 +1,4 @@
-"""`make table`: writes the README's table of what works with what, from the markers of the tests.
+"""`make table`: writes the table of what works with what, docs/compatibility.md, from the markers of the tests.
 
 Standard library only, and the tests are read as text: those that a stack skips count as well, they run in the other.
 """
@@ -11,15 +11,17 @@ from pathlib import Path
 
 from compatibility import ROWS, Row
 
-README = Path(__file__).parents[2] / "README.md"
+PAGE = Path(__file__).parents[2] / "docs" / "compatibility.md"
 BEGIN, END = "<!-- written by `make table` -->", "<!-- end of what `make table` writes -->"
 MARKERS = {"compat": "tested", "refused": "refused"}
 
 
 def sources() -> dict[str, str]:
-    """The tests, by file name."""
+    """The tests, by path."""
+    tests = Path(__file__).parents[1]
     return {
-        path.name: path.read_text(encoding="utf-8") for path in sorted(Path(__file__).parents[1].rglob("test_*.py"))
+        path.relative_to(tests).as_posix(): path.read_text(encoding="utf-8")
+        for path in sorted(tests.rglob("test_*.py"))
     }
 
 
@@ -59,9 +61,9 @@ def table(shown: dict[str, str]) -> str:
     return "\n".join(lines)
 
 
-def written(readme: str, rows: str) -> str:
-    """The README with these rows in their place."""
-    before, _, rest = readme.partition(BEGIN)
+def written(page: str, rows: str) -> str:
+    """The page with these rows in their place."""
+    before, _, rest = page.partition(BEGIN)
     _, _, after = rest.partition(END)
     return f"{before}{BEGIN}\n\n{rows}\n\n{END}{after}"
 
@@ -94,5 +96,5 @@ def _marker_calls(tree: ast.AST) -> Iterator[ast.Call]:
 
 
 if __name__ == "__main__":
-    readme = README.read_text(encoding="utf-8")
-    README.write_text(written(readme, table(states(map(keys_of, sources().values())))), encoding="utf-8")
+    page = PAGE.read_text(encoding="utf-8")
+    PAGE.write_text(written(page, table(states(map(keys_of, sources().values())))), encoding="utf-8")
