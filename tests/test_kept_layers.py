@@ -6,6 +6,7 @@ import logging
 
 import pytest
 import torch
+from faults import poison
 from models import batches, documents, tiny_llama, tiny_mixtral, with_lora
 from picture import differences, picture
 from torch import nn
@@ -19,16 +20,6 @@ LAYERS = "base_model.model.model.layers"
 
 def initialize(model, **options):
     return initialize_lora_da_weights(model, DATA, SMALL, **{"show_progress": False, **options})
-
-
-def poison(model, path, factor):
-    """Multiply the gradient at one layer's output, behind everything else in the model that reads it."""
-
-    def observe(module, args, output):
-        if output.requires_grad:
-            output.register_hook(lambda gradient: gradient * factor)
-
-    model.get_submodule(f"{LAYERS}.{path}").register_forward_hook(observe)
 
 
 def adapter_weights(model):
@@ -53,7 +44,7 @@ def test_one_layer_without_a_solution(factor, reason, caplog, capsys):
     """One of 21 layers: it keeps PEFT's init, bit by bit, and is named; all others are as without it."""
     healthy, model = (with_lora(tiny_llama(num_hidden_layers=3)) for _ in range(2))
     path = "0.self_attn.q_proj"  # nothing is upstream of it but the embedding
-    poison(model, path, factor)
+    poison(model, f"{LAYERS}.{path}", factor)
     initialize(healthy)
     before = adapter_weights(model)
     report = initialize(model, show_progress=True)
@@ -78,7 +69,7 @@ def test_too_many_layers_without_a_solution(n_layers, paths):
     model = with_lora(tiny_llama(num_hidden_layers=n_layers))
     # a query projection's gradient goes on to the layers before; a zero stays with the layer
     for index in paths:
-        poison(model, f"{index}.self_attn.q_proj", 0.0)
+        poison(model, f"{LAYERS}.{index}.self_attn.q_proj", 0.0)
     before = picture(model)
     message = rf"{len(paths)} of {7 * n_layers} layers have no solution; .*0\.self_attn\.q_proj: its gradient is zero"
     with pytest.raises(LoraDAError, match=message):

@@ -55,6 +55,7 @@ RULES = (
     StandardLibrary("a config loads without torch", ("lora_da/config.py", "lora_da/errors.py"), ("lora_da.errors",)),
     StandardLibrary("a config loads without torch", ("lora_da/__init__.py",)),
     NoGlobals("no state in modules", PRODUCT),
+    Imports("what tests share lives in tests/support", ("tests/*",), ("test_*", "*.test_*")),
 )
 
 
@@ -110,6 +111,10 @@ PLANTED = [
     ("lora_da/config.py", "from lora_da.adapter import Adapter", "a config loads without torch"),
     ("lora_da/__init__.py", "import torch", "a config loads without torch"),
     ("trl_integration/x.py", "def f():\n    global state", "no state in modules"),
+    ("tests/cache/test_x.py", "from test_rows import WORDS", "what tests share lives in tests/support"),
+    ("tests/support/x.py", "def f():\n    import test_rows", "what tests share lives in tests/support"),
+    ("tests/test_x.py", "from tests.export import test_rows", "what tests share lives in tests/support"),
+    ("tests/test_x.py", "from tests.export.test_rows import WORDS", "what tests share lives in tests/support"),
 ]
 
 
@@ -133,7 +138,7 @@ def test_every_rule_can_fail(rule):
         ("axolotl_lora_da/__init__.py", "def f():\n    from axolotl_lora_da.plugin import LoraDAPlugin"),
         ("lora_da/methods/x.py", "import torch\nfrom lora_da.statistics import LayerStatistics\nx = batch.data"),
         ("lora_da/x.py", "import trlx\nname = 'trl'"),
-        ("tests/test_x.py", "import axolotl, trl, lora_da\nfrom peft.tuners.lora import LoraLayer"),
+        ("tests/test_x.py", "import axolotl, trl, lora_da, testing\nfrom peft.tuners.lora import LoraLayer"),
     ],
 )
 def test_what_is_allowed_is_not_found(path, source):

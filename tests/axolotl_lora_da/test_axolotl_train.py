@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 pytest.importorskip("axolotl", reason="Axolotl is not installed")
 pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
 from axolotl_runs import run, train
-from models import documents, pad, tiny_llama
+from models import WIDE, documents, pad, tiny_llama
 from trainers import tokenizer
 
 from lora_da import LoraDAConfig, initialize_lora_da_weights
@@ -41,7 +41,7 @@ def _installed() -> None:
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny base model with its tokenizer, and tokenised rows."""
     folder = tmp_path_factory.mktemp("axolotl")
-    tiny_llama(hidden_size=64, intermediate_size=128).save_pretrained(folder / "base")
+    tiny_llama(**WIDE).save_pretrained(folder / "base")
     tokenizer().save_pretrained(folder / "base")
     rows = [{**row, "attention_mask": [1] * len(row["input_ids"])} for row in documents(ROWS)]
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

@@ -13,7 +13,7 @@ pytest.importorskip("trl", reason="TRL is not installed")
 pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
 
 from models import tiny_llama
-from test_rows import WORDS, as_lines, tokenizer
+from words import WORDS, as_lines, tokenizer
 
 from benchmarks.quality import run
 from benchmarks.quality.base import load_base

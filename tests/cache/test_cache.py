@@ -10,10 +10,10 @@ import torch
 from caching import ROWS, filled_by, lasting, plain, same, start, warnings_of, weights
 from collecting import documents as documents_of_32
 from collecting import padded
+from faults import poison
+from mixtures import mixture
 from models import batches, documents, pad, tiny_llama, tiny_quantized, with_lora
 from picture import differences, picture
-from test_experts import mixture
-from test_kept_layers import poison
 from torch.utils.data import DataLoader
 
 from lora_da import LoraDAConfig
@@ -90,12 +90,12 @@ def test_layers_that_keep_their_init_come_back_with_their_reasons(folder, caplog
     seen, starts = [], []
     for seed in range(2):
         model = with_lora(tiny_llama(num_hidden_layers=3), seed)  # 21 layers: one of them is below 5 %
-        poison(model, "0.self_attn.q_proj", math.nan)
+        layer = "base_model.model.model.layers.0.self_attn.q_proj"
+        poison(model, layer, math.nan)
         before = weights(model)
         report, forwards = start(model, folder)
         assert (forwards == 0) == report.from_cache == (seed == 1)
         after = weights(model)
-        layer = "base_model.model.model.layers.0.self_attn.q_proj"
         assert all(torch.equal(after[n], before[n]) for n in after if n.startswith(layer))
         assert list(report.failed) == [layer] and report.initialized == 20
         starts.append({n: w for n, w in after.items() if not n.startswith(layer)})

@@ -15,9 +15,9 @@ from pathlib import Path
 import pytest
 import torch
 from caching import ROWS, filled_by, load, plain, same, start, warnings_of, weights
+from faults import poison
 from models import pad
 from picture import differences, picture
-from test_kept_layers import poison
 from torch.utils.data import DataLoader
 
 import lora_da.cache.store
@@ -127,7 +127,7 @@ def test_an_interrupt_while_storing_leaves_nothing(folder, when):
 
 def test_an_estimate_that_is_refused_is_not_kept(folder):
     model = plain()
-    poison(model, "0.self_attn.q_proj", 0.0)  # one of 14
+    poison(model, "base_model.model.model.layers.0.self_attn.q_proj", 0.0)  # one of 14
     with pytest.raises(LoraDAError, match="have no solution"):
         start(model, folder)
     assert list(folder.iterdir()) == []

@@ -12,10 +12,11 @@ import pytest
 import torch
 from architectures import ARCHITECTURES, BLOCKS, LLAMA, Architecture
 from collecting import documents, packed, padded, with_lora, worst
+from models import WIDE, quantized
 from oracle import OracleStatistics, oracle_statistics
 from peft import PeftModel
 from planning import ONE, WAYS, Way, collected_by
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from lora_da.adapter import find_adapter
 from lora_da.collect.borders import Border
@@ -139,10 +140,8 @@ QUANTISED = {
 def test_a_quantised_model_gives_the_same_under_every_plan(tmp_path: Path, kind: str, way: str) -> None:
     """The same batches in the same order: a forward run again is the same to the last bit, int8's rounding too."""
     pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
-    wide = {"hidden_size": 64, "intermediate_size": 128}  # blocks of 64 numbers share a scale
-    Architecture("Llama", {**LLAMA.config, **wide}).base().save_pretrained(tmp_path)
-    quantization = BitsAndBytesConfig(**QUANTISED[kind])
-    base = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=quantization, dtype=torch.float32)
+    wide = Architecture("Llama", {**LLAMA.config, **WIDE}).base()
+    base = quantized(wide, tmp_path, **QUANTISED[kind])
     batches = [padded(ROWS[:3]), packed(ROWS[3:])]
     one, other = (collected_by(with_lora(base), batches, w) for w in (ONE, WAYS[way]))
     assert worst(other, one) <= FLOAT32

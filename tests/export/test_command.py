@@ -12,11 +12,11 @@ from pathlib import Path
 import pytest
 import torch
 from caching import same, weights
-from models import tiny_llama, with_lora
+from models import WIDE, tiny_llama, with_lora
 from peft import PeftModel
-from test_rows import WORDS, as_lines, tokenizer
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from words import WORDS, as_lines, tokenizer
 
 from lora_da import LoraDAConfig, initialize_lora_da_weights
 from lora_da.__main__ import main
@@ -37,7 +37,7 @@ QUANTISED = {"--load-in-4bit": NF4, "--load-in-8bit": BitsAndBytesConfig(load_in
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     folder = tmp_path_factory.mktemp("model")
-    tiny_llama(hidden_size=64, intermediate_size=128).save_pretrained(folder)
+    tiny_llama(**WIDE).save_pretrained(folder)
     tokenizer().save_pretrained(folder)
     return folder
 

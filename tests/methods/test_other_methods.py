@@ -9,6 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 from collecting import PREFIX, distance, llama, padded
+from dequantized import dequantized, four_bit
+from mixtures import mixture
+from models import WIDE
 from oracle import OracleStatistics, oracle_statistics, projector
 from other_methods import (
     FLOAT32,
@@ -26,29 +29,24 @@ from other_methods import (
 )
 from picture import differences, picture
 from planning import forced, recorded
-from test_experts import mixture
 from torch import nn
+from transformers import PreTrainedModel
 
 from lora_da import LoraDAConfig, initialize_lora_da_weights
 from lora_da.adapter import find_adapter
 from lora_da.statistics import LayerStatistics
 
 
-def nf4(folder: Path) -> nn.Module:
-    from test_quantized import four_bit  # skips where there is no bitsandbytes
-
-    return four_bit(folder, "nf4, double")
-
-
-BASES: dict[str, Callable[[Path], nn.Module]] = {"unquantised": lambda _: llama(), "nf4": nf4}
+def nf4(folder: Path) -> PreTrainedModel:
+    pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+    return four_bit(llama(**WIDE), folder, "double-quantisation")
 
 
-def dense_twin(model: nn.Module, base: str) -> nn.Module:
-    if base == "unquantised":
-        return llama()
-    from test_quantized import twin
+BASES: dict[str, Callable[[Path], PreTrainedModel]] = {"unquantised": lambda _: llama(), "nf4": nf4}
 
-    return twin(model)
+
+def dense_twin(model: PreTrainedModel, base: str) -> PreTrainedModel:
+    return llama() if base == "unquantised" else dequantized(model, llama(**WIDE))
 
 
 def bits(model: nn.Module) -> dict[str, torch.Tensor]:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from collecting import PREFIX, collected, documents, llama, padded, worst
+from models import WIDE
 from peft import LoraConfig, PeftModel, get_peft_model
 from planning import surveyed_model
 from torch import nn
@@ -24,7 +25,7 @@ SAME_FLOAT16 = 5e-3  # AWQ's layer multiplies in float16, eps 1e-3
 
 
 def original() -> nn.Module:
-    return llama(hidden_size=64, intermediate_size=128)
+    return llama(**WIDE)
 
 
 def each_linear(make: Callable[[nn.Linear], nn.Module]) -> nn.Module:

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 import yaml
-from models import Document, documents, tiny_llama, with_lora
+from models import WIDE, Document, documents, tiny_llama, with_lora
 from peft.utils.save_and_load import load_peft_weights
 from torch import Tensor
 from trainers import by_hand, tokenizer
@@ -91,7 +91,7 @@ class Project:
 
     def __init__(self, folder: Path, model: PreTrainedModel | None = None) -> None:
         self.folder = folder
-        (model or tiny_llama(hidden_size=64, intermediate_size=128)).save_pretrained(folder / "base")
+        (model or tiny_llama(**WIDE)).save_pretrained(folder / "base")
         tokenizer().save_pretrained(folder / "base")
         self.rows("rows", documents(ROWS))
 

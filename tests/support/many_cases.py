@@ -12,11 +12,11 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
-from models import batches, documents, tiny_llama, with_lora
+from mixtures import mixture
+from models import WIDE, batches, documents, tiny_llama, with_lora
 from peft import LoraConfig, PeftModel, get_peft_model
 from picture import differences, picture
 from planning import Way, forced, recorded
-from test_experts import mixture
 from torch import Tensor
 from torch import distributed as dist
 from trainers import FirstStep, plain, sft
@@ -82,7 +82,7 @@ def experts() -> PeftModel:
 
 def nf4(folder: Path) -> PeftModel:
     if rank() == 0:  # transformers saves in the first process only
-        tiny_llama(hidden_size=64, intermediate_size=128).save_pretrained(folder)
+        tiny_llama(**WIDE).save_pretrained(folder)
     if dist.is_initialized():
         dist.barrier()
     quantization = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")

@@ -11,7 +11,6 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor
 from torch.utils.data import IterableDataset
 from transformers import (
-    AutoModelForCausalLM,
     BitsAndBytesConfig,
     GPT2Config,
     GPT2LMHeadModel,
@@ -26,6 +25,7 @@ from transformers import (
 
 VOCABULARY = 128
 IGNORED = -100
+WIDE = {"hidden_size": 64, "intermediate_size": 128}  # blocks of 64 numbers share a scale in 4 bits
 
 Document = dict[str, list[int]]
 
@@ -105,11 +105,14 @@ def tiny_mixtral(seed: int = 0, **config: Any) -> MixtralForCausalLM:
     return seeded(MixtralForCausalLM, MixtralConfig(**{**sizes, **config}), seed)
 
 
-def tiny_quantized(folder: Path, dtype: torch.dtype = torch.float32, **config: Any) -> PreTrainedModel:
-    """A bitsandbytes Llama, loaded as users load theirs; `folder` takes the original."""
-    tiny_llama(hidden_size=64, intermediate_size=128).save_pretrained(folder)
-    quantization = BitsAndBytesConfig(**config)
-    return AutoModelForCausalLM.from_pretrained(folder, quantization_config=quantization, dtype=dtype)
+def quantized(model: PreTrainedModel, folder: Path, dtype: torch.dtype = torch.float32, **config: Any) -> Any:
+    """The model as bitsandbytes loads it for users; `folder` takes the original, which must be at least 64 wide."""
+    model.save_pretrained(folder)
+    return type(model).from_pretrained(folder, quantization_config=BitsAndBytesConfig(**config), dtype=dtype)
+
+
+def tiny_quantized(folder: Path, **config: Any) -> LlamaForCausalLM:
+    return quantized(tiny_llama(**WIDE), folder, **config)
 
 
 def with_lora(model: PreTrainedModel, seed: int = 0, **config: Any) -> PeftModel:

@@ -12,7 +12,7 @@ import torch
 from accelerate.utils import FullyShardedDataParallelPlugin
 from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 from many_cases import ROWS, SAMPLES, Broken, fails_in, llama, process_group, rank
-from models import batches, tiny_llama, with_lora
+from models import WIDE, batches, tiny_llama, with_lora
 from peft import PeftModel
 from planning import Way, forced
 from torch import Tensor, nn
@@ -79,7 +79,7 @@ def trained(model: PeftModel) -> dict[str, Tensor]:
 def nf4(folder: Path, storage: torch.dtype) -> PeftModel:
     """4-bit weights kept as bytes, which FSDP2 leaves whole, or as bfloat16 numbers, which it shards."""
     if rank() == 0:
-        tiny_llama(hidden_size=64, intermediate_size=128, num_hidden_layers=4).save_pretrained(folder)
+        tiny_llama(**WIDE, num_hidden_layers=4).save_pretrained(folder)
     if dist.is_initialized():
         dist.barrier()
     quantization = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_quant_storage=storage)

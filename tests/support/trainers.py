@@ -8,10 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from models import VOCABULARY, pad, tiny_llama, with_lora
+from models import VOCABULARY, WIDE, pad, tiny_llama, with_lora
 from peft import LoraConfig, PeftModel
-from tokenizers import Tokenizer, pre_tokenizers
-from tokenizers.models import WordLevel
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import (
@@ -23,6 +21,7 @@ from transformers import (
     TrainingArguments,
 )
 from trl import SFTConfig, SFTTrainer
+from words import word_tokenizer
 
 from lora_da import LoraDAConfig, initialize_lora_da_weights
 
@@ -31,9 +30,9 @@ LAYERS = 14  # linear layers of the two blocks of `tiny_llama`
 KINDS = ("unquantised", "4-bit", "8-bit")
 
 SPECIAL = ("<pad>", "<bos>", "<eos>", "<unk>", "<user>", "<assistant>")
-WORDS = tuple(f"w{i}" for i in range(VOCABULARY - len(SPECIAL)))
+NUMBERED = tuple(f"w{i}" for i in range(VOCABULARY - len(SPECIAL)))
 # The assistant's words and the end of its turn carry loss.
-TEMPLATE = (
+MARKED_TEMPLATE = (
     "{% for m in messages %}{{ '<' + m['role'] + '> ' }}{% if m['role'] == 'assistant' %}{% generation %}"
     "{{ m['content'] + ' <eos>' }}{% endgeneration %}{{ ' ' }}{% else %}{{ m['content'] + ' ' }}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<assistant> ' }}{% endif %}"
@@ -41,29 +40,20 @@ TEMPLATE = (
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
-    """One token for a word; padding is token 0, as in `models.pad`."""
-    words = Tokenizer(WordLevel({word: i for i, word in enumerate(SPECIAL + WORDS)}, unk_token="<unk>"))
-    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=words,
-        pad_token="<pad>",
-        bos_token="<bos>",
-        eos_token="<eos>",
-        unk_token="<unk>",
-        chat_template=TEMPLATE,
-    )
+    """One token for a word, as many as the tiny models know; padding is token 0."""
+    return word_tokenizer([*SPECIAL, *NUMBERED], MARKED_TEMPLATE)
 
 
 def sentences(count: int, seed: int = 0, longest: int = 8) -> list[list[str]]:
     """Random words, from two to `longest` of them each."""
     chance = random.Random(seed)
-    return [chance.choices(WORDS, k=chance.randint(2, longest)) for _ in range(count)]
+    return [chance.choices(NUMBERED, k=chance.randint(2, longest)) for _ in range(count)]
 
 
 def base(folder: Path, kind: str = "unquantised", dtype: torch.dtype = torch.float32, **config: Any) -> nn.Module:
     """The same random model every time, as loaded from disk."""
     if not (folder / "config.json").exists():
-        tiny_llama(hidden_size=64, intermediate_size=128).save_pretrained(folder)
+        tiny_llama(**WIDE).save_pretrained(folder)
     if kind != "unquantised":
         config["quantization_config"] = (
             BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)

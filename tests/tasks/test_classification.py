@@ -9,6 +9,7 @@ import torch
 from classifiers import HEADS, LINEAR, K, adapted, classifier, in_batches, losses, number, pad, several, single, tagged
 from collecting import worst
 from dequantized import dequantized, four_bit
+from models import WIDE
 from peft import PeftModel
 from picture import differences, picture
 from planning import ONE, WAYS, collected_by, surveyed_model
@@ -23,7 +24,6 @@ FLOAT32 = 2e-5  # float32 model and sums against the float64 oracle
 KINDS = ("Llama", "GPT2", "Bert", "Roberta", "ModernBert", "DistilBert")
 LABELS = {"one label": (single, {}), "several labels": (several, {}), "a number": (number, {"num_labels": 1})}
 AVERAGING = ("samples", "tokens")
-WIDE = {"hidden_size": 64, "intermediate_size": 128}  # bitsandbytes quantises blocks of 64
 
 
 def targets(model: PeftModel) -> list[str]:
@@ -117,7 +117,7 @@ def test_a_pooler_is_served_with_one_vector_a_row():
 def test_four_bit_equals_its_dequantised_twin(tmp_path, kind, head):
     pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
     rows = single() if head == "Sequence" else tagged()
-    base = four_bit(classifier(kind, head, **WIDE), tmp_path, "score" if kind == "Llama" else "classifier")
+    base = four_bit(classifier(kind, head, **WIDE), tmp_path, head="score" if kind == "Llama" else "classifier")
     twin = dequantized(base, classifier(kind, head, **WIDE))
     model = adapted(base)
     oracle = statistics_of(twin, rows, losses, targets(model), "tokens")

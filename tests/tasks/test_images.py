@@ -6,7 +6,7 @@ import pytest
 import torch
 from collecting import worst
 from dequantized import dequantized, four_bit
-from models import IGNORED
+from models import IGNORED, WIDE
 from peft import PeftModel
 from picture import differences, picture
 from planning import ONE, WAYS, collected_by, surveyed_model
@@ -131,9 +131,8 @@ def test_a_tower_that_is_targeted_is_an_error():
 
 def test_four_bit_equals_its_dequantised_twin(tmp_path):
     pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
-    wide = {"hidden_size": 64, "intermediate_size": 128}
-    base = four_bit(reader("Llava", **wide), tmp_path)
-    twin = dequantized(base, reader("Llava", **wide))
+    base = four_bit(reader("Llava", **WIDE), tmp_path)
+    twin = dequantized(base, reader("Llava", **WIDE))
     model, found = adapted(base), rows("Llava")
     oracle = statistics_of(twin, found, losses, targets(model), "tokens")
     assert worst(collected_by(model, in_batches(found, 3)), oracle) < FLOAT32

@@ -7,7 +7,7 @@ import torch
 from classifiers import adapted, classifier
 from collecting import worst
 from dequantized import dequantized, four_bit
-from models import tiny_llama, with_lora
+from models import WIDE, tiny_llama, with_lora
 from picture import differences, picture
 from planning import CPU, PLENTY, WAYS
 from rewards import CENTER, in_batches, losses, pad, pairs, reward_model
@@ -106,9 +106,8 @@ def test_pairs_beyond_the_samples_do_not_count():
 
 def test_four_bit_equals_its_dequantised_twin(tmp_path):
     pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
-    wide = {"hidden_size": 64, "intermediate_size": 128}
-    base = four_bit(reward_model(**wide), tmp_path, "score")
-    twin, found = dequantized(base, reward_model(**wide)), pairs()
+    base = four_bit(reward_model(**WIDE), tmp_path, head="score")
+    twin, found = dequantized(base, reward_model(**WIDE)), pairs()
     ours = collected(adapted(base), in_batches(found, 3), CENTER)
     assert worst(ours, statistics_of(twin, found, losses(CENTER), list(ours), "tokens")) < FLOAT32
 
