@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from judge import PREFIX, truth, worst_start
-from models import batches, documents, pad, tiny_gpt2, tiny_llama, tiny_mixtral, with_lora
+from judge import truth, worst_start
+from models import PREFIX, batches, documents, pad, tiny_gpt2, tiny_llama, tiny_mixtral, with_lora
 from peft import LoraConfig
 from peft.optimizers import create_lorafa_optimizer, create_loraplus_optimizer
 from picture import content, differences, named_tensors, picture

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from collecting import documents, llama, padded, with_lora
+from models import documents, pad, tiny_llama, with_lora
 from peft import LoraConfig
 from transformers import Trainer, TrainingArguments
 
@@ -23,18 +23,13 @@ def snippet(language: str, containing: str) -> str:
     return found[0]
 
 
-def rows() -> list[dict]:
-    return [{k: v.tolist() for k, v in d.items()} for d in documents((9, 8, 7, 6))]
-
-
-def collate(features: list[dict]) -> dict[str, torch.Tensor]:
-    return padded([{k: torch.tensor(f[k]) for k in ("input_ids", "labels")} for f in features])
+ROWS = documents((9, 8, 7, 6))
 
 
 @pytest.mark.compat("peft-call")
 def test_peft_snippet_runs() -> None:
-    loader = torch.utils.data.DataLoader(rows(), batch_size=2, collate_fn=collate)
-    names = {"peft_model": with_lora(llama()), "dataloader": loader}
+    loader = torch.utils.data.DataLoader(ROWS, batch_size=2, collate_fn=pad)
+    names = {"peft_model": with_lora(tiny_llama()), "dataloader": loader}
     exec(snippet("python", "initialize_lora_da_weights").replace("samples=256", "samples=4"), names)
     assert names["report"].initialized == 14
 
@@ -43,14 +38,14 @@ def test_trl_snippet_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     """With the Trainer in the place of SFTTrainer, which has tests of its own: the snippet is about the callback."""
 
     def sft_trainer(model, peft_config, **kwargs):
-        return Trainer(model=with_lora(model), data_collator=collate, **kwargs)
+        return Trainer(model=with_lora(model), data_collator=pad, **kwargs)
 
     args = TrainingArguments(tmp_path, max_steps=1, report_to=[], save_strategy="no", use_cpu=True, disable_tqdm=True)
     names = {
         "SFTTrainer": sft_trainer,
-        "model": llama(),
+        "model": tiny_llama(),
         "args": args,
-        "train_dataset": rows(),
+        "train_dataset": ROWS,
         "peft_config": LoraConfig(),
     }
     exec(snippet("python", "LoraDAInitializer"), names)

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from collecting import collected, distance, documents, llama, padded, with_lora
+from collecting import collected, distance
+from models import LENGTHS, documents, pad, tiny_llama, with_lora
 from torch.nn import functional as F
 
 pytest.importorskip("bitsandbytes")
@@ -41,13 +42,14 @@ def test_the_benchmark_runs_on_a_tiny_model(tmp_path: Path) -> None:
 
 def test_the_published_procedure_computes_the_gradient_and_the_fisher() -> None:
     """Summed over single samples of a mean loss each: autograd's own gradient, and our statistics under `samples`."""
-    rows = documents()
-    model, device = with_lora(llama()), torch.device("cpu")
+    tokens = documents(LENGTHS)
+    rows = [{name: torch.tensor(values) for name, values in row.items()} for row in tokens]
+    model, device = with_lora(tiny_llama()), torch.device("cpu")
     model.get_base_model().config.use_cache = False
-    ours = collected(model, [padded(rows)], "samples", full=False)
+    ours = collected(model, [pad(tokens)], "samples", full=False)
 
     gradients = full_gradient(model, rows, device)
-    exact = llama().double()
+    exact = tiny_llama().double()
     for row in rows:
         logits = exact(row["input_ids"][None]).logits[0, :-1].double()
         F.cross_entropy(logits, row["labels"][1:]).backward()

@@ -8,11 +8,9 @@ import math
 import pytest
 import torch
 from caching import ROWS, filled_by, lasting, plain, same, start, warnings_of, weights
-from collecting import documents as documents_of_32
-from collecting import padded
 from faults import poison
 from mixtures import mixture
-from models import batches, documents, pad, tiny_llama, tiny_quantized, with_lora
+from models import LENGTHS, batches, documents, pad, tiny_llama, tiny_quantized, with_lora
 from picture import differences, picture
 from torch.utils.data import DataLoader
 
@@ -108,7 +106,7 @@ def test_layers_that_keep_their_init_come_back_with_their_reasons(folder, caplog
 def test_an_expert_that_no_sample_reached_comes_back(folder, caplog):
     seen = []
     for seed in range(2):
-        data = [padded(documents_of_32())]
+        data = [pad(documents(LENGTHS))]
         report, forwards = start(with_lora(mixture(closed=2), seed), folder, data, population_size=100)
         assert (forwards == 0) == (seed == 1)
         assert report.left and all(".experts.2." in name for name in report.left)

@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 import torch
 from architectures import BLOCKS, LLAMA
-from collecting import documents, packed, padded, worst
+from collecting import worst
+from models import LENGTHS, documents, packed, pad, with_lora
 from oracle import oracle_statistics
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import PeftModel
 from planning import CPU, PLENTY, Way, collected_by, surveyed_model
 
 import lora_da.collect.plan
@@ -24,8 +25,8 @@ from lora_da.memory import GIB
 from lora_da.samples.draw import draw
 from lora_da.statistics import gradient_bytes, input_bytes
 
-ROWS = documents((9, 14, 6, 11))
-BATCHES = [padded(ROWS), packed(ROWS)]
+ROWS = documents(LENGTHS)
+BATCHES = [pad(ROWS), packed(ROWS)]
 FLOAT32 = 2e-5  # float32 model and sums against the float64 oracle
 
 
@@ -33,7 +34,7 @@ class Planner:
     """Plans for one tiny model under any budget."""
 
     def __init__(self, model: PeftModel | None = None, **survey: Any) -> None:
-        model = model or get_peft_model(LLAMA.base(), LoraConfig(r=2, target_modules="all-linear"))
+        model = model or with_lora(LLAMA.base(), r=2)
         self.layers = find_adapter(model).layers
         self.batches = draw(BATCHES, 1000, None, 1000).batches
         self.survey: Survey = replace(surveyed_model(model, BATCHES), **survey)
@@ -186,7 +187,7 @@ def test_the_lines() -> None:
 
 def top_layers(*blocks: int) -> PeftModel:
     targets = ["q_proj", "o_proj", "up_proj"]
-    return get_peft_model(LLAMA.base(), LoraConfig(r=2, target_modules=targets, layers_to_transform=list(blocks)))
+    return with_lora(LLAMA.base(), r=2, target_modules=targets, layers_to_transform=list(blocks))
 
 
 def test_blocks_below_the_lowest_layer_are_no_segment() -> None:

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 from architectures import ARCHITECTURES, BLOCKS, LLAMA, Architecture
-from collecting import documents, packed, padded, with_lora, worst
-from models import WIDE, quantized
+from collecting import worst
+from models import PREFIX, WIDE, batches, documents, packed, pad, quantized, with_lora
 from oracle import OracleStatistics, oracle_statistics
 from peft import PeftModel
 from planning import ONE, WAYS, Way, collected_by
@@ -27,11 +27,11 @@ LENGTHS = (9, 14, 6, 11, 7, 13, 8)
 ROWS = documents(LENGTHS)
 
 LAYOUTS = {
-    "single": lambda rows: [padded([r]) for r in rows],
-    "padded": lambda rows: [padded(rows[:3]), padded(rows[3:])],
-    "left padding": lambda rows: [padded(rows, left=True)],
+    "single": lambda rows: batches(rows, 1),
+    "padded": lambda rows: [pad(rows[:3]), pad(rows[3:])],
+    "left padding": lambda rows: [pad(rows, "left")],
     "packed": lambda rows: [packed(rows[:4]), packed(rows[4:])],
-    "large and mixed": lambda rows: [padded(rows[2:]), packed(rows[:2])],
+    "large and mixed": lambda rows: [pad(rows[2:]), packed(rows[:2])],
 }
 WRONG = 1e-2  # what a negative control must at least be off by
 
@@ -48,7 +48,7 @@ def fresh(name: str) -> PeftModel:
 
 @lru_cache
 def truth(name: str, averaging: str) -> dict[str, OracleStatistics]:
-    names = [layer.name.removeprefix("base_model.model.") for layer in find_adapter(fresh(name)).layers]
+    names = [layer.name.removeprefix(PREFIX) for layer in find_adapter(fresh(name)).layers]
     return oracle_statistics(base_of(name), ROWS, names, averaging)
 
 
@@ -87,7 +87,7 @@ def test_every_architecture_gives_the_oracles_statistics(name: str, way: str, la
 def test_the_window_is_shorter_than_the_documents(name: str) -> None:
     """Negative control: with a window that reaches everywhere, the same weights give other statistics."""
     everywhere = replace(ARCHITECTURES[name], config={**ARCHITECTURES[name].config, "sliding_window": 256})
-    ours = collected_by(everywhere.model(everywhere.base()), [padded(ROWS)], Way(cuts=BLOCKS))
+    ours = collected_by(everywhere.model(everywhere.base()), [pad(ROWS)], Way(cuts=BLOCKS))
     assert worst(ours, truth(name, "tokens")) > WRONG
 
 
@@ -112,8 +112,7 @@ def test_a_wrong_border_shows(wrong: Callable[..., torch.Tensor], monkeypatch: p
     rows = documents((9, 9, 9, 9))
     names = list(truth("Llama", "tokens"))
     expected = oracle_statistics(base_of("Llama"), rows, names, "tokens")
-    batches = [padded([row]) for row in rows]
-    assert worst(collected_by(fresh("Llama"), batches, Way(cuts=2)), expected) <= FLOAT32
+    assert worst(collected_by(fresh("Llama"), batches(rows, 1), Way(cuts=2)), expected) <= FLOAT32
 
     def put(self: Border, number: int, tensor: torch.Tensor) -> None:
         self.holds_gradients = torch.is_grad_enabled()  # hidden states are laid down without
@@ -123,7 +122,7 @@ def test_a_wrong_border_shows(wrong: Callable[..., torch.Tensor], monkeypatch: p
     monkeypatch.setattr(Border, "put", put)
     monkeypatch.setattr(Border, "get", wrong)
     try:
-        ours = collected_by(fresh("Llama"), batches, Way(cuts=2))
+        ours = collected_by(fresh("Llama"), batches(rows, 1), Way(cuts=2))
     except NotARow:
         return
     assert worst(ours, expected) > 100 * FLOAT32
@@ -142,6 +141,6 @@ def test_a_quantised_model_gives_the_same_under_every_plan(tmp_path: Path, kind:
     pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
     wide = Architecture("Llama", {**LLAMA.config, **WIDE}).base()
     base = quantized(wide, tmp_path, **QUANTISED[kind])
-    batches = [padded(ROWS[:3]), packed(ROWS[3:])]
-    one, other = (collected_by(with_lora(base), batches, w) for w in (ONE, WAYS[way]))
+    data = [pad(ROWS[:3]), packed(ROWS[3:])]
+    one, other = (collected_by(with_lora(copy.deepcopy(base)), data, w) for w in (ONE, WAYS[way]))
     assert worst(other, one) <= FLOAT32

@@ -7,9 +7,9 @@ import logging
 
 import pytest
 import torch
-from collecting import collected, distance, documents, packed, padded, with_lora, worst
+from collecting import collected, distance, worst
 from mixtures import Mixture, mixture
-from peft import LoraConfig, get_peft_model
+from models import IGNORED, LENGTHS, Document, batches, documents, packed, pad, with_lora
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -23,7 +23,7 @@ def expert_names(model: nn.Module) -> list[str]:
     return [name for name, m in model.named_modules() if isinstance(m, nn.Linear) and ".experts." in name]
 
 
-def truth(model: nn.Module, rows: list[dict[str, Tensor]], averaging: str) -> dict[str, dict[str, Tensor]]:
+def truth(model: nn.Module, rows: list[Document], averaging: str) -> dict[str, dict[str, Tensor]]:
     """G, Z and Y of the experts' layers from float64 documents one by one, every token kept."""
     twin = copy.deepcopy(model).double()
     calls: list[tuple[str, Tensor, Tensor]] = []  # of the running document
@@ -31,11 +31,12 @@ def truth(model: nn.Module, rows: list[dict[str, Tensor]], averaging: str) -> di
         twin.get_submodule(name).register_forward_hook(lambda _m, a, y, name=name: calls.append((name, a[0], y)))
     xs: dict[str, list[Tensor]] = {name: [] for name in expert_names(twin)}
     ds: dict[str, list[Tensor]] = {name: [] for name in xs}
-    n_loss = [int((row["labels"][1:] != -100).sum()) for row in rows]
-    for row, n in zip(rows, n_loss, strict=True):
+    n_loss = [sum(label != IGNORED for label in row["labels"][1:]) for row in rows]
+    for document, n in zip(batches(rows, 1), n_loss, strict=True):
         calls.clear()
-        logits = twin(input_ids=row["input_ids"][None], use_cache=False).logits[0, :-1].double()
-        loss = F.cross_entropy(logits, row["labels"][1:], reduction="sum") / (n if averaging == "samples" else 1)
+        logits = twin(input_ids=document["input_ids"], use_cache=False).logits[0, :-1].double()
+        loss = F.cross_entropy(logits, document["labels"][0, 1:], reduction="sum")
+        loss = loss / (n if averaging == "samples" else 1)
         gradients = torch.autograd.grad(loss, [y for _, _, y in calls])
         for (name, x, _), d in zip(calls, gradients, strict=True):
             xs[name].append(x.detach())
@@ -56,28 +57,27 @@ def off(ours: dict, other: dict[str, dict[str, Tensor]]) -> float:
 @pytest.mark.parametrize("averaging", ["samples", "tokens"])
 @pytest.mark.parametrize("reentrant", [None, True, False])
 @pytest.mark.parametrize(
-    "layout", [lambda rows: [padded(rows)], lambda rows: [padded(rows, left=True)], lambda rows: [packed(rows)]]
+    "layout", [lambda rows: [pad(rows)], lambda rows: [pad(rows, "left")], lambda rows: [packed(rows)]]
 )
 def test_an_expert_counts_the_tokens_it_was_given(averaging: str, reentrant: bool | None, layout) -> None:
     """Padding goes through experts too, and must not count."""
-    base, rows = mixture(), documents()
-    model = with_lora(base)
+    rows, model = documents(LENGTHS), with_lora(mixture())
     if reentrant is not None:
         model.get_base_model().gradient_checkpointing_enable({"use_reentrant": reentrant})
-    assert off(collected(model, layout(rows), averaging), truth(base, rows, averaging)) <= FLOAT32
+    assert off(collected(model, layout(rows), averaging), truth(mixture(), rows, averaging)) <= FLOAT32
 
 
 def test_rows_that_are_alike_are_told_apart_by_their_order() -> None:
     """The first tokens of these documents are the same, so are their hidden states, and one document counts double."""
-    base, rows = mixture(), documents()
+    rows = documents(LENGTHS)
     for row in rows:
         row["input_ids"][0] = 5
-    assert off(collected(with_lora(base), [padded(rows)], "samples"), truth(base, rows, "samples")) <= FLOAT32
+    assert off(collected(with_lora(mixture()), [pad(rows)], "samples"), truth(mixture(), rows, "samples")) <= FLOAT32
 
 
 def test_a_wrong_choice_of_tokens_shows(monkeypatch: pytest.MonkeyPatch) -> None:
-    base, rows = mixture(), documents()
-    right = collected(with_lora(base), [padded(rows)])
+    rows = documents(LENGTHS)
+    right = collected(with_lora(mixture()), [pad(rows)])
 
     find = KnownRows.positions_of
 
@@ -86,7 +86,7 @@ def test_a_wrong_choice_of_tokens_shows(monkeypatch: pytest.MonkeyPatch) -> None
         return None if found is None else (found + 3) % len(known._rows)
 
     monkeypatch.setattr(KnownRows, "positions_of", shifted)
-    assert worst(collected(with_lora(base), [padded(rows)]), right) > 1e-2
+    assert worst(collected(with_lora(mixture()), [pad(rows)]), right) > 1e-2
 
 
 @pytest.mark.compat("experts")
@@ -95,7 +95,7 @@ def test_an_expert_without_tokens_keeps_pefts_init_and_is_named(caplog: pytest.L
     before = {name: p.clone() for name, p in model.named_parameters() if "lora_" in name}
     with caplog.at_level(logging.WARNING, "lora_da"):
         report = initialize_lora_da_weights(
-            model, [padded(documents())], LoraDAConfig(samples=4, population_size=100), show_progress=False
+            model, [pad(documents(LENGTHS))], LoraDAConfig(samples=4, population_size=100), show_progress=False
         )
     kept = {name for name in report.left if "experts.2." in name}
     assert len(report.left) == len(kept) == 6 and report.initialized == report.targeted - 6
@@ -120,7 +120,7 @@ def test_positions_of_rows() -> None:
 
 def test_experts_that_are_never_called_are_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     """As under a kernel that computes the mixture from its weights."""
-    model = get_peft_model(mixture(), LoraConfig(r=4, target_modules=r".*experts.*_proj"))
+    model = with_lora(mixture(), target_modules=r".*experts.*_proj")
 
     def fused(self: Mixture, x: Tensor) -> Tensor:
         e = self.experts[0]
@@ -130,5 +130,5 @@ def test_experts_that_are_never_called_are_an_error(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(Mixture, "forward", fused)
     with pytest.raises(LoraDAError, match="experts.*never seen with a token.*fused kernel"):
         initialize_lora_da_weights(
-            model, [padded(documents())], LoraDAConfig(samples=4, population_size=100), show_progress=False
+            model, [pad(documents(LENGTHS))], LoraDAConfig(samples=4, population_size=100), show_progress=False
         )

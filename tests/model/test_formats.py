@@ -6,9 +6,9 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from collecting import PREFIX, collected, documents, llama, padded, worst
-from models import WIDE
-from peft import LoraConfig, PeftModel, get_peft_model
+from collecting import collected, worst
+from models import LENGTHS, PREFIX, WIDE, documents, pad, tiny_llama, with_lora
+from peft import PeftModel
 from planning import surveyed_model
 from torch import nn
 
@@ -19,13 +19,14 @@ pytestmark = pytest.mark.filterwarnings("default")  # these packages warn of muc
 
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 GROUP = 32
+BATCHES = [pad(documents(LENGTHS))]
 # The twin multiplies with the very same dense weight; what is left is the order of float32 sums.
 SAME = 2e-5
 SAME_FLOAT16 = 5e-3  # AWQ's layer multiplies in float16, eps 1e-3
 
 
 def original() -> nn.Module:
-    return llama(**WIDE)
+    return tiny_llama(**WIDE)
 
 
 def each_linear(make: Callable[[nn.Linear], nn.Module]) -> nn.Module:
@@ -100,8 +101,8 @@ FORMATS = {
 DEQUANTISED_BY_PEFT = [kind for kind in FORMATS if kind.startswith(("HQQ", "torchao"))]
 
 
-def with_lora(model: nn.Module, **config: object) -> PeftModel:
-    return get_peft_model(model, LoraConfig(**{"r": 4, "target_modules": PROJECTIONS, **config}))
+def adapted(model: nn.Module, **config: object) -> PeftModel:
+    return with_lora(model, **{"target_modules": PROJECTIONS, **config})
 
 
 @torch.no_grad()
@@ -122,21 +123,21 @@ def twin(model: nn.Module) -> nn.Module:
 @pytest.mark.parametrize("kind", FORMATS)
 def test_statistics_are_those_of_the_dequantised_twin(kind: str) -> None:
     build, same = FORMATS[kind]
-    model, batches = build(), [padded(documents())]
-    expected = collected(with_lora(twin(model)), batches)
-    assert worst(collected(with_lora(model), batches), expected) <= same
-    assert worst(collected(with_lora(original()), batches), expected) > 100 * SAME  # the twin was needed
+    model = build()
+    expected = collected(adapted(twin(model)), BATCHES)
+    assert worst(collected(adapted(model), BATCHES), expected) <= same
+    assert worst(collected(adapted(original()), BATCHES), expected) > 100 * SAME  # the twin was needed
 
 
 @pytest.mark.compat("hqq", "torchao-int8", "torchao-float8", "torchao-int4")
 @pytest.mark.parametrize("kind", FORMATS)
 def test_an_adapter_is_initialised(kind: str) -> None:
     """All layers; the model's function is the same with the adapter off, and another with it on."""
-    model = with_lora(FORMATS[kind][0]())
-    ids = documents()[0]["input_ids"][None]
+    model = adapted(FORMATS[kind][0]())
+    ids = BATCHES[0]["input_ids"]
     with torch.no_grad(), model.disable_adapter():
         before = model(ids).logits
-    report = initialize_lora_da_weights(model, [padded(documents())], LoraDAConfig(samples=4), show_progress=False)
+    report = initialize_lora_da_weights(model, BATCHES, LoraDAConfig(samples=4), show_progress=False)
     assert report.initialized == report.targeted == 14 and not report.left
     with torch.no_grad():
         with model.disable_adapter():
@@ -151,8 +152,8 @@ def test_an_adapter_is_initialised(kind: str) -> None:
 def test_dora_starts_with_the_norms_of_the_start(kind: str) -> None:
     base = FORMATS[kind][0]()
     weights = dict(twin(base).named_parameters())
-    model = with_lora(base, use_dora=True)
-    initialize_lora_da_weights(model, [padded(documents())], LoraDAConfig(samples=4, gamma=4.0), show_progress=False)
+    model = adapted(base, use_dora=True)
+    initialize_lora_da_weights(model, BATCHES, LoraDAConfig(samples=4, gamma=4.0), show_progress=False)
     for layer in find_adapter(model).layers:
         step = layer.scaling * layer.lora_B.double() @ layer.lora_A.double()
         expected = (weights[layer.name.removeprefix(PREFIX) + ".weight"].double() + step).norm(dim=1)
@@ -200,9 +201,9 @@ BLOCKED = {
 @pytest.mark.parametrize("kind", BLOCKED)
 def test_a_layer_that_passes_no_gradient_is_named(kind: str, targets: list[str]) -> None:
     """Also where gradients reach the targeted layer past the others, along the residual stream, and are wrong."""
-    model = with_lora(BLOCKED[kind](), target_modules=targets)
+    model = adapted(BLOCKED[kind](), target_modules=targets)
     with pytest.raises(LoraDAError, match=r"no gradient passes through layer .*layers\.\d.*_proj.*has a backward"):
-        initialize_lora_da_weights(model, [padded(documents())], LoraDAConfig(samples=4), show_progress=False)
+        initialize_lora_da_weights(model, BATCHES, LoraDAConfig(samples=4), show_progress=False)
 
 
 def test_a_layer_keeps_the_tensors_of_the_mode_it_was_in() -> None:
@@ -216,12 +217,12 @@ def test_a_layer_keeps_the_tensors_of_the_mode_it_was_in() -> None:
                 self.held = "training" if mode else "evaluation"
             return super().train(mode)
 
-    model = with_lora(without_backward(TwoModes)).eval()
+    model = adapted(without_backward(TwoModes)).eval()
     layers = [layer.base for layer in find_adapter(model).layers]
     layers[0].train()
     before = [(layer.held, layer.training) for layer in layers]
     assert len(set(before)) == 2
-    initialize_lora_da_weights(model, [padded(documents())], LoraDAConfig(samples=4), show_progress=False)
+    initialize_lora_da_weights(model, BATCHES, LoraDAConfig(samples=4), show_progress=False)
     assert [(layer.held, layer.training) for layer in layers] == before
 
 
@@ -239,9 +240,9 @@ class PlainAutograd(nn.Module):
 
 def test_dense_weights_that_the_backward_keeps_are_planned_with() -> None:
     """What autograd saves in one block, counted as it is saved."""
-    quantized, lora = each_linear(PlainAutograd), LoraConfig(r=4, target_modules=["lm_head"])
-    models = [get_peft_model(model, lora) for model in (original(), quantized)]
-    surveys = [surveyed_model(model, [padded(documents())]) for model in models]
+    quantized = each_linear(PlainAutograd)
+    models = [with_lora(model, target_modules=["lm_head"]) for model in (original(), quantized)]
+    surveys = [surveyed_model(model, BATCHES) for model in models]
     assert surveys[0].linear_features == surveys[1].linear_features
     assert surveys[0].kept_weights == (0, 0)
     saved: list[int] = []

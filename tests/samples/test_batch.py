@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 import torch
 from architectures import LLAMA
-from collecting import documents, packed, padded, worst
+from collecting import worst
 from counting import LAYOUTS, MANY
 from hypothesis import given
 from hypothesis import strategies as st
-from models import with_lora
+from models import IGNORED, PADDING, Document, batches, documents, packed, pad, with_lora
 from planning import Way, forced, recorded
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -31,9 +31,9 @@ ROWS = documents((9, 14, 6, 11, 7, 13, 8, 10, 5, 12))
 lengths = st.lists(st.integers(0, 40), max_size=30)
 
 
-def to_fixed_length(rows: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-    widest = {"input_ids": torch.full((FIXED,), 7), "labels": torch.full((FIXED,), -100)}
-    batch = padded([*rows, widest])
+def to_fixed_length(rows: list[Document]) -> dict[str, Tensor]:
+    widest = {"input_ids": [PADDING] * FIXED, "labels": [IGNORED] * FIXED}
+    batch = pad([*rows, widest])
     batch["attention_mask"][:, -1] = 0
     return {key: value[:-1] for key, value in batch.items()}
 
@@ -72,19 +72,19 @@ def two_packed_rows() -> dict[str, Tensor]:
     upper, lower = packed(ROWS[:2]), packed(ROWS[2:5])
     missing = lower["labels"].shape[1] - upper["labels"].shape[1]
     assert missing > 0
-    fill = {"input_ids": torch.full((1, missing), 7), "labels": torch.full((1, missing), -100)}
+    fill = {"input_ids": torch.full((1, missing), PADDING), "labels": torch.full((1, missing), IGNORED)}
     fill["position_ids"] = torch.arange(missing)[None]
     return {key: torch.cat([torch.cat([upper[key], fill[key]], 1), lower[key]]) for key in upper}
 
 
 BATCHES = {
-    "padded": padded(ROWS),
-    "left padding": padded(ROWS, left=True),
+    "padded": pad(ROWS),
+    "left padding": pad(ROWS, "left"),
     "fixed length": to_fixed_length(ROWS),
     "packed": packed(ROWS),
     "rows of several documents": two_packed_rows(),
-    "positions for all rows": {**padded(ROWS), "position_ids": torch.arange(14)[None]},
-    "a flag beside the tensors": {**padded(ROWS), "return_loss": True, "num_items_in_batch": None},
+    "positions for all rows": {**pad(ROWS), "position_ids": torch.arange(14)[None]},
+    "a flag beside the tensors": {**pad(ROWS), "return_loss": True, "num_items_in_batch": None},
 }
 layouts = pytest.mark.parametrize("layout", BATCHES)
 limits = pytest.mark.parametrize("limit", [1, 4, MANY])
@@ -144,10 +144,10 @@ def test_inputs_of_unknown_shapes_leave_a_batch_as_it_is(unknown: dict[str, Any]
 
 
 def test_a_glimpse_is_the_beginning_of_the_last_row(monkeypatch: pytest.MonkeyPatch) -> None:
-    row = batch_of(padded(ROWS)).glimpse()
-    assert row.shape == (1, len(ROWS[-1]["labels"])) and seen(row) == seen(batch_of(padded(ROWS[-1:])))
+    row = batch_of(pad(ROWS)).glimpse()
+    assert row.shape == (1, len(ROWS[-1]["labels"])) and seen(row) == seen(batch_of(pad(ROWS[-1:])))
     monkeypatch.setattr("lora_da.samples.batch.GLIMPSE", 4)
-    assert batch_of(padded(ROWS)).glimpse().inputs["input_ids"].tolist() == [ROWS[-1]["input_ids"][:4].tolist()]
+    assert batch_of(pad(ROWS)).glimpse().inputs["input_ids"].tolist() == [ROWS[-1]["input_ids"][:4]]
 
 
 def test_what_only_trainers_read_does_not_keep_a_batch_whole() -> None:
@@ -156,16 +156,16 @@ def test_what_only_trainers_read_does_not_keep_a_batch_whole() -> None:
     assert batch.halves() is not None and batch.trimmed() is not batch
 
 
-def unmasked(rows: list[Any]) -> dict[str, Tensor]:
-    return {k: v for k, v in padded(rows).items() if k != "attention_mask"}
+def unmasked(rows: list[Document]) -> dict[str, Tensor]:
+    return {k: v for k, v in pad(rows).items() if k != "attention_mask"}
 
 
-def unknown_width(rows: list[Any]) -> dict[str, Tensor]:
+def unknown_width(rows: list[Document]) -> dict[str, Tensor]:
     return {**to_fixed_length(rows), "cache_position": torch.arange(FIXED)}
 
 
 @pytest.mark.parametrize(
-    "collate", [unmasked, lambda rows: padded(rows, left=True), unknown_width], ids=["no mask", "left", "unknown"]
+    "collate", [unmasked, lambda rows: pad(rows, "left"), unknown_width], ids=["no mask", "left", "unknown"]
 )
 def test_rows_are_not_put_together_where_that_would_change_them(
     collate: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
@@ -193,23 +193,23 @@ def statistics(data: Any, ran: list[int] | None = None) -> dict[str, LayerStatis
     return found
 
 
-def loader(batch_size: int, collate: Any = padded) -> DataLoader:
+def loader(batch_size: int, collate: Any = pad) -> DataLoader:
     return DataLoader(ROWS, batch_size=batch_size, collate_fn=collate)
 
 
 @pytest.mark.parametrize("batch_tokens", [1, 20, 40, 100_000])
-@pytest.mark.parametrize("collate", [padded, to_fixed_length], ids=["to the longest", "to a fixed length"])
+@pytest.mark.parametrize("collate", [pad, to_fixed_length], ids=["to the longest", "to a fixed length"])
 def test_the_batches_do_not_show_in_the_result(
     batch_tokens: int, collate: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The user's batch size, the padding and the tokens of a batch change rounding alone."""
-    expected = statistics([padded([row]) for row in ROWS])
+    expected = statistics(batches(ROWS, 1))
     monkeypatch.setattr(lora_da.samples.draw, "BATCH_TOKENS", batch_tokens)
     for data in (loader(1, collate), loader(4, collate), list(loader(4, collate))):
         assert worst(statistics(data), expected) <= SAME
 
 
-@pytest.mark.parametrize("collate", [padded, to_fixed_length], ids=["to the longest", "to a fixed length"])
+@pytest.mark.parametrize("collate", [pad, to_fixed_length], ids=["to the longest", "to a fixed length"])
 def test_no_padding_is_run(collate: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Row by row not a token of it; and in batches none behind the longest row of each."""
     tokens = sum(len(row["labels"]) for row in ROWS)
@@ -226,5 +226,5 @@ def test_no_padding_is_run(collate: Any, monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_rows_of_like_length_are_collated_together(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lora_da.samples.draw, "BATCH_TOKENS", 28)
-    batches = draw(loader(3), len(ROWS), None, None).batches
-    assert [batch.shape for batch in batches] == [(2, 14), (2, 12), (2, 10), (3, 8), (1, 5)]
+    found = draw(loader(3), len(ROWS), None, None).batches
+    assert [batch.shape for batch in found] == [(2, 14), (2, 12), (2, 10), (3, 8), (1, 5)]

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import torch
-from collecting import llama
+from models import tiny_llama
 from torch import Tensor, nn
 from torch.nn import functional as F
+from transformers import LlamaForCausalLM
 
 EXPERTS, CHOSEN = 4, 2
 
@@ -43,10 +44,11 @@ class Mixture(nn.Module):
         return out.view_as(x)
 
 
-def mixture(dtype: torch.dtype = torch.float32, closed: int | None = None) -> nn.Module:
+def mixture(closed: int | None = None) -> LlamaForCausalLM:
     """No token goes to the expert `closed`."""
-    model = llama(dtype)
-    torch.manual_seed(1)
-    for layer in model.model.layers:
-        layer.mlp = Mixture(32, 24, closed).to(dtype)
+    model = tiny_llama()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1)
+        for layer in model.model.layers:
+            layer.mlp = Mixture(32, 24, closed)
     return model

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,10 @@ from transformers import (
 
 VOCABULARY = 128
 IGNORED = -100
+LENGTHS = (9, 14, 6, 11)  # of a few documents
+PADDING = 7  # what padding holds, a token like others, so that counting it would show
+PREFIX = "base_model.model."  # what PEFT puts before a base model's names
+NO_DROPOUT = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}  # of GPT-2
 WIDE = {"hidden_size": 64, "intermediate_size": 128}  # blocks of 64 numbers share a scale in 4 bits
 
 Document = dict[str, list[int]]
@@ -46,7 +50,7 @@ def llama_config(**config: Any) -> LlamaConfig:
     return LlamaConfig(**{**sizes, **config})
 
 
-def seeded(kind: type[PreTrainedModel], config: Any, seed: int = 0) -> Any:
+def seeded(kind: Callable[[Any], PreTrainedModel], config: Any, seed: int = 0) -> Any:
     """A model of random weights, large enough that its outputs depend on its inputs; train mode, as in training."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -115,20 +119,32 @@ def tiny_quantized(folder: Path, **config: Any) -> LlamaForCausalLM:
     return quantized(tiny_llama(**WIDE), folder, **config)
 
 
+def lora(**config: Any) -> LoraConfig:
+    """An adapter's config, for all linear layers unless told otherwise."""
+    return LoraConfig(**{"r": 4, "lora_alpha": 8, "target_modules": "all-linear", "task_type": "CAUSAL_LM", **config})
+
+
 def with_lora(model: PreTrainedModel, seed: int = 0, **config: Any) -> PeftModel:
-    """A fresh adapter, on all linear layers unless told otherwise."""
-    config = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear", "task_type": "CAUSAL_LM", **config}
+    """A fresh adapter in the model itself; whoever wants the same weights without one makes the model anew."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return get_peft_model(model, LoraConfig(**config))
+        return get_peft_model(model, lora(**config))
 
 
-def documents(count: int, seed: int = 0, shortest: int = 4, longest: int = 12, prompt: int = 2) -> list[Document]:
-    """Random documents of different lengths, the first `prompt` tokens of each without loss."""
+def documents(
+    lengths: int | Sequence[int], seed: int = 0, shortest: int = 4, longest: int = 12, prompt: int = 2
+) -> list[Document]:
+    """Random documents, the first `prompt` tokens of each without loss.
+
+    Args:
+        lengths: of each document; or how many there are, of lengths from `shortest` to `longest`.
+    """
     generator = torch.Generator().manual_seed(seed)
+    chosen = [None] * lengths if isinstance(lengths, int) else lengths
     found = []
-    for _ in range(count):
-        length = int(torch.randint(shortest, longest + 1, (), generator=generator))
+    for length in chosen:
+        if length is None:
+            length = int(torch.randint(shortest, longest + 1, (), generator=generator))
         ids = torch.randint(3, VOCABULARY, (length,), generator=generator).tolist()
         found.append({"input_ids": ids, "labels": [IGNORED] * prompt + ids[prompt:]})
     return found
@@ -144,7 +160,7 @@ def pad(rows: Iterable[Document], side: str = "right") -> dict[str, Tensor]:
         return [*values, *filling] if side == "right" else [*filling, *values]
 
     return {
-        "input_ids": torch.tensor([padded(row["input_ids"], 0) for row in rows]),
+        "input_ids": torch.tensor([padded(row["input_ids"], PADDING) for row in rows]),
         "labels": torch.tensor([padded(row["labels"], IGNORED) for row in rows]),
         "attention_mask": torch.tensor([padded([1] * len(row["input_ids"]), 0) for row in rows]),
     }

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from collecting import PREFIX
+from models import PREFIX
 from peft import PeftModel
 from tqdm import tqdm
 

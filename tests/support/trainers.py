@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from models import VOCABULARY, WIDE, pad, tiny_llama, with_lora
+from models import VOCABULARY, WIDE, lora, pad, tiny_llama, with_lora
 from peft import LoraConfig, PeftModel
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -61,10 +61,6 @@ def base(folder: Path, kind: str = "unquantised", dtype: torch.dtype = torch.flo
             else BitsAndBytesConfig(load_in_8bit=True)
         )
     return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, device_map="cpu", **config)
-
-
-def lora(**config: Any) -> LoraConfig:
-    return LoraConfig(**{"r": 4, "lora_alpha": 8, "target_modules": "all-linear", "task_type": "CAUSAL_LM", **config})
 
 
 # What torch.compile does while it traces TRL's head.

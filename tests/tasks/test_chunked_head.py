@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from collecting import VOCABULARY, documents, packed, padded, with_lora
+from models import LENGTHS, NO_DROPOUT, VOCABULARY, documents, packed, pad, seeded, with_lora
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 import lora_da.tasks.head
@@ -32,7 +32,7 @@ ARCHITECTURES = {
     "gemma3_text": {},
     "granite": {"logits_scaling": 4.0},
     "cohere": {"logit_scale": 0.25},
-    "gpt2": {"n_embd": 32, "n_head": 4, "n_layer": 2, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0},
+    "gpt2": {"n_embd": 32, "n_head": 4, "n_layer": 2, **NO_DROPOUT},
     "gpt_neox": {},
     "opt": {"ffn_dim": 48, "word_embed_proj_dim": 32, "dropout": 0.0},
     "mixtral": {"num_local_experts": 2},
@@ -40,19 +40,18 @@ ARCHITECTURES = {
 
 
 def build(kind: str):
-    torch.manual_seed(0)
     known = CONFIG_MAPPING[kind]
     config = known(
         **{k: v for k, v in SMALL.items() if k != "head_dim" or "head_dim" in vars(known())}, **ARCHITECTURES[kind]
     )
-    return AutoModelForCausalLM.from_config(config)
+    return seeded(AutoModelForCausalLM.from_config, config)
 
 
 @pytest.mark.parametrize("kind", ARCHITECTURES)
 def test_gradients_are_those_of_the_models_own_loss(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lora_da.tasks.head, "CHUNK", 7)  # several chunks, the last one short
     model = build(kind).train()
-    batch = padded(documents())
+    batch = pad(documents(LENGTHS))
     inputs = {k: v for k, v in batch.items() if k != "labels"}
     tokens = read_tokens(batch, 100)
     n_loss = int(tokens.loss_tokens.sum())
@@ -98,6 +97,6 @@ def test_a_forward_that_was_patched_on_the_decoder_is_put_back() -> None:
     original = decoder.forward
     decoder.forward = lambda *a, **k: original(*a, **k)
     patched = decoder.forward
-    batch = padded(documents())
+    batch = pad(documents(LENGTHS))
     backward(base, {k: v for k, v in batch.items() if k != "labels"}, read_tokens(batch, 9), 1.0)
     assert decoder.forward is patched

@@ -6,12 +6,12 @@ import json
 import pytest
 import torch
 from datasets import Dataset
-from models import documents, with_lora
+from models import documents, lora, with_lora
 from peft import PeftModel
 
 pytest.importorskip("trl", reason="TRL is not installed")
 
-from trainers import KINDS, LAYERS, FirstStep, adapter, base, by_hand, lora, same_bits, sft
+from trainers import KINDS, LAYERS, FirstStep, adapter, base, by_hand, same_bits, sft
 
 from lora_da import LoraDAConfig
 from lora_da.errors import LoraDAError

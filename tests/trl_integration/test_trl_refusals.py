@@ -7,13 +7,13 @@ from types import SimpleNamespace
 
 import pytest
 from datasets import Dataset
-from models import documents
+from models import documents, lora
 from transformers import TrainingArguments
 
 pytest.importorskip("trl", reason="TRL is not installed")
 
 import trl
-from trainers import COMMON, FirstStep, adapter, base, lora, same_bits, sentences, sft, tokenizer
+from trainers import COMMON, FirstStep, adapter, base, same_bits, sentences, sft, tokenizer
 from trl import DPOConfig, RewardConfig, SFTConfig
 
 from lora_da.callback import refuse_unsupported

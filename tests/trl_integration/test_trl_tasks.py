@@ -24,7 +24,8 @@ from transformers import (
 
 pytest.importorskip("trl", reason="TRL is not installed")
 
-from trainers import COMMON, FirstStep, adapter, lora, same_bits, tokenizer
+from models import lora
+from trainers import COMMON, FirstStep, adapter, same_bits, tokenizer
 from trl import RewardConfig, RewardTrainer
 
 from lora_da import LoraDAConfig, initialize_lora_da_weights

@@ -3,12 +3,12 @@
 import pytest
 import torch
 from datasets import Dataset
-from models import documents
+from models import documents, lora
 from transformers import TrainerCallback
 
 pytest.importorskip("trl", reason="TRL is not installed")
 
-from trainers import FirstStep, adapter, base, lora, same_bits, sft
+from trainers import FirstStep, adapter, base, same_bits, sft
 from trl import SFTTrainer
 
 from lora_da import LoraDAConfig
