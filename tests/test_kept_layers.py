@@ -7,7 +7,7 @@ import logging
 import pytest
 import torch
 from faults import poison
-from models import batches, documents, tiny_llama, tiny_mixtral, with_lora
+from models import LAYERS, PREFIX, batches, documents, tiny_llama, tiny_mixtral, with_lora
 from picture import differences, picture
 from torch import nn
 
@@ -15,7 +15,6 @@ from lora_da import LoraDAConfig, LoraDAError, initialize_lora_da_weights
 
 DATA = batches(documents(8), 4)
 SMALL = LoraDAConfig(samples=8)
-LAYERS = "base_model.model.model.layers"
 
 
 def initialize(model, **options):
@@ -108,13 +107,13 @@ def test_layers_of_other_kinds(caplog, capsys):
     base.model.layers[0].mlp.act_fn = WithConvolution(48)
     model = with_lora(base, target_modules=["q_proj", "down_proj", "embed_tokens", "lm_head", "conv"])
     left = {
-        "base_model.model.model.embed_tokens": "Embedding",
+        f"{PREFIX}model.embed_tokens": "Embedding",
         f"{LAYERS}.0.mlp.act_fn.conv": "Conv1d",
     }
     before = adapter_weights(model)
     report = initialize(model, show_progress=True)
     served = {f"{LAYERS}.{i}.{name}" for i in (0, 1) for name in ("self_attn.q_proj", "mlp.down_proj")}
-    assert changed(before, model) == {*served, "base_model.model.lm_head"}
+    assert changed(before, model) == {*served, f"{PREFIX}lm_head"}
     assert report.left == left and report.failed == {}
     (warning,) = warnings_of(caplog)
     assert "2 targeted layers, which keep PEFT's init" in warning
@@ -131,8 +130,8 @@ def test_a_tied_head(caplog):
     report = initialize(model)
     assert changed(before, model) == {f"{LAYERS}.{i}.self_attn.q_proj" for i in (0, 1)}
     assert report.left == {
-        "base_model.model.model.embed_tokens": "Embedding",
-        "base_model.model.lm_head": "the language-model head, whose adapter is the embedding's",
+        f"{PREFIX}model.embed_tokens": "Embedding",
+        f"{PREFIX}lm_head": "the language-model head, whose adapter is the embedding's",
     }
     assert report.initialized == 2 and len(warnings_of(caplog)) == 1
 

@@ -7,6 +7,7 @@ from types import MethodType
 
 import pytest
 import torch
+from models import PROJECTIONS
 from torch import nn
 
 pytest.importorskip("axolotl", reason="Axolotl is not installed")
@@ -21,7 +22,6 @@ from transformers.models.llama.modeling_llama import LlamaAttention
 
 from axolotl_lora_da.kernels import lifted_lora_kernels
 
-PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 KERNELS = ["lora_qkv_kernel", "lora_o_kernel", "lora_mlp_kernel", "lora_embedding_kernel"]
 IDS = torch.arange(12).reshape(2, 6)
 

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 from collecting import collected, distance
-from models import LENGTHS, documents, pad, tiny_llama, with_lora
+from models import LENGTHS, PREFIX, documents, pad, tiny_llama, with_lora
+from tolerances import FLOAT32
 from torch.nn import functional as F
 
 pytest.importorskip("bitsandbytes")
@@ -20,7 +21,6 @@ from benchmarks.published import full_gradient, group_fisher, layer_groups
 pytestmark = pytest.mark.once
 
 ROOT = Path(__file__).parents[2]
-FLOAT32 = 2e-5  # float32 sums in another order
 
 
 @pytest.mark.slow
@@ -58,12 +58,12 @@ def test_the_published_procedure_computes_the_gradient_and_the_fisher() -> None:
     for group in groups:
         covariances, fishers = group_fisher(model, group, rows, device)
         for name in group:
-            short = name.removeprefix("base_model.model.")
+            short = name.removeprefix(PREFIX)
             truth = exact.get_submodule(short).weight.grad
             assert distance(gradients[name], truth) <= FLOAT32
             assert distance(ours[short].grad * len(rows), truth) <= FLOAT32
             assert distance(fishers[name] / ours[short].n_tokens, ours[short].output_fisher) <= FLOAT32
         for name, covariance in covariances.items():
-            short = name.removeprefix("base_model.model.")
+            short = name.removeprefix(PREFIX)
             assert distance(covariance / ours[short].n_tokens, ours[short].input_cov) <= FLOAT32
     assert all(p.grad is None for p in model.parameters())

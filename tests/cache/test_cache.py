@@ -10,13 +10,11 @@ import torch
 from caching import ROWS, filled_by, lasting, plain, same, start, warnings_of, weights
 from faults import poison
 from mixtures import mixture
-from models import LENGTHS, batches, documents, pad, tiny_llama, tiny_quantized, with_lora
+from models import LAYERS, LENGTHS, QUANTISED, batches, documents, pad, tiny_llama, tiny_quantized, with_lora
 from picture import differences, picture
 from torch.utils.data import DataLoader
 
 from lora_da import LoraDAConfig
-
-QUANTISED = {"4-bit": {"load_in_4bit": True, "bnb_4bit_use_double_quant": True}, "8-bit": {"load_in_8bit": True}}
 
 
 @pytest.fixture
@@ -88,7 +86,7 @@ def test_layers_that_keep_their_init_come_back_with_their_reasons(folder, caplog
     seen, starts = [], []
     for seed in range(2):
         model = with_lora(tiny_llama(num_hidden_layers=3), seed)  # 21 layers: one of them is below 5 %
-        layer = "base_model.model.model.layers.0.self_attn.q_proj"
+        layer = f"{LAYERS}.0.self_attn.q_proj"
         poison(model, layer, math.nan)
         before = weights(model)
         report, forwards = start(model, folder)

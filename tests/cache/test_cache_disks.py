@@ -16,7 +16,7 @@ import pytest
 import torch
 from caching import ROWS, filled_by, load, plain, same, start, warnings_of, weights
 from faults import poison
-from models import pad
+from models import LAYERS, pad
 from picture import differences, picture
 from torch.utils.data import DataLoader
 
@@ -127,7 +127,7 @@ def test_an_interrupt_while_storing_leaves_nothing(folder, when):
 
 def test_an_estimate_that_is_refused_is_not_kept(folder):
     model = plain()
-    poison(model, "base_model.model.model.layers.0.self_attn.q_proj", 0.0)  # one of 14
+    poison(model, f"{LAYERS}.0.self_attn.q_proj", 0.0)  # one of 14
     with pytest.raises(LoraDAError, match="have no solution"):
         start(model, folder)
     assert list(folder.iterdir()) == []

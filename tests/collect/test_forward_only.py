@@ -18,7 +18,7 @@ from planning import Way, forced, recorded
 from lora_da import LoraDAConfig, initialize_lora_da_weights
 from lora_da.tasks import RewardLoss
 
-SAME = 1e-6  # float32 forwards with and without a graph
+FORWARD = 1e-6  # float32 forwards with and without a graph
 Case = Callable[[], tuple[PeftModel, list[dict[str, Any]], dict[str, Any]]]
 
 
@@ -69,6 +69,6 @@ def test_it_sees_what_the_full_pass_sees(case: str, cuts: int, monkeypatch: pyte
     assert full.keys() == forward.keys() and full
     for name, seen in full.items():
         assert forward[name].grad is None and forward[name].n_tokens == seen.n_tokens
-        assert distance(forward[name].input_cov, seen.input_cov) <= SAME, name
+        assert distance(forward[name].input_cov, seen.input_cov) <= FORWARD, name
     assert alone.initialized == report.initialized and alone.tokens == report.tokens
-    assert alone.loss == pytest.approx(report.loss, rel=SAME)
+    assert alone.loss == pytest.approx(report.loss, rel=FORWARD)

@@ -12,9 +12,10 @@ import torch
 from collecting import distance
 from models import PREFIX, VOCABULARY, Stream, tiny_llama, with_lora
 from oracle import projector
-from other_methods import BATCHES, METHODS, ROWS, TAKEN, TURNED, WAYS, every_method, factors, start
+from other_methods import BATCHES, METHODS, ROWS, TAKEN, WAYS, every_method, factors, start
 from picture import content, differences, picture
 from planning import Way, forced
+from tolerances import TURNED
 
 import lora_da.needs
 from lora_da import LoraDAConfig, LoraDAError, initialize_lora_da_weights

@@ -14,6 +14,7 @@ from models import LENGTHS, documents, packed, pad, with_lora
 from oracle import oracle_statistics
 from peft import PeftModel
 from planning import CPU, PLENTY, Way, collected_by, surveyed_model
+from tolerances import FLOAT32
 
 import lora_da.collect.plan
 import lora_da.processes
@@ -27,7 +28,6 @@ from lora_da.statistics import gradient_bytes, input_bytes
 
 ROWS = documents(LENGTHS)
 BATCHES = [pad(ROWS), packed(ROWS)]
-FLOAT32 = 2e-5  # float32 model and sums against the float64 oracle
 
 
 class Planner:

@@ -16,15 +16,15 @@ from models import PREFIX, WIDE, batches, documents, packed, pad, quantized, wit
 from oracle import OracleStatistics, oracle_statistics
 from peft import PeftModel
 from planning import ONE, WAYS, Way, collected_by
+from tolerances import FLOAT32, WRONG
 from transformers import PreTrainedModel
 
 from lora_da.adapter import find_adapter
 from lora_da.collect.borders import Border
 from lora_da.model.blocks import NotARow
 
-FLOAT32 = 2e-5  # float32 model and sums against the float64 oracle, as in the tests of the collector
-LENGTHS = (9, 14, 6, 11, 7, 13, 8)
-ROWS = documents(LENGTHS)
+SEVEN_LENGTHS = (9, 14, 6, 11, 7, 13, 8)
+ROWS = documents(SEVEN_LENGTHS)
 
 LAYOUTS = {
     "single": lambda rows: batches(rows, 1),
@@ -33,7 +33,6 @@ LAYOUTS = {
     "packed": lambda rows: [packed(rows[:4]), packed(rows[4:])],
     "large and mixed": lambda rows: [pad(rows[2:]), packed(rows[:2])],
 }
-WRONG = 1e-2  # what a negative control must at least be off by
 
 
 @lru_cache
@@ -70,7 +69,7 @@ def test_every_plan_gives_the_oracles_statistics(way: str, layout: str, reentran
             model.get_base_model().gradient_checkpointing_enable({"use_reentrant": reentrant})
         ours = collected_by(model, LAYOUTS[layout](ROWS), WAYS[way], averaging)
         assert worst(ours, truth("Llama", averaging)) <= FLOAT32
-        assert {s.n_tokens for s in ours.values()} == {sum(LENGTHS)}
+        assert {s.n_tokens for s in ours.values()} == {sum(SEVEN_LENGTHS)}
 
 
 @pytest.mark.compat("mistral", "qwen2", "qwen3", "gemma2", "gemma3", "phi3", "gpt2", "gpt-neox", "mixtral", "qwen-moe")
@@ -128,19 +127,19 @@ def test_a_wrong_border_shows(wrong: Callable[..., torch.Tensor], monkeypatch: p
     assert worst(ours, expected) > 100 * FLOAT32
 
 
-QUANTISED = {
+IN_FLOAT32 = {
     "nf4": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": torch.float32},
     "int8": {"load_in_8bit": True},
 }
 
 
 @pytest.mark.parametrize("way", [way for way in WAYS if way != "one pass"])
-@pytest.mark.parametrize("kind", QUANTISED)
+@pytest.mark.parametrize("kind", IN_FLOAT32)
 def test_a_quantised_model_gives_the_same_under_every_plan(tmp_path: Path, kind: str, way: str) -> None:
     """The same batches in the same order: a forward run again is the same to the last bit, int8's rounding too."""
     pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
     wide = Architecture("Llama", {**LLAMA.config, **WIDE}).base()
-    base = quantized(wide, tmp_path, **QUANTISED[kind])
+    base = quantized(wide, tmp_path, **IN_FLOAT32[kind])
     data = [pad(ROWS[:3]), packed(ROWS[3:])]
     one, other = (collected_by(with_lora(copy.deepcopy(base)), data, w) for w in (ONE, WAYS[way]))
     assert worst(other, one) <= FLOAT32

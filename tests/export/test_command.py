@@ -16,14 +16,13 @@ from models import WIDE, tiny_llama, with_lora
 from peft import PeftModel
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
-from words import WORDS, as_lines, tokenizer
+from words import LETTERS, as_lines, tokenizer
 
 from lora_da import LoraDAConfig, initialize_lora_da_weights
 from lora_da.__main__ import main
 from lora_da.export.rows import TokenizedRows, collate
 
 ROOT = Path(__file__).parents[2]
-LETTERS = WORDS[-7:]
 ROWS = [{"prompt": " ".join(LETTERS[n % 5 :]), "completion": f" {' '.join(LETTERS[: 2 + n % 4])}"} for n in range(12)]
 NF4 = BitsAndBytesConfig(
     load_in_4bit=True,
@@ -31,7 +30,7 @@ NF4 = BitsAndBytesConfig(
     bnb_4bit_use_double_quant=True,
     bnb_4bit_compute_dtype=torch.float32,
 )
-QUANTISED = {"--load-in-4bit": NF4, "--load-in-8bit": BitsAndBytesConfig(load_in_8bit=True), None: None}
+CONFIGS = {"--load-in-4bit": NF4, "--load-in-8bit": BitsAndBytesConfig(load_in_8bit=True), None: None}
 
 
 @pytest.fixture(scope="module")
@@ -83,17 +82,17 @@ def test_in_a_process_of_its_own(tmp_path, model, data):
 
 
 @pytest.mark.compat("command")
-@pytest.mark.parametrize("option", QUANTISED)
+@pytest.mark.parametrize("option", CONFIGS)
 def test_the_adapter_is_that_of_ones_own_program(tmp_path, model, data, option, capsys):
     if option is not None:
         pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
     more = ["--samples", "8", "--rank", "4"] + ([option] if option else [])
     assert main(command(model, data, tmp_path / "out", *more)) == 0
     base = AutoModelForCausalLM.from_pretrained(
-        model, dtype="auto", quantization_config=QUANTISED[option], device_map="cpu"
+        model, dtype="auto", quantization_config=CONFIGS[option], device_map="cpu"
     )
     loaded = PeftModel.from_pretrained(base, tmp_path / "out")
-    assert same(weights(loaded), expected_adapter(model, QUANTISED[option]))
+    assert same(weights(loaded), expected_adapter(model, CONFIGS[option]))
     assert capsys.readouterr().out.count("\n") == 1
 
 

@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 from caching import ROWS, plain, same, weights
-from models import pad, tiny_llama, tiny_quantized, with_lora
+from models import PROJECTIONS, QUANTISED, pad, tiny_llama, tiny_quantized, with_lora
 from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file
 from torch.utils.data import DataLoader
@@ -17,7 +17,6 @@ from lora_da import LoraDAConfig, LoraDAError, export_initial_adapter, initializ
 # PEFT's: these bases lie in no folder and on no hub.
 pytestmark = pytest.mark.filterwarnings("ignore:Could not find a config file:UserWarning")
 
-QUANTISED = {"4-bit": {"load_in_4bit": True, "bnb_4bit_use_double_quant": True}, "8-bit": {"load_in_8bit": True}}
 SMALL = LoraDAConfig(samples=8)
 FILES = {"README.md", "adapter_config.json", "adapter_model.safetensors", "lora_da_report.json"}
 
@@ -73,7 +72,7 @@ def test_the_config_says_nothing_but_plain_lora(tmp_path, start):
     assert {name: config[name] for name in said} == said
     # PEFT's own reading of "all-linear": a list, of names or, in so small a model, of whole paths.
     ends = {name.split(".")[-1] for name in config["target_modules"]}
-    assert ends == set("q_proj k_proj v_proj o_proj gate_proj up_proj down_proj".split())
+    assert ends == set(PROJECTIONS)
     plain_config = LoraConfig(r=4, lora_alpha=8).to_dict()
     own = {*said, "target_modules", "inference_mode", "peft_version", "auto_mapping"}
     assert {k: v for k, v in config.items() if k not in own} == {

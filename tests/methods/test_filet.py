@@ -4,6 +4,7 @@ import pytest
 import torch
 from method_oracles import oracle_filet
 from oracle import projector
+from tolerances import EXACT
 
 import lora_da.methods.filet
 from lora_da.methods.common import UnsolvableLayer
@@ -12,8 +13,7 @@ from lora_da.statistics import LayerStatistics
 
 pytestmark = pytest.mark.once
 
-EXACT = 1e-10  # float64 against float64
-FLOAT32 = 1e-4  # a quadratic form of float32 sums, relative to itself
+ENERGIES = 1e-4  # a quadratic form of float32 sums, relative to itself
 SIZES = [(20, 33), (48, 24), (90, 200), (8, 120)]
 
 
@@ -84,7 +84,7 @@ def test_float32_sums_give_the_energies(o: int, i: int) -> None:
     ours = fisher_energies(weight.float(), single(s).input_cov, single(s).output_fisher).double()
     unit = s.input_cov.abs().max() * s.output_fisher.abs().max()
     energies, _ = oracle_filet(weight, s.input_cov, s.output_fisher, 4)
-    assert ((ours * unit - energies).abs() <= FLOAT32 * energies).all()
+    assert ((ours * unit - energies).abs() <= ENERGIES * energies).all()
 
 
 @pytest.mark.parametrize("scale", [1e-15, 1e15])

@@ -4,6 +4,7 @@ import pytest
 import torch
 from method_oracles import oracle_lora_ga, oracle_lora_one
 from oracle import projector
+from tolerances import EXACT
 
 from lora_da.methods.common import UnsolvableLayer
 from lora_da.methods.linalg import largest_singular_triplets
@@ -13,7 +14,6 @@ from lora_da.statistics import LayerStatistics
 
 pytestmark = pytest.mark.once
 
-EXACT = 1e-10  # float64 against float64
 ITERATED = 1e-7  # of wide layers: the residual of the squares over the gaps of these spectra
 SIZES = [(20, 33), (48, 24), (30, 300), (300, 30), (200, 260), (260, 200)]  # the last two are solved by iteration
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from oracle import objective, oracle_solve, projector
+from tolerances import EXACT
 
 from lora_da.config import PRESETS
 from lora_da.methods.linalg import DENSE_UP_TO, TOLERANCE, largest_eigenpairs
@@ -15,7 +16,6 @@ from lora_da.statistics import LayerStatistics
 
 pytestmark = pytest.mark.once
 
-EXACT = 1e-10  # float64 against float64
 AUTHORS = 5e-4  # the authors' vectors were solved in float32; a float64 solution agrees to 5e-5 … 4e-4
 
 

@@ -14,12 +14,10 @@ from mixtures import mixture
 from models import IGNORED, PREFIX, WIDE, batches, pad, tiny_llama, with_lora
 from oracle import OracleStatistics, oracle_statistics, projector
 from other_methods import (
-    FLOAT32,
     METHODS,
     ROWS,
     STARTS_AT_THE_BASE,
     TAKEN,
-    TURNED,
     WAYS,
     check_factors,
     every_method,
@@ -28,6 +26,7 @@ from other_methods import (
 )
 from picture import differences, picture
 from planning import forced, recorded
+from tolerances import FLOAT32, TURNED
 from torch import nn
 from transformers import PreTrainedModel
 

@@ -14,6 +14,7 @@ from collecting import worst
 from models import PREFIX, documents, pad, seeded, with_lora
 from oracle import oracle_statistics
 from planning import Way, forced, recorded
+from tolerances import FLOAT32
 from torch import Tensor, nn
 from transformers import Gemma3nForCausalLM, Gemma3nTextConfig, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
@@ -21,7 +22,6 @@ from lora_da import LoraDAConfig, initialize_lora_da_weights
 from lora_da.adapter import find_adapter
 from lora_da.collect.plan import Plan
 
-FLOAT32 = 2e-5  # float32 model and sums against the float64 oracle
 ROWS = documents((9, 9, 9, 9))  # of one length, so that nothing but the values can give a block away
 BATCHES = {"one batch": [pad(ROWS)], "one row each": [pad([row]) for row in ROWS]}
 

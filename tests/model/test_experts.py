@@ -10,13 +10,12 @@ import torch
 from collecting import collected, distance, worst
 from mixtures import Mixture, mixture
 from models import IGNORED, LENGTHS, Document, batches, documents, packed, pad, with_lora
+from tolerances import FLOAT32, WRONG
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lora_da import LoraDAConfig, LoraDAError, initialize_lora_da_weights
 from lora_da.model.experts import KnownRows
-
-FLOAT32 = 2e-5  # a float32 model and sums against float64
 
 
 def expert_names(model: nn.Module) -> list[str]:
@@ -86,7 +85,7 @@ def test_a_wrong_choice_of_tokens_shows(monkeypatch: pytest.MonkeyPatch) -> None
         return None if found is None else (found + 3) % len(known._rows)
 
     monkeypatch.setattr(KnownRows, "positions_of", shifted)
-    assert worst(collected(with_lora(mixture()), [pad(rows)]), right) > 1e-2
+    assert worst(collected(with_lora(mixture()), [pad(rows)]), right) > WRONG
 
 
 @pytest.mark.compat("experts")

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import transformers
-from models import VOCABULARY, seeded
+from models import PROJECTIONS, VOCABULARY, seeded
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import PreTrainedModel
 
@@ -75,9 +75,7 @@ ARCHITECTURES = {
         Architecture("GPTNeoX", _neox(use_parallel_residual=True)),
         Architecture("Mixtral", {**_moe(num_local_experts=4), "sliding_window": None}, ATTENTION),
         Architecture("Qwen3Moe", _moe(head_dim=8), ATTENTION),
-        Architecture(
-            "Qwen2Moe", _moe(shared_expert_intermediate_size=24), [*ATTENTION, "gate_proj", "up_proj", "down_proj"]
-        ),
+        Architecture("Qwen2Moe", _moe(shared_expert_intermediate_size=24), PROJECTIONS),
     )
 }
 

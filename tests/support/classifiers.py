@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import transformers
 from architectures import ARCHITECTURES, BLOCKS, COMMON, SIZES
-from models import IGNORED, VOCABULARY, seeded, with_lora
+from models import IGNORED, PROJECTIONS, VOCABULARY, seeded, with_lora
 from peft import PeftModel
 from task_oracle import Unit, cross_entropy
 from torch import Tensor, nn
@@ -29,7 +29,7 @@ HEADS = ("score", "classifier")
 # PEFT's "all-linear" includes the head of a token classifier and of DistilBERT, which it then cannot save beside the
 # adapter.
 LINEAR = {
-    "Llama": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
+    "Llama": PROJECTIONS,
     "GPT2": ["c_attn", "c_fc", "c_proj"],
     "Bert": ["query", "key", "value", "dense"],
     "Roberta": ["query", "key", "value", "dense"],

@@ -28,6 +28,11 @@ IGNORED = -100
 LENGTHS = (9, 14, 6, 11)  # of a few documents
 PADDING = 7  # what padding holds, a token like others, so that counting it would show
 PREFIX = "base_model.model."  # what PEFT puts before a base model's names
+LAYERS = f"{PREFIX}model.layers"  # the blocks of a Llama
+PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+N_PROJECTIONS = 14  # of the two blocks of `tiny_llama`
+# What bitsandbytes is asked for.
+QUANTISED = {"4-bit": {"load_in_4bit": True, "bnb_4bit_use_double_quant": True}, "8-bit": {"load_in_8bit": True}}
 NO_DROPOUT = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}  # of GPT-2
 WIDE = {"hidden_size": 64, "intermediate_size": 128}  # blocks of 64 numbers share a scale in 4 bits
 

@@ -12,6 +12,7 @@ from models import PREFIX, documents, packed, pad
 from oracle import OracleStatistics, projector
 from peft import PeftModel
 from planning import Way
+from tolerances import FLOAT32, TURNED
 
 from lora_da import LoraDAConfig, initialize_lora_da_weights
 from lora_da.adapter import find_adapter
@@ -24,8 +25,6 @@ TAKEN = {  # grad, input_cov, output_fisher
     "lora_one": (True, False, False),
     "lora_ga": (True, False, False),
 }
-FLOAT32 = 2e-5  # a float32 model and its sums against the float64 oracle
-TURNED = 1e-3  # that rounding, over the gaps of a tiny model's spectrum
 RANK = 4  # of `models.with_lora`
 ROWS = documents((9, 14, 6, 11, 13, 8, 15, 12))
 BATCHES = [pad(ROWS[:4]), packed(ROWS[4:])]

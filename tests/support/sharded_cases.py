@@ -13,6 +13,7 @@ from accelerate.utils import FullyShardedDataParallelPlugin
 from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 from many_cases import ROWS, SAMPLES, Broken, fails_in, llama, process_group, rank
 from models import WIDE, batches, tiny_llama, with_lora
+from other_methods import METHODS
 from peft import PeftModel
 from planning import Way, forced
 from torch import Tensor, nn
@@ -104,7 +105,6 @@ MODELS: dict[str, Callable[[Path], PeftModel]] = {
     "nf4 in bytes": lambda folder: nf4(folder / "bytes", torch.uint8),
     "nf4 in bfloat16": lambda folder: nf4(folder / "bfloat16", torch.bfloat16),
 }
-METHODS = ("filet", "cntlora", "lora_one", "lora_ga")
 KEPT = ("lora_da", "cntlora")  # with parameters that stay gathered after a forward
 WAYS = {"one pass": Way(), "3 segments": Way(cuts=3), "3 passes": Way(parts=3, row=False)}
 

@@ -26,7 +26,6 @@ from words import word_tokenizer
 from lora_da import LoraDAConfig, initialize_lora_da_weights
 
 BATCH_SIZE = 4
-LAYERS = 14  # linear layers of the two blocks of `tiny_llama`
 KINDS = ("unquantised", "4-bit", "8-bit")
 
 SPECIAL = ("<pad>", "<bos>", "<eos>", "<unk>", "<user>", "<assistant>")

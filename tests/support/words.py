@@ -12,6 +12,7 @@ from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast
 
 WORDS = "<pad> <bos> <eos> <unk> <user> <assistant> <system> a b c d e f g".split()
+LETTERS = WORDS[-7:]
 TEMPLATE = (
     "{% for m in messages %}{{ '<' + m['role'] + '> ' + m['content'] }}"
     "{{ ' <eos> ' if m['role'] == 'assistant' else ' ' }}{% endfor %}"

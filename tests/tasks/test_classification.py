@@ -9,25 +9,25 @@ import torch
 from classifiers import HEADS, LINEAR, K, adapted, classifier, in_batches, losses, number, pad, several, single, tagged
 from collecting import worst
 from dequantized import dequantized, four_bit
-from models import WIDE
+from models import PREFIX, WIDE
 from peft import PeftModel
 from picture import differences, picture
 from planning import ONE, WAYS, collected_by, surveyed_model
 from task_oracle import statistics_of
+from tolerances import FLOAT32, LOSS
 from torch.utils.data import DataLoader
 
 from lora_da import LoraDAConfig, LoraDAError, initialize_lora_da_weights
 from lora_da.adapter import find_adapter
 from lora_da.tasks import find_task
 
-FLOAT32 = 2e-5  # float32 model and sums against the float64 oracle
 KINDS = ("Llama", "GPT2", "Bert", "Roberta", "ModernBert", "DistilBert")
 LABELS = {"one label": (single, {}), "several labels": (several, {}), "a number": (number, {"num_labels": 1})}
 AVERAGING = ("samples", "tokens")
 
 
 def targets(model: PeftModel) -> list[str]:
-    return [layer.name.removeprefix("base_model.model.") for layer in find_adapter(model).layers]
+    return [layer.name.removeprefix(PREFIX) for layer in find_adapter(model).layers]
 
 
 def check(kind, head, rows, batches, way=ONE, averaging="tokens", tolerance=FLOAT32, **config):
@@ -177,7 +177,7 @@ def test_rows_beyond_the_samples_do_not_count(make):
     report = initialize_lora_da_weights(model, in_batches(rows, 4), config, show_progress=False)
     losses_of_five = torch.stack([losses(twin.double().eval(), row).detach()[0] for row in rows[:5]])
     assert (report.samples, report.loss_tokens, report.population_size) == (5, 5, 8)
-    assert report.loss == pytest.approx(losses_of_five.mean().item(), rel=1e-5)
+    assert report.loss == pytest.approx(losses_of_five.mean().item(), rel=LOSS)
 
 
 def test_rows_without_a_label_do_not_count():

@@ -7,11 +7,12 @@ import torch
 from classifiers import adapted, classifier
 from collecting import worst
 from dequantized import dequantized, four_bit
-from models import WIDE, tiny_llama, with_lora
+from models import PREFIX, WIDE, tiny_llama, with_lora
 from picture import differences, picture
 from planning import CPU, PLENTY, WAYS
 from rewards import CENTER, in_batches, losses, pad, pairs, reward_model
 from task_oracle import statistics_of
+from tolerances import FLOAT32, LOSS
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
@@ -23,8 +24,6 @@ from lora_da.collect.survey import survey
 from lora_da.model.state import estimation_mode
 from lora_da.samples.draw import draw
 from lora_da.tasks import RewardLoss, find_task
-
-FLOAT32 = 2e-5  # float32 model and sums against the float64 oracle
 
 
 def collected(model, batches, center=None, way=WAYS["one pass"], averaging="tokens"):
@@ -39,7 +38,7 @@ def collected(model, batches, center=None, way=WAYS["one pass"], averaging="toke
         plan = way.plan(make_plan(seen, layers, full, data.batches, CPU, PLENTY), seen, layers)
         assert (plan.cuts, plan.passes) == (way.cuts, way.parts)
         for served, collector in Sweep(task, data, plan, seen, preset, full, CPU).collected(tqdm(disable=True)):
-            found |= {a.name.removeprefix("base_model.model."): collector.statistics(a.name, 7) for a in served}
+            found |= {a.name.removeprefix(PREFIX): collector.statistics(a.name, 7) for a in served}
     return found
 
 
@@ -101,7 +100,7 @@ def test_pairs_beyond_the_samples_do_not_count():
     report = initialize_lora_da_weights(model, in_batches(found, 4), config, show_progress=False, reward=RewardLoss())
     expected = torch.stack([losses(0)(twin, pair).detach()[0] for pair in found[:5]]).mean()
     assert (report.samples, report.population_size) == (5, 8)
-    assert report.loss == pytest.approx(expected.item(), rel=1e-5)
+    assert report.loss == pytest.approx(expected.item(), rel=LOSS)
 
 
 def test_four_bit_equals_its_dequantised_twin(tmp_path):

@@ -6,12 +6,12 @@ import json
 import pytest
 import torch
 from datasets import Dataset
-from models import documents, lora, with_lora
+from models import N_PROJECTIONS, documents, lora, with_lora
 from peft import PeftModel
 
 pytest.importorskip("trl", reason="TRL is not installed")
 
-from trainers import KINDS, LAYERS, FirstStep, adapter, base, by_hand, same_bits, sft
+from trainers import KINDS, FirstStep, adapter, base, by_hand, same_bits, sft
 
 from lora_da import LoraDAConfig
 from lora_da.errors import LoraDAError
@@ -51,7 +51,7 @@ def test_the_report_lies_beside_the_adapter_and_one_line_is_printed(folder, tmp_
     assert (tmp_path / "adapter_config.json").exists()
     saved = json.loads((tmp_path / "lora_da_report.json").read_text(encoding="utf-8"))
     assert saved == dataclasses.asdict(initializer.report)
-    assert saved["initialized"] == saved["targeted"] == len(saved["layers"]) == LAYERS
+    assert saved["initialized"] == saved["targeted"] == len(saved["layers"]) == N_PROJECTIONS
 
     counted = documents(20)[:10]
     assert saved["samples"] == 10 and saved["population_size"] == 20
@@ -60,7 +60,7 @@ def test_the_report_lies_beside_the_adapter_and_one_line_is_printed(folder, tmp_
     lines = [line for line in capsys.readouterr().out.splitlines() if "LoRA-DA" in line]
     (line,) = lines
     assert line.startswith(
-        f"LoRA-DA: initialised {LAYERS} of {LAYERS} layers from 10 samples, {saved['tokens']} tokens"
+        f"LoRA-DA: initialised {N_PROJECTIONS} of {N_PROJECTIONS} layers from 10 samples, {saved['tokens']} tokens"
     )
 
 

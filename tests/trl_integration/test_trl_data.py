@@ -3,6 +3,7 @@
 import pytest
 from datasets import Dataset
 from models import IGNORED, documents
+from tolerances import REBATCHED
 
 pytest.importorskip("trl", reason="TRL is not installed")
 
@@ -11,7 +12,6 @@ from trl_rows import (
     ALL,
     CONFIG,
     COUNT,
-    OTHER_ROWS,
     SAMPLES,
     at_first_step,
     conversations,
@@ -79,10 +79,10 @@ def test_a_sample_of_packed_rows_is_a_document(folder, tmp_path, packing, attent
     assert initializer.report.population_size == COUNT
 
     alone = by_hand(base(folder, attn_implementation=attention), rows, ALL, bf16=False)
-    assert worst_difference(first.adapter, alone) < OTHER_ROWS
+    assert worst_difference(first.adapter, alone) < REBATCHED
     joined = [{key: [i for row in rows[n : n + 4] for i in row[key]] for key in rows[0]} for n in range(0, COUNT, 4)]
     leaking = by_hand(base(folder, attn_implementation=attention), joined, ALL, bf16=False)
-    assert worst_difference(leaking, alone) > 100 * OTHER_ROWS
+    assert worst_difference(leaking, alone) > 100 * REBATCHED
 
 
 def test_a_document_without_loss_changes_nothing_in_its_row(folder, tmp_path):
@@ -96,9 +96,9 @@ def test_a_document_without_loss_changes_nothing_in_its_row(folder, tmp_path):
     assert counted(report) == counts(silent)
     assert counts(silent) < counts(rows)
     changed = at_first_step(folder, tmp_path, Dataset.from_list(others), ALL, **packing)[1]
-    assert worst_difference(changed, adapter) < OTHER_ROWS
+    assert worst_difference(changed, adapter) < REBATCHED
     spoken = at_first_step(folder, tmp_path, Dataset.from_list(rows), ALL, **packing)[1]
-    assert worst_difference(spoken, adapter) > 100 * OTHER_ROWS
+    assert worst_difference(spoken, adapter) > 100 * REBATCHED
 
 
 def test_rows_of_wrapped_packing_are_samples(folder, tmp_path):
