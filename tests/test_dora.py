@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from collecting import distance
 from models import NO_DROPOUT, PREFIX, batches, documents, tiny_gpt2, tiny_llama, tiny_quantized, with_lora
 from picture import differences, picture
 
@@ -37,10 +38,6 @@ def logits(model):
     """In train mode: for evaluation on a CPU bitsandbytes repacks what PEFT's DoRA reads as 4-bit weights."""
     with torch.no_grad():
         return model.train()(torch.arange(3, 40)[None]).logits.double()
-
-
-def distance(a, b):
-    return ((a - b).norm() / b.norm()).item()
 
 
 @pytest.mark.compat("dora")

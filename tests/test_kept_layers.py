@@ -7,7 +7,8 @@ import logging
 import pytest
 import torch
 from faults import poison
-from models import LAYERS, PREFIX, batches, documents, tiny_llama, tiny_mixtral, with_lora
+from logs import warnings_of
+from models import LAYERS, PREFIX, adapter_weights, batches, documents, tiny_llama, tiny_mixtral, with_lora
 from picture import differences, picture
 from torch import nn
 
@@ -21,18 +22,10 @@ def initialize(model, **options):
     return initialize_lora_da_weights(model, DATA, SMALL, **{"show_progress": False, **options})
 
 
-def adapter_weights(model):
-    return {name: p.detach().clone() for name, p in model.named_parameters() if "lora_" in name}
-
-
 def changed(before, model):
     """The layers whose adapter is other than it was."""
     now = adapter_weights(model)
     return {name.split(".lora_")[0] for name in before if not torch.equal(before[name], now[name])}
-
-
-def warnings_of(caplog):
-    return [record.getMessage() for record in caplog.records if record.name.startswith("lora_da")]
 
 
 @pytest.mark.parametrize(

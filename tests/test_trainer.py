@@ -7,14 +7,14 @@ import re
 import numpy as np
 import pytest
 import torch
-from models import IGNORED, N_PROJECTIONS, VOCABULARY, documents, with_lora
+from models import IGNORED, N_PROJECTIONS, VOCABULARY, adapter_weights, documents, with_lora
 from tolerances import REBATCHED
 from torch.utils.data import Dataset, IterableDataset
 from transformers import Trainer, TrainerCallback
 
 pytest.importorskip("trl", reason="TRL is not installed")
 
-from trainers import KINDS, FirstStep, adapter, base, by_hand, plain, same_bits, sft, worst_difference
+from trainers import KINDS, FirstStep, base, by_hand, plain, same_bits, sft, worst_difference
 
 from lora_da import LoraDAConfig
 from lora_da.errors import LoraDAError
@@ -108,7 +108,7 @@ def test_a_resumed_run_is_left_alone(folder, tmp_path, capsys):
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
     assert lines(capsys) == ["LoRA-DA: left the adapter as it is: training resumes at step 1"]
     assert initializer.report.skipped == "training resumes at step 1"
-    assert same_bits(adapter(resumed.model), adapter(whole.model))
+    assert same_bits(adapter_weights(resumed.model), adapter_weights(whole.model))
     saved = json.loads((tmp_path / "lora_da_report.json").read_text(encoding="utf-8"))
     assert saved["initialized"] == N_PROJECTIONS, "the report of the first start was lost"
 
@@ -121,7 +121,7 @@ def test_a_second_train_goes_on_from_the_first(tmp_path, model, make, capsys):
     first = FirstStep()
     trainer = make(model, Rows.from_list(documents(20)), tmp_path, LoraDAInitializer(CONFIG), first)
     trainer.train()
-    trained, first.adapter = adapter(trainer.model), {}
+    trained, first.adapter = adapter_weights(trainer.model), {}
     trainer.train()
     assert same_bits(first.adapter, trained)
     started, left = lines(capsys)
@@ -133,7 +133,7 @@ def test_a_second_train_goes_on_from_the_first(tmp_path, model, make, capsys):
 def test_a_trained_adapter_is_left_alone(tmp_path, model, capsys):
     last = [parameter for name, parameter in model.named_parameters() if "lora_B" in name][-1]
     last.data[0, 0] = 1e-3
-    before, first, initializer = adapter(model), FirstStep(), LoraDAInitializer(CONFIG)
+    before, first, initializer = adapter_weights(model), FirstStep(), LoraDAInitializer(CONFIG)
     plain(model, documents(20), tmp_path, initializer, first).train()
     assert same_bits(first.adapter, before)
     assert initializer.report.skipped == "it carries trained weights"
@@ -193,10 +193,10 @@ def test_a_pass_that_fails_midway_leaves_the_model(tmp_path, model, monkeypatch)
 
     head = model.get_output_embeddings()
     head.register_forward_hook(fail)
-    before = adapter(model)
+    before = adapter_weights(model)
     with pytest.raises(ArithmeticError, match="midway"):
         plain(model, documents(20), tmp_path, LoraDAInitializer(CONFIG)).train()
-    assert same_bits(adapter(model), before)
+    assert same_bits(adapter_weights(model), before)
     assert all(p.requires_grad == ("lora_" in name) for name, p in model.named_parameters())
     assert all(p.grad is None for p in model.parameters())
     assert [m for m in model.modules() if m._forward_hooks] == [head]

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from caching import same, weights
-from models import WIDE, tiny_llama, with_lora
+from caching import identical
+from models import WIDE, adapter_weights, tiny_llama, with_lora
 from peft import PeftModel
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
@@ -57,7 +57,7 @@ def expected_adapter(model, quantisation=None, samples=8, **lora):
     peft_model = with_lora(base, **lora)
     loader = DataLoader(TokenizedRows(ROWS, tokenizer(), 2048), collate_fn=collate)
     initialize_lora_da_weights(peft_model, loader, LoraDAConfig(samples=samples), show_progress=False)
-    return weights(peft_model)
+    return adapter_weights(peft_model)
 
 
 @pytest.mark.compat("command")
@@ -75,7 +75,7 @@ def test_in_a_process_of_its_own(tmp_path, model, data):
     assert "12 rows" in done.stderr and f"saved in {tmp_path / 'out'}" in done.stderr
     base = AutoModelForCausalLM.from_pretrained(model, dtype="auto")
     loaded = PeftModel.from_pretrained(base, tmp_path / "out")
-    assert same(weights(loaded), expected_adapter(model))
+    assert identical(adapter_weights(loaded), expected_adapter(model))
     config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == str(model)
     assert (config["r"], config["lora_alpha"], config["task_type"]) == (4, 8, "CAUSAL_LM")
@@ -92,7 +92,7 @@ def test_the_adapter_is_that_of_ones_own_program(tmp_path, model, data, option, 
         model, dtype="auto", quantization_config=CONFIGS[option], device_map="cpu"
     )
     loaded = PeftModel.from_pretrained(base, tmp_path / "out")
-    assert same(weights(loaded), expected_adapter(model, CONFIGS[option]))
+    assert identical(adapter_weights(loaded), expected_adapter(model, CONFIGS[option]))
     assert capsys.readouterr().out.count("\n") == 1
 
 

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from collecting import distance
 from method_oracles import oracle_lora_ga, oracle_lora_one
 from oracle import projector
 from tolerances import EXACT
@@ -31,19 +32,15 @@ def taken(grad: torch.Tensor) -> LayerStatistics:
     return LayerStatistics(grad, None, None, 400)
 
 
-def relative(a: torch.Tensor, b: torch.Tensor) -> float:
-    return (torch.linalg.norm(a - b) / torch.linalg.norm(b)).item()
-
-
 @pytest.mark.parametrize(("o", "i"), SIZES)
 def test_lora_one_is_its_formula(o: int, i: int) -> None:
     grad, rank, gamma = gradient(o, i), 4, 128.0
     ours = lora_one(taken(grad), rank, gamma=gamma)
     lora_A, lora_B = oracle_lora_one(grad, rank, gamma)
-    assert relative(ours.lora_B @ ours.lora_A, lora_B @ lora_A) <= ITERATED
+    assert distance(ours.lora_B @ ours.lora_A, lora_B @ lora_A) <= ITERATED
     # pair by pair, whose signs are free together
     for k in range(rank):
-        assert relative(torch.outer(ours.lora_B[:, k], ours.lora_A[k]), torch.outer(lora_B[:, k], lora_A[k])) <= 1e-5
+        assert distance(torch.outer(ours.lora_B[:, k], ours.lora_A[k]), torch.outer(lora_B[:, k], lora_A[k])) <= 1e-5
         assert ours.lora_A[k].norm().item() == pytest.approx(lora_A[k].norm().item(), rel=ITERATED)
         assert ours.lora_B[:, k].norm().item() == pytest.approx(lora_A[k].norm().item(), rel=ITERATED)
 
@@ -52,7 +49,7 @@ def test_lora_one_goes_downhill_by_one_over_gamma() -> None:
     grad = gradient(40, 60)
     ours = lora_one(taken(grad), 40, gamma=4.0)
     step = ours.lora_B @ ours.lora_A
-    assert relative(step, -grad / torch.linalg.matrix_norm(grad, 2) / 4) <= EXACT
+    assert distance(step, -grad / torch.linalg.matrix_norm(grad, 2) / 4) <= EXACT
     assert (grad * step).sum() < 0
     assert ours.bias_captured == pytest.approx(1.0)
 
@@ -62,8 +59,8 @@ def test_lora_ga_has_the_papers_lora_a_and_moves_nothing(o: int, i: int) -> None
     grad, rank = gradient(o, i), 4
     ours = lora_ga(taken(grad), rank, gamma=16.0)
     truth = oracle_lora_ga(grad, rank, 16.0)
-    assert relative(projector(ours.lora_A.T), projector(truth.T)) <= 1e-5
-    assert relative(ours.lora_A @ ours.lora_A.T, truth @ truth.T) <= EXACT  # orthogonal rows of one length
+    assert distance(projector(ours.lora_A.T), projector(truth.T)) <= 1e-5
+    assert distance(ours.lora_A @ ours.lora_A.T, truth @ truth.T) <= EXACT  # orthogonal rows of one length
     assert ours.lora_B.shape == (o, rank) and not ours.lora_B.any()
     share = torch.linalg.svdvals(grad)[:rank].square().sum() / grad.square().sum()
     assert ours.bias_captured == pytest.approx(share.item(), rel=1e-6)
@@ -94,7 +91,7 @@ def test_a_gradient_of_three_tokens(o: int, i: int) -> None:
     assert lora_one(taken(grad), 3, gamma=128.0).bias_captured == pytest.approx(1.0)
     ours = lora_ga(taken(grad), 8, gamma=16.0)
     gram = ours.lora_A @ ours.lora_A.T
-    assert relative(gram, torch.eye(8, dtype=torch.float64) * o**0.5 / 16) <= 1e-8
+    assert distance(gram, torch.eye(8, dtype=torch.float64) * o**0.5 / 16) <= 1e-8
     assert ours.bias_captured == pytest.approx(1.0)
 
 
@@ -112,7 +109,7 @@ def test_small_singular_values_are_found_beside_large_ones(m: int, n: int) -> No
     values = torch.logspace(0, -6, 150, dtype=torch.float64)
     matrix = (u * values) @ v.T
     found = largest_singular_triplets(matrix, torch.randn(400, 24, generator=g, dtype=torch.float64), 16)
-    assert relative(found.values, values[:16]) <= 1e-8
-    assert relative((found.left * found.values) @ found.right.T, (u[:, :16] * values[:16]) @ v[:, :16].T) <= 1e-5
+    assert distance(found.values, values[:16]) <= 1e-8
+    assert distance((found.left * found.values) @ found.right.T, (u[:, :16] * values[:16]) @ v[:, :16].T) <= 1e-5
     for side in (found.left, found.right):
-        assert relative(side.T @ side, torch.eye(16, dtype=torch.float64)) <= 1e-8
+        assert distance(side.T @ side, torch.eye(16, dtype=torch.float64)) <= 1e-8

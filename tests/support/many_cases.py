@@ -13,11 +13,10 @@ import pytest
 import torch
 from datasets import Dataset
 from mixtures import mixture
-from models import WIDE, batches, documents, tiny_llama, with_lora
+from models import WIDE, adapter_weights, batches, documents, tiny_llama, with_lora
 from peft import LoraConfig, PeftModel, get_peft_model
 from picture import differences, picture
 from planning import Way, forced, recorded
-from torch import Tensor
 from torch import distributed as dist
 from trainers import FirstStep, plain, sft
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
@@ -49,10 +48,6 @@ def process_group() -> Iterator[None]:
         dist.destroy_process_group()
 
 
-def adapter(model: PeftModel) -> dict[str, Tensor]:
-    return {name: p.detach().clone() for name, p in model.named_parameters() if "lora_" in name}
-
-
 def initialized(model: PeftModel, way: Way, rows: Any = None, **settings: Any) -> dict[str, Any]:
     """The adapter, what the report counts, and which layers this process solved, under one forced plan."""
     population = 1000 if settings.get("method", "lora_da") == "lora_da" else None
@@ -60,7 +55,7 @@ def initialized(model: PeftModel, way: Way, rows: Any = None, **settings: Any) -
     with forced(way), recorded() as statistics:
         report = initialize_lora_da_weights(model, rows or batches(ROWS, 3), config, show_progress=False)
     return {
-        "adapter": adapter(model),
+        "adapter": adapter_weights(model),
         "solved": sorted(statistics),
         "counts": (report.initialized, report.samples, report.tokens, report.loss_tokens, report.failed, report.left),
         "layer tokens": {name: layer.tokens for name, layer in report.layers.items()},
@@ -208,7 +203,7 @@ def trained(folder: Path) -> dict[str, Any]:
         assert initializer.report is not None
         found[name] = {
             "start": start.adapter,
-            "end": adapter(trainer.model),
+            "end": adapter_weights(trainer.model),
             "processes": trainer.args.world_size,
             "counts": (initializer.report.initialized, initializer.report.samples, initializer.report.tokens),
             "hooks": start.seen["hooks"],

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import IterableDataset
 from transformers import (
     BitsAndBytesConfig,
@@ -182,6 +182,11 @@ def packed(rows: Sequence[Document]) -> dict[str, Tensor]:
         "labels": torch.tensor([[label for row in rows for label in [IGNORED, *row["labels"][1:]]]]),
         "position_ids": torch.tensor([[i for row in rows for i in range(len(row["input_ids"]))]]),
     }
+
+
+def adapter_weights(model: nn.Module) -> dict[str, Tensor]:
+    """Copies of them."""
+    return {name: p.detach().clone() for name, p in model.named_parameters() if "lora_" in name}
 
 
 def lived_in(model: PeftModel) -> PeftModel:

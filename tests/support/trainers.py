@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from models import VOCABULARY, WIDE, lora, pad, tiny_llama, with_lora
+from models import VOCABULARY, WIDE, adapter_weights, lora, pad, tiny_llama, with_lora
 from peft import LoraConfig, PeftModel
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -120,7 +120,7 @@ class FirstStep(TrainerCallback):
     def on_step_begin(self, args, state, control, model=None, **kwargs):
         if self.adapter:
             return
-        self.adapter = adapter(model)
+        self.adapter = adapter_weights(model)
         self.seen = {
             "torch": torch.get_rng_state().tolist(),
             "python": random.getstate(),
@@ -137,10 +137,6 @@ class FirstStep(TrainerCallback):
         }
 
 
-def adapter(model: nn.Module) -> dict[str, Tensor]:
-    return {name: p.detach().clone() for name, p in model.named_parameters() if "lora_" in name}
-
-
 def by_hand(
     model: nn.Module, rows: Any, config: LoraDAConfig, bf16: bool = True, batch_size: int = BATCH_SIZE
 ) -> dict[str, Tensor]:
@@ -150,7 +146,7 @@ def by_hand(
         initialize_lora_da_weights(
             peft_model, DataLoader(list(rows), batch_size, collate_fn=pad), config, show_progress=False
         )
-    return adapter(peft_model)
+    return adapter_weights(peft_model)
 
 
 def same_bits(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:

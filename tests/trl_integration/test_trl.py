@@ -6,12 +6,12 @@ import json
 import pytest
 import torch
 from datasets import Dataset
-from models import N_PROJECTIONS, documents, lora, with_lora
+from models import N_PROJECTIONS, adapter_weights, documents, lora, with_lora
 from peft import PeftModel
 
 pytest.importorskip("trl", reason="TRL is not installed")
 
-from trainers import KINDS, FirstStep, adapter, base, by_hand, same_bits, sft
+from trainers import KINDS, FirstStep, base, by_hand, same_bits, sft
 
 from lora_da import LoraDAConfig
 from lora_da.errors import LoraDAError
@@ -40,7 +40,7 @@ def test_the_adapter_is_that_of_the_peft_call(folder, tmp_path, rows, kind, dtyp
     expected = by_hand(base(folder, kind, dtype), trainer.train_dataset, CONFIG)
     assert same_bits(first.adapter, expected)
     assert all(weight.any() for weight in first.adapter.values())
-    assert not same_bits(adapter(trainer.model), expected), "the step was not taken"
+    assert not same_bits(adapter_weights(trainer.model), expected), "the step was not taken"
 
 
 def test_the_report_lies_beside_the_adapter_and_one_line_is_printed(folder, tmp_path, rows, capsys):

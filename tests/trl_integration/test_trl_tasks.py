@@ -25,8 +25,8 @@ from transformers import (
 
 pytest.importorskip("trl", reason="TRL is not installed")
 
-from models import lora
-from trainers import COMMON, FirstStep, adapter, same_bits, tokenizer
+from models import adapter_weights, lora
+from trainers import COMMON, FirstStep, same_bits, tokenizer
 from trl import RewardConfig, RewardTrainer
 
 from lora_da import LoraDAConfig, initialize_lora_da_weights
@@ -64,7 +64,7 @@ def by_hand(model, rows, collate, bf16=False, **options):
     loader = DataLoader(list(rows), 4, collate_fn=collate)
     with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
         initialize_lora_da_weights(model, loader, CONFIG, show_progress=False, **options)
-    return adapter(model)
+    return adapter_weights(model)
 
 
 def callbacks():
@@ -147,7 +147,7 @@ def test_reward(tmp_path, center, margins):
         peft_config=lora(task_type="SEQ_CLS", init_lora_weights=True),
         callbacks=[initializer, first],
     )
-    before = adapter(trainer.model)
+    before = adapter_weights(trainer.model)
     found = trained(trainer, first, initializer)
     assert not same_bits(found, before)
     model = classifiers.adapted(rewards.reward_model())
