@@ -152,7 +152,7 @@ def test_a_start_of_another_rank_shows() -> None:
 
 @pytest.mark.compat("several-adapters")
 def test_only_the_chosen_adapter_is_written() -> None:
-    """Of adapters of different ranks on overlapping layers."""
+    """Adapters of different ranks lie on overlapping layers."""
     base = tiny_llama()
     model = with_lora(copy.deepcopy(base))
     model.add_adapter("small", LoraConfig(r=2, target_modules=["q_proj", "up_proj"]))
@@ -189,7 +189,7 @@ OTHER_INITS = ["pissa", "pissa_niter_4", "olora", "eva", "corda", "loftq", "orth
 @pytest.mark.refused("other-init")
 @pytest.mark.parametrize("name", [*OTHER_INITS, False])
 def test_another_start_is_refused_by_its_name(name: str | bool) -> None:
-    """As the adapter's config says it; some of them want data before PEFT builds them."""
+    """The adapter's config says it; some starts want data before PEFT builds them."""
     model = with_lora(tiny_llama())
     model.peft_config["default"].init_lora_weights = name
     before = picture(model)

@@ -217,7 +217,7 @@ def test_a_loss_that_is_not_finite(poison):
 
 @pytest.mark.parametrize("build", [tiny_llama, tiny_gpt2])
 def test_a_layer_that_is_never_called(build):
-    """As under a fused kernel: the module computes with the layer's weight and passes the layer by.
+    """A fused kernel may compute with the layer's weight and pass the layer by.
 
     An error although it is but one of more than twenty layers, which a layer without a solution would not be.
     """

@@ -139,7 +139,7 @@ def test_a_failure_halfway_through_lifting_puts_them_back_too(fused, monkeypatch
 
 
 def test_unfused_attention_stays_callable(fused):
-    """With one kernel only, Axolotl binds its own plain functions to the other slots of the rewritten forward."""
+    """Where there is one kernel only, Axolotl binds its own plain functions to the rewritten forward's other slots."""
     model = fused("lora_o_kernel")
     with lifted_lora_kernels(model):
         assert fired(model)["q_proj"] == fired(model)["o_proj"] == 2

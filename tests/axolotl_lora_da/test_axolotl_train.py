@@ -141,7 +141,7 @@ def test_variants_start_from_it_too(folder: Path, name: str, changes: dict) -> N
 
 
 def check_saved(folder: Path, name: str, **lora: object) -> None:
-    """That a run's report and adapter are those of the PEFT call."""
+    """Compare a run's report and adapter with those of the PEFT call."""
     report = json.loads((folder / name / "lora_da_report.json").read_text())
     model, counted = by_peft_call(folder, **lora)
     assert {key: report[key] for key in counted} == counted

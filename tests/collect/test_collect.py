@@ -171,7 +171,7 @@ def test_grad_is_autograds_weight_grad(dtype: torch.dtype) -> None:
 
 
 def test_one_token_makes_kfac_exact() -> None:
-    """With one counted token the K-FAC block Y ⊗ Z is the outer product of the gradient with itself."""
+    """The K-FAC block Y ⊗ Z of one counted token is the outer product of the gradient with itself."""
     layer, x = nn.Linear(5, 3, dtype=torch.float64), torch.randn(1, 1, 5, dtype=torch.float64)
     collector = Collector({"l": layer}, frozenset(["l"]))
     with collector.observing():

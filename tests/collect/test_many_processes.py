@@ -63,7 +63,7 @@ def test_four_processes_give_what_one_gives(four: Any, alone: dict[str, Any]) ->
 
 
 def test_other_samples_are_told_apart(alone: dict[str, Any]) -> None:
-    """That the tolerance of these tests is none for another set of samples."""
+    """Another set of samples is outside the tolerance of these tests."""
     fewer = initialized(llama(), Way(), rows=batches(ROWS[1:], 3))
     assert worst_difference(fewer["adapter"], alone["one pass"]["adapter"]) > 10 * TURNED
 

@@ -125,7 +125,7 @@ def test_smaller_batches_before_layers_in_parts() -> None:
 
 
 def test_a_forecast_holds_the_sums() -> None:
-    """Of a segment: what its sums take, one Z for each input that layers share; and more for activations."""
+    """A segment's is what its sums take, one Z for each input that layers share, and more for activations."""
     planner = Planner()
     for full_fisher in (False, True):
         plan = planner(PLENTY, full_fisher)

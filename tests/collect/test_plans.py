@@ -77,7 +77,7 @@ def test_every_plan_gives_the_oracles_statistics(way: str, layout: str, reentran
 @pytest.mark.parametrize("way", ["one pass", "a segment for each block", "3 passes"])
 @pytest.mark.parametrize("name", [name for name in ARCHITECTURES if name != LLAMA.name])
 def test_every_architecture_gives_the_oracles_statistics(name: str, way: str, layout: str) -> None:
-    """That it really was streamed is part of `collected_by`."""
+    """`collected_by` makes sure that it really was streamed."""
     ours = collected_by(fresh(name), LAYOUTS[layout](ROWS), WAYS[way])
     assert worst(ours, truth(name, "tokens")) <= FLOAT32
 

@@ -20,7 +20,7 @@ SIZES = [(20, 33), (48, 24), (30, 300), (300, 30), (200, 260), (260, 200)]  # th
 
 
 def gradient(o: int, i: int, n: int = 400, seed: int = 0) -> torch.Tensor:
-    """Of tokens with a few strong input channels, one of them huge."""
+    """G of tokens with a few strong input channels, one of them huge."""
     g = torch.Generator().manual_seed(seed)
     x = torch.randn(n, i, generator=g, dtype=torch.float64) * torch.logspace(1, -2, i, dtype=torch.float64)
     x[:, i // 2] *= 1e3

@@ -127,7 +127,7 @@ def test_the_report_says_what_was_done(method: str, tmp_path: Path) -> None:
 
 @every_method
 def test_a_head_is_started_too(method: str) -> None:
-    """Of its inputs those of the tokens that carry loss, as in LoRA-DA."""
+    """Its statistics are taken over the tokens that carry loss, as in LoRA-DA."""
     model, base = with_lora(tiny_llama(), target_modules=["lm_head", "q_proj"]), tiny_llama()
     report = start(model, method)
     assert report.initialized == report.targeted == 3

@@ -118,7 +118,7 @@ def test_positions_of_rows() -> None:
 
 
 def test_experts_that_are_never_called_are_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As under a kernel that computes the mixture from its weights."""
+    """A kernel may compute the mixture from its weights and pass the layers by."""
     model = with_lora(mixture(), target_modules=r".*experts.*_proj")
 
     def fused(self: Mixture, x: Tensor) -> Tensor:

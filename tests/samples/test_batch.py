@@ -56,7 +56,7 @@ def batch_of(inputs: dict[str, Any], limit: int = MANY) -> Batch:
 
 
 def seen(batch: Batch) -> list[tuple[list[int], list[int], int]]:
-    """Of each counted document its tokens, the targets they predict, and how many carry loss."""
+    """Each counted document's tokens, the targets they predict, and how many carry loss."""
     ids, found = batch.inputs["input_ids"].flatten(), []
     for number in range(batch.tokens.n_documents):
         of = batch.tokens.document == number
@@ -178,7 +178,7 @@ def test_rows_are_not_put_together_where_that_would_change_them(
 
 
 def statistics(data: Any, ran: list[int] | None = None) -> dict[str, LayerStatistics]:
-    """Of an initialisation on the first rows of `data`; the tokens that the decoder reads go to `ran`."""
+    """Initialise on the first rows of `data`; how many tokens the decoder reads, batch by batch, goes to `ran`."""
     model = with_lora(LLAMA.base())
 
     def note(_module: Any, args: tuple[Any, ...], output: Tensor) -> None:

@@ -107,7 +107,7 @@ def in_batches(rows: Sequence[Unit], size: int, **padding: Any) -> list[dict[str
 
 
 def losses(twin: nn.Module, unit: Unit) -> Tensor:
-    """As the documentation of transformers states them, in float64, by hand."""
+    """The losses that the documentation of transformers states, in float64, by hand."""
     logits, labels = twin(input_ids=unit["input_ids"][None]).logits[0], unit["labels"]
     if labels.shape == unit["input_ids"].shape:  # no row has as many tokens as there are labels to choose from
         return cross_entropy(logits, labels)

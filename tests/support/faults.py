@@ -47,7 +47,7 @@ class Fault:
         raise self.kind("midway")
 
     def in_the_sweep(self, tensor: Tensor) -> Tensor:
-        """As a call, in forwards of the sweep whose activations are kept."""
+        """Count as a call, in forwards of the sweep whose activations are kept."""
         return self(tensor) if self.swept and torch.is_grad_enabled() else tensor  # type: ignore[return-value]
 
 

@@ -69,7 +69,7 @@ def llama() -> PeftModel:
 
 
 def experts() -> PeftModel:
-    """Of each mixture one expert that no token goes to; with so few tokens, others are idle in some processes only."""
+    """No token goes to one expert of each mixture; with so few tokens, others are idle in some processes only."""
     base = mixture(closed=1)
     torch.manual_seed(0)
     return get_peft_model(base, LoraConfig(r=2, target_modules=["gate_proj", "up_proj", "down_proj", "q_proj"]))

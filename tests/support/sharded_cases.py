@@ -26,7 +26,7 @@ from lora_da.collect.schedule import Sweep
 
 
 def sharded(model: PeftModel, block: str = "LlamaDecoderLayer", reshard: bool = True) -> PeftModel:
-    """As the Trainer's accelerator prepares it."""
+    """Shard the model as the Trainer's accelerator does."""
     kind = FullyShardedDataParallelPlugin(
         fsdp_version=2,
         auto_wrap_policy="transformer_based_wrap",

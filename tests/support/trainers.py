@@ -165,7 +165,7 @@ def steps(weights: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def worst_difference(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
-    """Of the layers' steps, the largest relative difference; of their lora_A where both have no step yet."""
+    """The largest relative difference of the layers' steps, or of their lora_A where both have no step yet."""
     first, second = steps(one), steps(other)
     assert first and set(first) == set(second)
     for name in first:

@@ -67,7 +67,7 @@ def test_labels_of_tokens(kind, averaging):
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize(("kind", "head"), [("Llama", "Sequence"), ("ModernBert", "Sequence"), ("Bert", "Token")])
 def test_every_way_of_running(kind, head, way):
-    """Of ModernBert the blocks alone: its pooling head is behind them, and a model that is served there is not cut."""
+    """ModernBert's blocks alone: its pooling head is behind them, and a model that is served there is not cut."""
     rows = single() if head == "Sequence" else tagged()
     model = adapted(classifier(kind, head), target_modules=LINEAR[kind])
     oracle = statistics_of(classifier(kind, head), rows, losses, targets(model), "samples")
@@ -87,7 +87,7 @@ def test_layers_that_read_all_tokens_in_one_list(size):
 
 @pytest.mark.parametrize(("head", "make"), [("Sequence", single), ("Sequence", several), ("Token", tagged)])
 def test_a_batch_in_which_nothing_counts_adds_nothing(head, make):
-    """As one of several processes may have to run it beside the others."""
+    """One of several processes may have to run it beside the others."""
     task = find_task(classifier("Llama", head))
     batch = task.read(pad(make(3)), 100)
     nothing = replace(

@@ -104,7 +104,7 @@ def test_rows_of_a_dataloader_are_batched_by_length():
 
 
 def test_decoder_inputs_of_the_users_own():
-    """As DataCollatorForSeq2Seq makes them when it is given the model; a mask says which of them the decoder reads."""
+    """DataCollatorForSeq2Seq makes them when it is given the model; a mask says which of them the decoder reads."""
     rows, base = pairs(), translator("Bart")
     batches = in_batches(rows, 3)
     for batch in batches:

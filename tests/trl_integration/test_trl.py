@@ -90,7 +90,7 @@ def test_a_model_that_is_a_peft_model_already(folder, tmp_path, rows):
 
 @pytest.mark.compat("modules-to-save")
 def test_new_tokens_and_their_head_are_trained_beside_the_adapter(folder, tmp_path, rows):
-    """As TRL sets it up where a chat template brings tokens of its own."""
+    """TRL sets it up so where a chat template brings tokens of its own."""
     first = FirstStep()
     beside = lora(trainable_token_indices={"embed_tokens": [4, 5]}, modules_to_save=["lm_head"])
     trainer = sft(base(folder), rows, tmp_path, LoraDAInitializer(CONFIG), first, lora_config=beside)

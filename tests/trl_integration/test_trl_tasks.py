@@ -111,7 +111,7 @@ def test_token_classification(tmp_path, kind):
 @pytest.mark.parametrize("kind", ["T5", "Bart"])
 @pytest.mark.parametrize("told", [True, False])
 def test_sequence_to_sequence(tmp_path, kind, told):
-    """With and without the collator being told the model, which then makes the decoder's inputs."""
+    """The collator is told the model or not; told, it makes the decoder's inputs."""
     rows = translators.pairs(12)
     initializer, first = callbacks()
     model = translators.adapted(translators.translator(kind))
