@@ -7,7 +7,7 @@ from types import MethodType
 
 import pytest
 import torch
-from models import PROJECTIONS
+from models import PROJECTIONS, tiny_llama, with_lora
 from torch import nn
 
 pytest.importorskip("axolotl", reason="Axolotl is not installed")
@@ -15,9 +15,7 @@ pytestmark = [pytest.mark.axolotl, pytest.mark.filterwarnings("default")]  # Axo
 
 from axolotl.monkeypatch import lora_kernels
 from axolotl.utils.dict import DictDefault
-from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import LoraLayer
-from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaAttention
 
 from axolotl_lora_da.kernels import lifted_lora_kernels
@@ -26,19 +24,9 @@ KERNELS = ["lora_qkv_kernel", "lora_o_kernel", "lora_mlp_kernel", "lora_embeddin
 IDS = torch.arange(12).reshape(2, 6)
 
 
-def llama(**kwargs) -> nn.Module:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=32,
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        architectures=["LlamaForCausalLM"],
-    )
-    lora = LoraConfig(r=2, target_modules=[*PROJECTIONS, "embed_tokens"], init_lora_weights=False, **kwargs)
-    return get_peft_model(LlamaForCausalLM(config), lora)
+def adapted_llama() -> nn.Module:
+    base = tiny_llama(architectures=["LlamaForCausalLM"])
+    return with_lora(base, r=2, target_modules=[*PROJECTIONS, "embed_tokens"], init_lora_weights=False)
 
 
 @pytest.fixture
@@ -47,7 +35,7 @@ def fused(tmp_path):
     forward = LlamaAttention.forward
 
     def build(*kernels: str) -> nn.Module:
-        model = llama(task_type="CAUSAL_LM")
+        model = adapted_llama()
         model.config.save_pretrained(tmp_path)
         cfg = DictDefault({"base_model": str(tmp_path), **dict.fromkeys(kernels, True)})
         lora_kernels.patch_self_attn_lora(cfg)
@@ -108,7 +96,7 @@ def test_without_lifting_the_hooks_of_fused_projections_are_silent(fused):
 
 
 def test_the_lifted_model_computes_what_the_unpatched_one_does(fused):
-    plain = llama(task_type="CAUSAL_LM")
+    plain = adapted_llama()
     expected = plain(IDS, labels=IDS)
     expected.loss.backward()
     model = fused(*KERNELS)  # afterwards: the rewriting is of the class

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import PeftModel
 from peft.utils.save_and_load import load_peft_weights
 from tolerances import REBATCHED
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 pytest.importorskip("axolotl", reason="Axolotl is not installed")
 pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
 from axolotl_runs import run, train
-from models import WIDE, documents, pad, tiny_llama
+from models import WIDE, batches, documents, tiny_llama, with_lora
 from trainers import tokenizer
 
 from lora_da import LoraDAConfig, initialize_lora_da_weights
@@ -105,11 +105,9 @@ def quantized_base(folder: Path) -> torch.nn.Module:
 
 def by_peft_call(folder: Path, **changes: object) -> tuple[PeftModel, dict]:
     """The adapter that the PEFT call gives on the same samples."""
-    rows = documents(ROWS)
-    lora = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM", **changes)
-    model = get_peft_model(quantized_base(folder), lora)
+    model = with_lora(quantized_base(folder), **changes)
     report = initialize_lora_da_weights(
-        model, [pad(rows[i : i + 8]) for i in range(0, ROWS, 8)], LoraDAConfig(samples=SAMPLES), show_progress=False
+        model, batches(documents(ROWS), 8), LoraDAConfig(samples=SAMPLES), show_progress=False
     )
     return model, {"samples": report.samples, "tokens": report.tokens, "loss_tokens": report.loss_tokens}
 

@@ -6,9 +6,9 @@ from collections.abc import Callable
 from typing import Any
 
 import classifiers
+import image_models
 import pytest
 import rewards
-import seeing
 import torch
 import translators
 from collecting import distance
@@ -38,7 +38,11 @@ def translating(kind: str) -> Case:
 
 
 def reading(kind: str) -> Case:
-    return lambda: (seeing.adapted(seeing.reader(kind)), seeing.in_batches(seeing.rows(kind), 3), {})
+    return lambda: (
+        image_models.adapted(image_models.reader(kind)),
+        image_models.in_batches(image_models.rows(kind), 3),
+        {},
+    )
 
 
 CASES: dict[str, Case] = {
@@ -47,7 +51,7 @@ CASES: dict[str, Case] = {
     "Bert, tokens": classifying("Bert", "Token"),
     "rewards": rewarding,
     **{kind: translating(kind) for kind in translators.MODELS},
-    **{kind: reading(kind) for kind in seeing.KINDS},
+    **{kind: reading(kind) for kind in image_models.KINDS},
 }
 
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import transformers
-from models import PROJECTIONS, VOCABULARY, seeded
-from peft import LoraConfig, PeftModel, get_peft_model
+from models import PROJECTIONS, VOCABULARY, seeded, with_lora
+from peft import PeftModel
 from transformers import PreTrainedModel
 
 BLOCKS = 4
@@ -41,7 +40,7 @@ class Architecture:
         return seeded(getattr(transformers, self.model_name), config)
 
     def model(self, base: PreTrainedModel) -> PeftModel:
-        return get_peft_model(base, LoraConfig(r=2, target_modules=self.targets))
+        return with_lora(base, r=2, target_modules=self.targets)
 
     @property
     def model_name(self) -> str:
@@ -78,5 +77,3 @@ ARCHITECTURES = {
         Architecture("Qwen2Moe", _moe(shared_expert_intermediate_size=24), PROJECTIONS),
     )
 }
-
-Build = Callable[[], PreTrainedModel]

@@ -14,7 +14,7 @@ import torch
 from datasets import Dataset
 from mixtures import mixture
 from models import WIDE, adapter_weights, batches, documents, tiny_llama, with_lora
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import PeftModel
 from picture import differences, picture
 from planning import Way, forced, recorded
 from torch import distributed as dist
@@ -70,9 +70,7 @@ def llama() -> PeftModel:
 
 def experts() -> PeftModel:
     """No token goes to one expert of each mixture; with so few tokens, others are idle in some processes only."""
-    base = mixture(closed=1)
-    torch.manual_seed(0)
-    return get_peft_model(base, LoraConfig(r=2, target_modules=["gate_proj", "up_proj", "down_proj", "q_proj"]))
+    return with_lora(mixture(closed=1), r=2, target_modules=["gate_proj", "up_proj", "down_proj", "q_proj"])
 
 
 def nf4(folder: Path) -> PeftModel:

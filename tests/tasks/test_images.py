@@ -6,11 +6,11 @@ import pytest
 import torch
 from collecting import worst
 from dequantized import dequantized, four_bit
+from image_models import IMAGE, KINDS, adapted, in_batches, losses, pad, reader, rows
 from models import IGNORED, PREFIX, WIDE
 from peft import PeftModel
 from picture import differences, picture
 from planning import ONE, WAYS, collected_by, surveyed_model
-from seeing import IMAGE, KINDS, adapted, in_batches, losses, pad, reader, rows
 from task_oracle import statistics_of
 from tolerances import FLOAT32
 from torch.utils.data import DataLoader
