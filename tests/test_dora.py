@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from models import batches, documents, tiny_gpt2, tiny_llama, tiny_quantized, with_lora
+from collecting import distance
+from models import NO_DROPOUT, PREFIX, batches, documents, tiny_gpt2, tiny_llama, tiny_quantized, with_lora
 from picture import differences, picture
 
 from lora_da import LoraDAConfig, initialize_lora_da_weights
@@ -12,7 +13,7 @@ from lora_da.adapter import find_adapter
 
 DATA = batches(documents(8), 4)
 # m over the norm is 1 to the last digits of its dtype, in every one of a dozen layers.
-FLOAT32, BFLOAT16 = 1e-5, 2e-2
+NORMED, NORMED_BFLOAT16 = 1e-5, 2e-2
 # Large enough that a magnitude left at ‖W‖ shows.
 LONG_STEP = LoraDAConfig(samples=8, gamma=4.0)
 
@@ -22,10 +23,10 @@ def bfloat16(model):
 
 
 BASES = {
-    "float32": (lambda folder: tiny_llama(), FLOAT32),
-    "bfloat16": (lambda folder: bfloat16(tiny_llama()), BFLOAT16),
-    "Conv1D": (lambda folder: tiny_gpt2(resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0), FLOAT32),
-    "nf4": (lambda folder: tiny_quantized(folder, load_in_4bit=True, bnb_4bit_quant_type="nf4"), FLOAT32),
+    "float32": (lambda folder: tiny_llama(), NORMED),
+    "bfloat16": (lambda folder: bfloat16(tiny_llama()), NORMED_BFLOAT16),
+    "Conv1D": (lambda folder: tiny_gpt2(**NO_DROPOUT), NORMED),
+    "nf4": (lambda folder: tiny_quantized(folder, load_in_4bit=True, bnb_4bit_quant_type="nf4"), NORMED),
 }
 
 
@@ -37,10 +38,6 @@ def logits(model):
     """In train mode: for evaluation on a CPU bitsandbytes repacks what PEFT's DoRA reads as 4-bit weights."""
     with torch.no_grad():
         return model.train()(torch.arange(3, 40)[None]).logits.double()
-
-
-def distance(a, b):
-    return ((a - b).norm() / b.norm()).item()
 
 
 @pytest.mark.compat("dora")
@@ -118,8 +115,8 @@ def test_an_interrupt_takes_magnitudes_back_too(call, error):
 def test_layers_that_keep_their_start_keep_their_magnitude():
     """An embedding under DoRA."""
     model = with_lora(tiny_llama(), use_dora=True, target_modules=["q_proj", "embed_tokens"])
-    embedding = model.get_submodule("base_model.model.model.embed_tokens")
+    embedding = model.get_submodule(f"{PREFIX}model.embed_tokens")
     before = embedding.lora_magnitude_vector["default"].weight.clone()
     report = initialize(model)
-    assert report.initialized == 2 and list(report.left) == ["base_model.model.model.embed_tokens"]
+    assert report.initialized == 2 and list(report.left) == [f"{PREFIX}model.embed_tokens"]
     assert torch.equal(embedding.lora_magnitude_vector["default"].weight, before)

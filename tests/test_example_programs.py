@@ -10,7 +10,7 @@ import pytest
 
 pytest.importorskip("trl", reason="TRL is not installed")
 pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
-from models import tiny_llama
+from models import WIDE, tiny_llama
 from peft.utils.save_and_load import load_peft_weights
 from trainers import tokenizer
 
@@ -22,7 +22,7 @@ EXAMPLES = ROOT / "examples"
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("examples")
-    tiny_llama(hidden_size=64, intermediate_size=128).save_pretrained(folder / "model")
+    tiny_llama(**WIDE).save_pretrained(folder / "model")
     tokenizer().save_pretrained(folder / "model")
     command = [sys.executable, EXAMPLES / "make_instructions.py", folder / "rows.jsonl", "--rows", "40"]
     subprocess.run(command, check=True)

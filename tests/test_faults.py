@@ -15,13 +15,13 @@ from models import batches, documents, lived_in, pad, tiny_gpt2, tiny_llama, wit
 from peft import PeftModel
 from picture import differences, picture
 from planning import ONE, Forced, Way
+from tolerances import START
 from torch.utils.data import DataLoader
 
 from lora_da import LoraDAConfig, LoraDAError, initialize_lora_da_weights
 
 ROWS = documents(12)
 CONFIG = LoraDAConfig(samples=12)
-FLOAT32 = 2e-4  # as in the tests of PEFT's features
 OUT_OF_MEMORY = torch.OutOfMemoryError
 
 RAISED = "it is raised as it is"
@@ -123,7 +123,7 @@ def test_a_fault(run: str, stage: str, kind: Any, outcome: str, call: int, monke
         assert report.initialized == report.targeted
         written = [f"{name}.lora_{half}.default.weight: bits" for name in report.layers for half in "AB"]
         assert differences(before, picture(model)) == sorted(written)
-        assert worst_start(model, report, expected_of(run), len(ROWS)) <= FLOAT32
+        assert worst_start(model, report, expected_of(run), len(ROWS)) <= START
     else:
         error, message = (kind, "^midway$") if outcome == RAISED else (LoraDAError, outcome)
         with pytest.raises(error, match=message):
@@ -159,9 +159,6 @@ def test_a_collator_that_asks_for_a_gpu_that_is_not_there() -> None:
     assert differences(before, picture(model)) == []
 
 
-LAYERS = "base_model.model.model.layers"
-
-
 def with_input(weight: Any) -> Any:
     """A model whose first attention reads a normed input times `weight` (32,); its projections undo what they can."""
     base = tiny_llama(num_hidden_layers=3)
@@ -191,7 +188,7 @@ def test_inputs_as_no_textbook_has_them(build: Any) -> None:
     model = with_lora(copy.deepcopy(base))
     report = initialize(model)
     assert report.initialized == report.targeted == 21
-    assert worst_start(model, report, truth(base, ROWS, report.layers), len(ROWS)) <= FLOAT32
+    assert worst_start(model, report, truth(base, ROWS, report.layers), len(ROWS)) <= START
     assert all(torch.isfinite(p).all() for p in model.parameters())
 
 

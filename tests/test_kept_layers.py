@@ -6,7 +6,9 @@ import logging
 
 import pytest
 import torch
-from models import batches, documents, tiny_llama, tiny_mixtral, with_lora
+from faults import poison
+from logs import warnings_of
+from models import LAYERS, PREFIX, adapter_weights, batches, documents, tiny_llama, tiny_mixtral, with_lora
 from picture import differences, picture
 from torch import nn
 
@@ -14,35 +16,16 @@ from lora_da import LoraDAConfig, LoraDAError, initialize_lora_da_weights
 
 DATA = batches(documents(8), 4)
 SMALL = LoraDAConfig(samples=8)
-LAYERS = "base_model.model.model.layers"
 
 
 def initialize(model, **options):
     return initialize_lora_da_weights(model, DATA, SMALL, **{"show_progress": False, **options})
 
 
-def poison(model, path, factor):
-    """Multiply the gradient at one layer's output, behind everything else in the model that reads it."""
-
-    def observe(module, args, output):
-        if output.requires_grad:
-            output.register_hook(lambda gradient: gradient * factor)
-
-    model.get_submodule(f"{LAYERS}.{path}").register_forward_hook(observe)
-
-
-def adapter_weights(model):
-    return {name: p.detach().clone() for name, p in model.named_parameters() if "lora_" in name}
-
-
 def changed(before, model):
     """The layers whose adapter is other than it was."""
     now = adapter_weights(model)
     return {name.split(".lora_")[0] for name in before if not torch.equal(before[name], now[name])}
-
-
-def warnings_of(caplog):
-    return [record.getMessage() for record in caplog.records if record.name.startswith("lora_da")]
 
 
 @pytest.mark.parametrize(
@@ -53,7 +36,7 @@ def test_one_layer_without_a_solution(factor, reason, caplog, capsys):
     """One of 21 layers: it keeps PEFT's init, bit by bit, and is named; all others are as without it."""
     healthy, model = (with_lora(tiny_llama(num_hidden_layers=3)) for _ in range(2))
     path = "0.self_attn.q_proj"  # nothing is upstream of it but the embedding
-    poison(model, path, factor)
+    poison(model, f"{LAYERS}.{path}", factor)
     initialize(healthy)
     before = adapter_weights(model)
     report = initialize(model, show_progress=True)
@@ -78,7 +61,7 @@ def test_too_many_layers_without_a_solution(n_layers, paths):
     model = with_lora(tiny_llama(num_hidden_layers=n_layers))
     # a query projection's gradient goes on to the layers before; a zero stays with the layer
     for index in paths:
-        poison(model, f"{index}.self_attn.q_proj", 0.0)
+        poison(model, f"{LAYERS}.{index}.self_attn.q_proj", 0.0)
     before = picture(model)
     message = rf"{len(paths)} of {7 * n_layers} layers have no solution; .*0\.self_attn\.q_proj: its gradient is zero"
     with pytest.raises(LoraDAError, match=message):
@@ -117,13 +100,13 @@ def test_layers_of_other_kinds(caplog, capsys):
     base.model.layers[0].mlp.act_fn = WithConvolution(48)
     model = with_lora(base, target_modules=["q_proj", "down_proj", "embed_tokens", "lm_head", "conv"])
     left = {
-        "base_model.model.model.embed_tokens": "Embedding",
+        f"{PREFIX}model.embed_tokens": "Embedding",
         f"{LAYERS}.0.mlp.act_fn.conv": "Conv1d",
     }
     before = adapter_weights(model)
     report = initialize(model, show_progress=True)
     served = {f"{LAYERS}.{i}.{name}" for i in (0, 1) for name in ("self_attn.q_proj", "mlp.down_proj")}
-    assert changed(before, model) == {*served, "base_model.model.lm_head"}
+    assert changed(before, model) == {*served, f"{PREFIX}lm_head"}
     assert report.left == left and report.failed == {}
     (warning,) = warnings_of(caplog)
     assert "2 targeted layers, which keep PEFT's init" in warning
@@ -140,8 +123,8 @@ def test_a_tied_head(caplog):
     report = initialize(model)
     assert changed(before, model) == {f"{LAYERS}.{i}.self_attn.q_proj" for i in (0, 1)}
     assert report.left == {
-        "base_model.model.model.embed_tokens": "Embedding",
-        "base_model.model.lm_head": "the language-model head, whose adapter is the embedding's",
+        f"{PREFIX}model.embed_tokens": "Embedding",
+        f"{PREFIX}lm_head": "the language-model head, whose adapter is the embedding's",
     }
     assert report.initialized == 2 and len(warnings_of(caplog)) == 1
 

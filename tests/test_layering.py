@@ -96,6 +96,7 @@ RULES = (
         ("lora_da.errors", "lora_da.needs", "lora_da.methods"),
     ),
     NoGlobals("no state in modules", PRODUCT),
+    Imports("what tests share lives in tests/support", ("tests/*",), ("test_*", "*.test_*")),
 )
 
 
@@ -173,6 +174,10 @@ PLANTED = [
     ("lora_da/__init__.py", "import torch", "a config loads without torch"),
     ("lora_da/methods/__init__.py", "import torch", "a config loads without torch"),
     ("trl_integration/x.py", "def f():\n    global state", "no state in modules"),
+    ("tests/cache/test_x.py", "from test_rows import WORDS", "what tests share lives in tests/support"),
+    ("tests/support/x.py", "def f():\n    import test_rows", "what tests share lives in tests/support"),
+    ("tests/test_x.py", "from tests.export import test_rows", "what tests share lives in tests/support"),
+    ("tests/test_x.py", "from tests.export.test_rows import WORDS", "what tests share lives in tests/support"),
 ]
 
 
@@ -199,7 +204,7 @@ def test_every_rule_can_fail(rule):
         ("lora_da/collect/x.py", "from lora_da.collect.plan import Plan\nfrom lora_da.tasks import Task"),
         ("lora_da/initialize.py", "from lora_da.collect import collect\nfrom lora_da.methods import METHODS"),
         ("lora_da/x.py", "import trlx\nname = 'trl'"),
-        ("tests/test_x.py", "import axolotl, trl, lora_da\nfrom peft.tuners.lora import LoraLayer"),
+        ("tests/test_x.py", "import axolotl, trl, lora_da, testing\nfrom peft.tuners.lora import LoraLayer"),
     ],
 )
 def test_what_is_allowed_is_not_found(path, source):

@@ -10,12 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from collecting import documents, llama, padded, with_lora
-from models import tiny_llama
+from models import documents, pad, tiny_llama, with_lora
 from pages import Fence, commands, fences, pages
 from peft import LoraConfig
-from test_rows import as_lines, tokenizer
 from transformers import Trainer, TrainingArguments
+from words import as_lines, tokenizer
 
 from axolotl_lora_da.settings import read_settings
 from lora_da.__main__ import main
@@ -38,18 +37,13 @@ def not_run(shown: list[Fence]) -> list[Fence]:
     return [fence for fence in shown if fence.language != "bash" and fence not in RUN]
 
 
-def rows() -> list[dict]:
-    return [{k: v.tolist() for k, v in d.items()} for d in documents((9, 8, 7, 6))]
-
-
-def collate(features: list[dict]) -> dict[str, torch.Tensor]:
-    return padded([{k: torch.tensor(f[k]) for k in ("input_ids", "labels")} for f in features])
+ROWS = documents((9, 8, 7, 6))
 
 
 def own_loop() -> dict:
     """The names that a loop of one's own has."""
-    loader = torch.utils.data.DataLoader(rows(), batch_size=2, collate_fn=collate)
-    return {"peft_model": with_lora(llama()), "dataloader": loader}
+    loader = torch.utils.data.DataLoader(ROWS, batch_size=2, collate_fn=pad)
+    return {"peft_model": with_lora(tiny_llama()), "dataloader": loader}
 
 
 @pytest.mark.compat("peft-call")
@@ -76,14 +70,14 @@ def test_trl_snippet_runs(code: str, line: str, tmp_path: Path, capsys: pytest.C
     """With the Trainer in the place of SFTTrainer, which has tests of its own: the snippet is about the callback."""
 
     def sft_trainer(model, peft_config, **kwargs):
-        return Trainer(model=with_lora(model), data_collator=collate, **kwargs)
+        return Trainer(model=with_lora(model), data_collator=pad, **kwargs)
 
     args = TrainingArguments(tmp_path, max_steps=1, report_to=[], save_strategy="no", use_cpu=True, disable_tqdm=True)
     names = {
         "SFTTrainer": sft_trainer,
-        "model": llama(),
+        "model": tiny_llama(),
         "args": args,
-        "train_dataset": rows(),
+        "train_dataset": ROWS,
         "peft_config": LoraConfig(),
     }
     exec(code, names)

@@ -6,6 +6,7 @@ import pytest
 import torch
 from models import (
     IGNORED,
+    LAYERS,
     batches,
     documents,
     llama_config,
@@ -216,7 +217,7 @@ def test_a_loss_that_is_not_finite(poison):
 
 @pytest.mark.parametrize("build", [tiny_llama, tiny_gpt2])
 def test_a_layer_that_is_never_called(build):
-    """As under a fused kernel: the module computes with the layer's weight and passes the layer by.
+    """A fused kernel may compute with the layer's weight and pass the layer by.
 
     An error although it is but one of more than twenty layers, which a layer without a solution would not be.
     """
@@ -238,7 +239,7 @@ def test_an_adapter_that_was_trained_is_left_alone(capsys):
     """One layer with a lora_B is enough; a line says so."""
     model = llama()
     with torch.no_grad():
-        model.get_submodule("base_model.model.model.layers.1.mlp.up_proj").lora_B["default"].weight[3, 1] = 1e-3
+        model.get_submodule(f"{LAYERS}.1.mlp.up_proj").lora_B["default"].weight[3, 1] = 1e-3
     before = picture(model)
     report = initialize(model)
     assert differences(before, picture(model)) == []

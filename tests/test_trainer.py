@@ -7,21 +7,20 @@ import re
 import numpy as np
 import pytest
 import torch
-from models import IGNORED, VOCABULARY, documents, with_lora
+from models import IGNORED, N_PROJECTIONS, VOCABULARY, adapter_weights, documents, with_lora
+from tolerances import REBATCHED
 from torch.utils.data import Dataset, IterableDataset
 from transformers import Trainer, TrainerCallback
 
 pytest.importorskip("trl", reason="TRL is not installed")
 
-from trainers import KINDS, LAYERS, FirstStep, adapter, base, by_hand, plain, same_bits, sft, worst_difference
+from trainers import KINDS, FirstStep, base, by_hand, plain, same_bits, sft, worst_difference
 
 from lora_da import LoraDAConfig
 from lora_da.errors import LoraDAError
 from trl_integration import LoraDAInitializer
 
 CONFIG = LoraDAConfig(samples=10)
-# Batches of another size: float32 sums round differently.
-OTHER_BATCHES = 1e-4
 
 
 @pytest.fixture(scope="module")
@@ -48,9 +47,9 @@ def test_the_adapter_is_that_of_the_peft_call(folder, tmp_path, kind, args, caps
     assert same_bits(first.adapter, expected)
     assert all(weight.any() for weight in first.adapter.values())
     saved = json.loads((tmp_path / "lora_da_report.json").read_text(encoding="utf-8"))
-    assert (saved["initialized"], saved["samples"], saved["population_size"]) == (LAYERS, 10, 20)
+    assert (saved["initialized"], saved["samples"], saved["population_size"]) == (N_PROJECTIONS, 10, 20)
     (line,) = lines(capsys)
-    assert line.startswith(f"LoRA-DA: initialised {LAYERS} of {LAYERS} layers from 10 samples")
+    assert line.startswith(f"LoRA-DA: initialised {N_PROJECTIONS} of {N_PROJECTIONS} layers from 10 samples")
 
 
 class Drawn(Dataset):
@@ -109,9 +108,9 @@ def test_a_resumed_run_is_left_alone(folder, tmp_path, capsys):
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
     assert lines(capsys) == ["LoRA-DA: left the adapter as it is: training resumes at step 1"]
     assert initializer.report.skipped == "training resumes at step 1"
-    assert same_bits(adapter(resumed.model), adapter(whole.model))
+    assert same_bits(adapter_weights(resumed.model), adapter_weights(whole.model))
     saved = json.loads((tmp_path / "lora_da_report.json").read_text(encoding="utf-8"))
-    assert saved["initialized"] == LAYERS, "the report of the first start was lost"
+    assert saved["initialized"] == N_PROJECTIONS, "the report of the first start was lost"
 
 
 @pytest.mark.compat("second-train")
@@ -122,7 +121,7 @@ def test_a_second_train_goes_on_from_the_first(tmp_path, model, make, capsys):
     first = FirstStep()
     trainer = make(model, Rows.from_list(documents(20)), tmp_path, LoraDAInitializer(CONFIG), first)
     trainer.train()
-    trained, first.adapter = adapter(trainer.model), {}
+    trained, first.adapter = adapter_weights(trainer.model), {}
     trainer.train()
     assert same_bits(first.adapter, trained)
     started, left = lines(capsys)
@@ -134,7 +133,7 @@ def test_a_second_train_goes_on_from_the_first(tmp_path, model, make, capsys):
 def test_a_trained_adapter_is_left_alone(tmp_path, model, capsys):
     last = [parameter for name, parameter in model.named_parameters() if "lora_B" in name][-1]
     last.data[0, 0] = 1e-3
-    before, first, initializer = adapter(model), FirstStep(), LoraDAInitializer(CONFIG)
+    before, first, initializer = adapter_weights(model), FirstStep(), LoraDAInitializer(CONFIG)
     plain(model, documents(20), tmp_path, initializer, first).train()
     assert same_bits(first.adapter, before)
     assert initializer.report.skipped == "it carries trained weights"
@@ -176,9 +175,9 @@ def test_auto_find_batch_size_starts_the_adapter_once(folder, tmp_path, model, w
     assert gpu.asked == 2
     assert trainer.state.global_step == 1
     expected = by_hand(base(folder), documents(20), CONFIG, bf16=False)
-    assert worst_difference(first.adapter, expected) < OTHER_BATCHES
+    assert worst_difference(first.adapter, expected) < REBATCHED
     said = [re.sub(" layers.*", "", line) for line in lines(capsys)]
-    ours = f"LoRA-DA: initialised {LAYERS} of {LAYERS}"
+    ours = f"LoRA-DA: initialised {N_PROJECTIONS} of {N_PROJECTIONS}"
     left = "LoRA-DA: left the adapter as it is: it carries trained weights"
     assert said == ([ours] if where == "in the pass" else [ours, left])
 
@@ -194,10 +193,10 @@ def test_a_pass_that_fails_midway_leaves_the_model(tmp_path, model, monkeypatch)
 
     head = model.get_output_embeddings()
     head.register_forward_hook(fail)
-    before = adapter(model)
+    before = adapter_weights(model)
     with pytest.raises(ArithmeticError, match="midway"):
         plain(model, documents(20), tmp_path, LoraDAInitializer(CONFIG)).train()
-    assert same_bits(adapter(model), before)
+    assert same_bits(adapter_weights(model), before)
     assert all(p.requires_grad == ("lora_" in name) for name, p in model.named_parameters())
     assert all(p.grad is None for p in model.parameters())
     assert [m for m in model.modules() if m._forward_hooks] == [head]

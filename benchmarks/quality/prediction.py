@@ -77,7 +77,7 @@ def lowest(loss_after: Callable[[float], float]) -> float | None:
 def _gradients(
     model: PeftModel, trained: Sequence[torch.nn.Parameter], rows: Sequence[Row], batch: int
 ) -> list[torch.Tensor]:
-    """Of the mean over batches of the loss, in the trained parameters; nothing is left in `.grad`."""
+    """Derive the mean over batches of the loss by the trained parameters; nothing is left in `.grad`."""
     total = [torch.zeros_like(p) for p in trained]
     batches = [collate(rows[n : n + batch]) for n in range(0, len(rows), batch)]
     for of_batch in batches:

@@ -32,7 +32,7 @@ class Section:
 
     @property
     def conditions(self) -> Conditions:
-        """Of the first task."""
+        """Those of the first task."""
         return self.comparisons[0].conditions
 
     @property

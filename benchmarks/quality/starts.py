@@ -40,7 +40,7 @@ def config_of(method: str, settings: Mapping[str, Any]) -> LoraDAConfig:
 
 
 def digest(method: str, settings: Mapping[str, Any]) -> str:
-    """Of what a start of this project's resolves to: a default that has changed is another start. Empty for others."""
+    """Hash what a start of this project resolves to: a default that has changed is another start. Empty for others."""
     if method not in METHODS:
         return ""
     found = json.dumps(config_of(method, settings).settings(), sort_keys=True)

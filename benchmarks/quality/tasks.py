@@ -38,7 +38,7 @@ class Task:
     choices: tuple[str, ...] = ()
 
     def digest(self) -> str:
-        """Of its rows and choices: other rows are another task."""
+        """Hash its rows and choices: other rows are another task."""
         found = hashlib.sha256(repr(self.choices).encode())
         for name in (self.train, self.test):
             found.update(_path(name).read_bytes())

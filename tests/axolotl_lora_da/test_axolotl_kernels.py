@@ -7,6 +7,7 @@ from types import MethodType
 
 import pytest
 import torch
+from models import PROJECTIONS, tiny_llama, with_lora
 from torch import nn
 
 pytest.importorskip("axolotl", reason="Axolotl is not installed")
@@ -14,31 +15,18 @@ pytestmark = [pytest.mark.axolotl, pytest.mark.filterwarnings("default")]  # Axo
 
 from axolotl.monkeypatch import lora_kernels
 from axolotl.utils.dict import DictDefault
-from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import LoraLayer
-from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaAttention
 
 from axolotl_lora_da.kernels import lifted_lora_kernels
 
-PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 KERNELS = ["lora_qkv_kernel", "lora_o_kernel", "lora_mlp_kernel", "lora_embedding_kernel"]
 IDS = torch.arange(12).reshape(2, 6)
 
 
-def llama(**kwargs) -> nn.Module:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=32,
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        architectures=["LlamaForCausalLM"],
-    )
-    lora = LoraConfig(r=2, target_modules=[*PROJECTIONS, "embed_tokens"], init_lora_weights=False, **kwargs)
-    return get_peft_model(LlamaForCausalLM(config), lora)
+def adapted_llama() -> nn.Module:
+    base = tiny_llama(architectures=["LlamaForCausalLM"])
+    return with_lora(base, r=2, target_modules=[*PROJECTIONS, "embed_tokens"], init_lora_weights=False)
 
 
 @pytest.fixture
@@ -47,7 +35,7 @@ def fused(tmp_path):
     forward = LlamaAttention.forward
 
     def build(*kernels: str) -> nn.Module:
-        model = llama(task_type="CAUSAL_LM")
+        model = adapted_llama()
         model.config.save_pretrained(tmp_path)
         cfg = DictDefault({"base_model": str(tmp_path), **dict.fromkeys(kernels, True)})
         lora_kernels.patch_self_attn_lora(cfg)
@@ -108,7 +96,7 @@ def test_without_lifting_the_hooks_of_fused_projections_are_silent(fused):
 
 
 def test_the_lifted_model_computes_what_the_unpatched_one_does(fused):
-    plain = llama(task_type="CAUSAL_LM")
+    plain = adapted_llama()
     expected = plain(IDS, labels=IDS)
     expected.loss.backward()
     model = fused(*KERNELS)  # afterwards: the rewriting is of the class
@@ -139,7 +127,7 @@ def test_a_failure_halfway_through_lifting_puts_them_back_too(fused, monkeypatch
 
 
 def test_unfused_attention_stays_callable(fused):
-    """With one kernel only, Axolotl binds its own plain functions to the other slots of the rewritten forward."""
+    """Where there is one kernel only, Axolotl binds its own plain functions to the rewritten forward's other slots."""
     model = fused("lora_o_kernel")
     with lifted_lora_kernels(model):
         assert fired(model)["q_proj"] == fired(model)["o_proj"] == 2

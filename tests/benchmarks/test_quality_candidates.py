@@ -49,7 +49,7 @@ def energy(lora_A: Tensor, statistics: LayerStatistics) -> float:
 
 
 def same_span(a: Tensor, b: Tensor) -> bool:
-    """Of the rows."""
+    """Whether the rows of `a` lie in the span of those of `b`."""
     basis = torch.linalg.qr(b.double().T)[0]
     return torch.allclose(a.double() @ basis @ basis.T, a.double(), atol=1e-6 * float(a.abs().max()))
 
@@ -72,7 +72,7 @@ def test_where_the_fisher_says_nothing_all_are_the_gradient(name: str) -> None:
 
 
 def test_half_powers_are_half_way() -> None:
-    """Of a gradient that has been through Z^-½ once already, they make the natural gradient."""
+    """They make the natural gradient of a gradient that has been through Z^-½ once already."""
     statistics = layer(fisher=torch.full((5,), 1e-5))
     values, vectors = torch.linalg.eigh(statistics.input_cov.double())
     root = vectors @ ((values + DAMPING * values.mean()).rsqrt()[:, None] * vectors.T)

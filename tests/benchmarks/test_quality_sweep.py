@@ -13,7 +13,7 @@ pytest.importorskip("trl", reason="TRL is not installed")
 pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
 
 from models import tiny_llama
-from test_rows import WORDS, as_lines, tokenizer
+from words import WORDS, as_lines, tokenizer
 
 from benchmarks.quality import run
 from benchmarks.quality.base import load_base
@@ -107,7 +107,7 @@ def trained(runner, folder, cell):
 
 @pytest.fixture(scope="module")
 def finished(folder, runner):
-    """Of the sweep's first seed at the larger rate, by start: results, batches; and whether the base has changed."""
+    """Run the sweep's first seed at the larger rate: results and batches by start, and whether the base is the same."""
     before = {name: value.clone() for name, value in runner._model.state_dict().items()}
     cells = [cell for cell in sweep(folder).cells if cell.seed == 3 and cell.rate == 0.01]
     runs = {cell.start: trained(runner, folder, cell) for cell in cells}

@@ -7,18 +7,26 @@ import math
 
 import pytest
 import torch
-from caching import ROWS, filled_by, lasting, plain, same, start, warnings_of, weights
-from collecting import documents as documents_of_32
-from collecting import padded
-from models import batches, documents, pad, tiny_llama, tiny_quantized, with_lora
+from caching import ROWS, adapted_llama, filled_by, identical, lasting, start
+from faults import poison
+from logs import warnings_of
+from mixtures import mixture
+from models import (
+    LAYERS,
+    LENGTHS,
+    QUANTISED,
+    adapter_weights,
+    batches,
+    documents,
+    pad,
+    tiny_llama,
+    tiny_quantized,
+    with_lora,
+)
 from picture import differences, picture
-from test_experts import mixture
-from test_kept_layers import poison
 from torch.utils.data import DataLoader
 
 from lora_da import LoraDAConfig
-
-QUANTISED = {"4-bit": {"load_in_4bit": True, "bnb_4bit_use_double_quant": True}, "8-bit": {"load_in_8bit": True}}
 
 
 @pytest.fixture
@@ -28,7 +36,7 @@ def folder(tmp_path):
 
 @pytest.fixture
 def filled(folder):
-    return filled_by(plain(), folder)
+    return filled_by(adapted_llama(), folder)
 
 
 @pytest.mark.compat("cache")
@@ -48,7 +56,9 @@ def test_a_second_run_writes_the_same_bits_without_a_pass(tmp_path, folder, kind
     capsys.readouterr()
     found, forwards = start(second, folder, show_progress=True)
     assert forwards == 0 and found.from_cache
-    assert same(weights(without), weights(first)) and same(weights(first), weights(second))
+    assert identical(adapter_weights(without), adapter_weights(first)) and identical(
+        adapter_weights(first), adapter_weights(second)
+    )
     assert lasting(stored) == lasting(found) and found.initialized == 14 and len(found.layers) == 14
     line = capsys.readouterr().out.strip()
     assert line.startswith("LoRA-DA: initialised 14 of 14 layers from 8 samples")
@@ -60,18 +70,18 @@ def test_a_second_run_writes_the_same_bits_without_a_pass(tmp_path, folder, kind
 def test_factors_come_back_in_their_dtype(folder, dtype):
     models = []
     for seed in range(2):
-        model = plain(seed)
+        model = adapted_llama(seed)
         for name, parameter in model.named_parameters():
             if "lora_" in name:
                 parameter.data = parameter.data.to(dtype)
         models.append(model)
     reports = [start(model, folder)[0] for model in models]
     assert [report.from_cache for report in reports] == [False, True]
-    assert same(weights(models[0]), weights(models[1]))
+    assert identical(adapter_weights(models[0]), adapter_weights(models[1]))
 
 
 def test_only_the_factors_change(folder, filled):
-    model = plain()
+    model = adapted_llama()
     before = picture(model)
     report, forwards = start(model, folder)
     assert forwards == 0
@@ -80,7 +90,7 @@ def test_only_the_factors_change(folder, filled):
 
 
 def test_the_report_says_what_was_set_in_this_call(folder, filled):
-    report, _ = start(plain(), folder, memory_budget=1.0)
+    report, _ = start(adapted_llama(), folder, memory_budget=1.0)
     assert report.from_cache and report.settings["memory_budget"] == 1.0
     assert report.settings["cache_dir"] == str(folder)
 
@@ -90,25 +100,25 @@ def test_layers_that_keep_their_init_come_back_with_their_reasons(folder, caplog
     seen, starts = [], []
     for seed in range(2):
         model = with_lora(tiny_llama(num_hidden_layers=3), seed)  # 21 layers: one of them is below 5 %
-        poison(model, "0.self_attn.q_proj", math.nan)
-        before = weights(model)
+        layer = f"{LAYERS}.0.self_attn.q_proj"
+        poison(model, layer, math.nan)
+        before = adapter_weights(model)
         report, forwards = start(model, folder)
         assert (forwards == 0) == report.from_cache == (seed == 1)
-        after = weights(model)
-        layer = "base_model.model.model.layers.0.self_attn.q_proj"
+        after = adapter_weights(model)
         assert all(torch.equal(after[n], before[n]) for n in after if n.startswith(layer))
         assert list(report.failed) == [layer] and report.initialized == 20
         starts.append({n: w for n, w in after.items() if not n.startswith(layer)})
         seen.append((lasting(report), warnings_of(caplog)))
         caplog.clear()
-    assert same(*starts)
+    assert identical(*starts)
     assert seen[0] == seen[1] and len(seen[0][1]) == 1
 
 
 def test_an_expert_that_no_sample_reached_comes_back(folder, caplog):
     seen = []
     for seed in range(2):
-        data = [padded(documents_of_32())]
+        data = [pad(documents(LENGTHS))]
         report, forwards = start(with_lora(mixture(closed=2), seed), folder, data, population_size=100)
         assert (forwards == 0) == (seed == 1)
         assert report.left and all(".experts.2." in name for name in report.left)
@@ -118,19 +128,19 @@ def test_an_expert_that_no_sample_reached_comes_back(folder, caplog):
 
 
 def test_a_trained_adapter_is_left_alone(folder, filled):
-    model = plain()
+    model = adapted_llama()
     with torch.no_grad():
         next(p for n, p in model.named_parameters() if "lora_B" in n)[0, 0] = 1.0
-    before = weights(model)
+    before = adapter_weights(model)
     report, _ = start(model, folder)
-    assert report.skipped and not report.from_cache and same(before, weights(model))
+    assert report.skipped and not report.from_cache and identical(before, adapter_weights(model))
 
 
 @pytest.mark.parametrize(
     "change", [{"r": 3}, {"lora_alpha": 3}, {"target_modules": ["q_proj"]}, {"init_lora_weights": "gaussian"}]
 )
 def test_another_adapter_is_solved_anew(folder, filled, change):
-    report, forwards = start(plain(**change), folder)
+    report, forwards = start(adapted_llama(**change), folder)
     assert forwards and not report.from_cache and len(list(folder.iterdir())) == 2
 
 
@@ -142,7 +152,7 @@ def test_other_data_or_settings_are_solved_anew(folder, filled):
         (batches(ROWS, 4), {"population_size": 13}),
         (None, {"damping": 0.2}),
     ):
-        report, forwards = start(plain(), folder, data, **settings)
+        report, forwards = start(adapted_llama(), folder, data, **settings)
         assert forwards and not report.from_cache
     assert len(list(folder.iterdir())) == 5
 
@@ -156,7 +166,7 @@ def test_in_a_trainer_the_second_run_starts_at_once(tmp_path, folder, capsys):
     for seed in range(2):
         first = trainers.FirstStep()
         callback = LoraDACallback(LoraDAConfig(samples=8, cache_dir=str(folder)))
-        trainers.plain(plain(seed), ROWS, tmp_path / f"run-{seed}", callback, first).train()
+        trainers.plain(adapted_llama(seed), ROWS, tmp_path / f"run-{seed}", callback, first).train()
         seen.append(first.adapter)
         callbacks.append(callback)
     assert trainers.same_bits(*seen)

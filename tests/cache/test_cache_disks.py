@@ -14,10 +14,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from caching import ROWS, filled_by, load, plain, same, start, warnings_of, weights
-from models import pad
+from caching import ROWS, adapted_llama, filled_by, identical, load, start
+from faults import poison
+from logs import warnings_of
+from models import LAYERS, adapter_weights, pad
 from picture import differences, picture
-from test_kept_layers import poison
 from torch.utils.data import DataLoader
 
 import lora_da.cache.store
@@ -33,7 +34,7 @@ def folder(tmp_path):
 
 @pytest.fixture
 def filled(folder):
-    return filled_by(plain(), folder)
+    return filled_by(adapted_llama(), folder)
 
 
 def no_space(*args, **kwargs):
@@ -74,12 +75,12 @@ FULL = {
 
 @pytest.mark.parametrize("when", FULL)
 def test_a_full_disk_costs_the_cache_and_not_the_run(folder, when, caplog):
-    expected, model = plain(), plain()
+    expected, model = adapted_llama(), adapted_llama()
     start(expected, None)
     with pytest.MonkeyPatch.context() as patch:
         FULL[when](patch)
         report, _ = start(model, folder)
-    assert report.initialized == 14 and same(weights(model), weights(expected))
+    assert report.initialized == 14 and identical(adapter_weights(model), adapter_weights(expected))
     (warning,) = warnings_of(caplog)
     assert "is not kept" in warning and os.strerror(errno.ENOSPC) in warning
     assert list(folder.iterdir()) == []
@@ -87,7 +88,7 @@ def test_a_full_disk_costs_the_cache_and_not_the_run(folder, when, caplog):
 
 def test_a_file_that_may_not_grow_so_large(folder, caplog):
     """The system's own refusal, in the middle of a write."""
-    model = plain()
+    model = adapted_llama()
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
     try:
@@ -111,7 +112,7 @@ def test_what_was_kept_stays_when_the_disk_is_full(filled, caplog):
 
 @pytest.mark.parametrize("when", ["fsync", "replace"])
 def test_an_interrupt_while_storing_leaves_nothing(folder, when):
-    model = plain()
+    model = adapted_llama()
     before = picture(model)
 
     def interrupt(*args):
@@ -126,8 +127,8 @@ def test_an_interrupt_while_storing_leaves_nothing(folder, when):
 
 
 def test_an_estimate_that_is_refused_is_not_kept(folder):
-    model = plain()
-    poison(model, "0.self_attn.q_proj", 0.0)  # one of 14
+    model = adapted_llama()
+    poison(model, f"{LAYERS}.0.self_attn.q_proj", 0.0)  # one of 14
     with pytest.raises(LoraDAError, match="have no solution"):
         start(model, folder)
     assert list(folder.iterdir()) == []
@@ -136,7 +137,7 @@ def test_an_estimate_that_is_refused_is_not_kept(folder):
 @pytest.mark.parametrize("inside", ["", "further"])
 def test_a_cache_dir_that_is_a_file_is_refused_before_anything_runs(tmp_path, inside):
     (tmp_path / "file").write_text("mine")
-    model = plain()
+    model = adapted_llama()
     before, calls = picture(model), []
     rows = DataLoader(ROWS, 4, collate_fn=lambda rows: calls.append(1) or pad(rows))
     with pytest.raises(LoraDAError, match=r"^lora_da\.cache_dir is '.*file.*', which cannot be used as a folder: "):
@@ -147,16 +148,16 @@ def test_a_cache_dir_that_is_a_file_is_refused_before_anything_runs(tmp_path, in
 
 def test_the_folder_is_made_and_home_is_known(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
-    start(plain(), "~/some/where")
+    start(adapted_llama(), "~/some/where")
     assert len(list((tmp_path / "some" / "where").iterdir())) == 1
-    assert start(plain(), "~/some/where")[0].from_cache
+    assert start(adapted_llama(), "~/some/where")[0].from_cache
 
 
 def test_a_link_to_a_folder_is_one(tmp_path, folder):
     (tmp_path / "real").mkdir()
     folder.symlink_to(tmp_path / "real", target_is_directory=True)
-    start(plain(), folder)
-    assert len(list((tmp_path / "real").iterdir())) == 1 and start(plain(), folder)[0].from_cache
+    start(adapted_llama(), folder)
+    assert len(list((tmp_path / "real").iterdir())) == 1 and start(adapted_llama(), folder)[0].from_cache
 
 
 def test_a_link_in_the_place_of_a_file_is_replaced_and_not_written_through(tmp_path, filled, caplog):
@@ -165,18 +166,18 @@ def test_a_link_in_the_place_of_a_file_is_replaced_and_not_written_through(tmp_p
     victim.write_text("mine")
     path.unlink()
     path.symlink_to(victim)
-    assert not start(plain(), path.parent)[0].from_cache
+    assert not start(adapted_llama(), path.parent)[0].from_cache
     assert victim.read_text() == "mine" and not path.is_symlink()
-    assert start(plain(), path.parent)[0].from_cache
+    assert start(adapted_llama(), path.parent)[0].from_cache
 
 
 def test_a_folder_in_the_place_of_a_file(filled, caplog):
     path, expected = filled
     path.unlink()
     path.mkdir()
-    model = plain()
+    model = adapted_llama()
     report, _ = start(model, path.parent)
-    assert not report.from_cache and same(weights(model), expected)
+    assert not report.from_cache and identical(adapter_weights(model), expected)
     assert len(warnings_of(caplog)) == 2  # neither read nor written
     assert list(path.parent.iterdir()) == [path]
 
@@ -187,7 +188,7 @@ def test_a_folder_that_is_closed(folder, mode, caplog):
     folder.mkdir()
     folder.chmod(mode)
     try:
-        report, _ = start(plain(), folder)
+        report, _ = start(adapted_llama(), folder)
     finally:
         folder.chmod(0o755)
     assert report.initialized == 14 and warnings_of(caplog)
@@ -203,7 +204,7 @@ def test_a_file_that_may_not_be_read(folder, filled, monkeypatch, name, caplog):
     monkeypatch.setattr(lora_da.cache.store, name, closed, raising=False)
     if name == "open":  # for writing
         filled[0].unlink()
-    report, forwards = start(plain(), folder)
+    report, forwards = start(adapted_llama(), folder)
     assert forwards and report.initialized == 14
     assert os.strerror(errno.EACCES) in warnings_of(caplog)[0]
 
@@ -212,7 +213,7 @@ def test_files_are_those_of_any_other_program(folder):
     """Readable by whom the user lets: others share the folder."""
     before = os.umask(0o027)
     try:
-        start(plain(), folder)
+        start(adapted_llama(), folder)
     finally:
         os.umask(before)
     (path,) = folder.iterdir()
@@ -225,7 +226,7 @@ def test_many_at_once_see_all_or_nothing(filled, caplog):
     barrier, found = threading.Barrier(6), []
 
     def work(number):
-        entry, layers = CacheEntry(path.parent, path.stem), find_adapter(plain()).layers
+        entry, layers = CacheEntry(path.parent, path.stem), find_adapter(adapted_llama()).layers
         barrier.wait()
         for _ in range(15):
             if number % 2:
@@ -277,6 +278,6 @@ def test_two_processes_race(tmp_path, folder):
         _, said = process.communicate(timeout=300)
         assert process.returncode == 0, said
     first, second = (torch.load(tmp_path / f"{number}.pt") for number in range(2))
-    assert same(first, second)
+    assert identical(first, second)
     (path,) = folder.iterdir()
     assert load(path) is not None

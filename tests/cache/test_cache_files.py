@@ -11,7 +11,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from caching import filled_by, load, plain, same, start, warnings_of, weights
+from caching import adapted_llama, filled_by, identical, load, start
+from logs import warnings_of
+from models import adapter_weights
 from safetensors import safe_open
 from safetensors.torch import save_file
 
@@ -27,7 +29,7 @@ def folder(tmp_path):
 
 @pytest.fixture
 def filled(folder):
-    return filled_by(plain(), folder)
+    return filled_by(adapted_llama(), folder)
 
 
 def test_an_untouched_file_is_loaded(filled):
@@ -41,19 +43,19 @@ def test_a_truncated_file_is_solved_anew_and_rewritten(folder, filled, share, ca
     path, expected = filled
     content = path.read_bytes()
     path.write_bytes(content[: int(share * len(content))])
-    model = plain()
+    model = adapted_llama()
     report, forwards = start(model, folder)
-    assert forwards and not report.from_cache and same(weights(model), expected)
+    assert forwards and not report.from_cache and identical(adapter_weights(model), expected)
     (warning,) = warnings_of(caplog)
     assert str(path) in warning and "will be written anew" in warning
-    assert start(plain(), folder)[0].from_cache
+    assert start(adapted_llama(), folder)[0].from_cache
 
 
 def test_a_byte_changed_anywhere_is_seen(filled, caplog):
     path, _ = filled
     content = path.read_bytes()
     header = 8 + int.from_bytes(content[:8], "little")
-    entry, layers = CacheEntry(path.parent, path.stem), find_adapter(plain()).layers
+    entry, layers = CacheEntry(path.parent, path.stem), find_adapter(adapted_llama()).layers
     places = [*range(0, header, 37), *range(header, len(content), 211), len(content) - 1]
     for place in places:
         path.write_bytes(content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :])
@@ -96,19 +98,19 @@ def first_tensor(path):
 def test_a_foreign_file_is_not_used(folder, filled, kind, caplog):
     path, expected = filled
     FOREIGN[kind](path)
-    model = plain()
+    model = adapted_llama()
     report, forwards = start(model, folder)
-    assert forwards and not report.from_cache and same(weights(model), expected)
+    assert forwards and not report.from_cache and identical(adapter_weights(model), expected)
     assert len(warnings_of(caplog)) == 1
     assert load(path) is not None
 
 
 def test_a_file_of_another_run_under_this_name_is_not_used(folder, filled, caplog):
     path, _ = filled
-    start(plain(), folder, damping=0.2)
+    start(adapted_llama(), folder, damping=0.2)
     (other,) = set(folder.iterdir()) - {path}
     other.replace(path)
-    assert not start(plain(), folder)[0].from_cache
+    assert not start(adapted_llama(), folder)[0].from_cache
     assert "written for something else" in warnings_of(caplog)[0]
 
 

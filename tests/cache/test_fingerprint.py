@@ -7,7 +7,7 @@ import random
 
 import pytest
 import torch
-from models import VOCABULARY, batches, documents, packed, pad, tiny_llama, tiny_quantized, with_lora
+from models import QUANTISED, VOCABULARY, batches, documents, packed, pad, tiny_llama, tiny_quantized, with_lora
 from picture import content, model_picture
 from torch.utils.data import DataLoader
 
@@ -20,7 +20,6 @@ from lora_da.samples.draw import draw, read_causal
 
 ROWS = documents(12)
 SMALL = LoraDAConfig(samples=8)
-QUANTISED = {"4-bit": {"load_in_4bit": True, "bnb_4bit_use_double_quant": True}, "8-bit": {"load_in_8bit": True}}
 
 
 def key(model=None, data=None, config=SMALL):
@@ -246,7 +245,7 @@ def elsewhere():
     return with_lora(base)
 
 
-SAME = {
+ALIKE = {
     "a fresh one": lambda: with_lora(tiny_llama()),
     "another draw of lora_A": lambda: with_lora(tiny_llama(), seed=5),
     "lora_dropout": lambda: with_lora(tiny_llama(), lora_dropout=0.1),
@@ -259,9 +258,9 @@ SAME = {
 }
 
 
-@pytest.mark.parametrize("kind", SAME)
+@pytest.mark.parametrize("kind", ALIKE)
 def test_what_does_not_matter(kind):
-    assert key(SAME[kind]()) == PLAIN
+    assert key(ALIKE[kind]()) == PLAIN
 
 
 def test_the_loader_of_the_same_rows_does_not_matter():

@@ -6,9 +6,9 @@ from collections.abc import Callable
 from typing import Any
 
 import classifiers
+import image_models
 import pytest
 import rewards
-import seeing
 import torch
 import translators
 from collecting import distance
@@ -18,7 +18,7 @@ from planning import Forced, Way, recorded
 from lora_da import LoraDAConfig, initialize_lora_da_weights
 from lora_da.tasks import RewardLoss
 
-SAME = 1e-6  # float32 forwards with and without a graph
+FORWARD = 1e-6  # float32 forwards with and without a graph
 Case = Callable[[], tuple[PeftModel, list[dict[str, Any]], dict[str, Any]]]
 
 
@@ -38,7 +38,11 @@ def translating(kind: str) -> Case:
 
 
 def reading(kind: str) -> Case:
-    return lambda: (seeing.adapted(seeing.reader(kind)), seeing.in_batches(seeing.rows(kind), 3), {})
+    return lambda: (
+        image_models.adapted(image_models.reader(kind)),
+        image_models.in_batches(image_models.rows(kind), 3),
+        {},
+    )
 
 
 CASES: dict[str, Case] = {
@@ -47,7 +51,7 @@ CASES: dict[str, Case] = {
     "Bert, tokens": classifying("Bert", "Token"),
     "rewards": rewarding,
     **{kind: translating(kind) for kind in translators.MODELS},
-    **{kind: reading(kind) for kind in seeing.KINDS},
+    **{kind: reading(kind) for kind in image_models.KINDS},
 }
 
 
@@ -69,6 +73,6 @@ def test_it_sees_what_the_full_pass_sees(case: str, cuts: int, monkeypatch: pyte
     assert full.keys() == forward.keys() and full
     for name, seen in full.items():
         assert forward[name].grad is None and forward[name].n_tokens == seen.n_tokens
-        assert distance(forward[name].input_cov, seen.input_cov) <= SAME, name
+        assert distance(forward[name].input_cov, seen.input_cov) <= FORWARD, name
     assert alone.initialized == report.initialized and alone.tokens == report.tokens
-    assert alone.loss == pytest.approx(report.loss, rel=SAME)
+    assert alone.loss == pytest.approx(report.loss, rel=FORWARD)

@@ -15,7 +15,7 @@ from lora_da.collect.plan import Segment, in_segments
 from lora_da.collect.schedule import Schedule
 from lora_da.memory import GIB, PeakMemory
 
-SAME = 1e-5  # float32 sums of the same tokens in the same order, of a model that is run again
+RUN_AGAIN = 1e-5  # float32 sums of the same tokens in the same order, of a model that is run again
 
 
 def initialised(**settings) -> tuple[dict[str, torch.Tensor], str]:
@@ -33,7 +33,7 @@ def test_a_smaller_budget_gives_what_one_pass_gives() -> None:
         many, plan = initialised(memory_budget=budget)
         seen.add(plan.split(",")[0])
         for key, value in one.items():
-            assert torch.linalg.norm(many[key] - value) <= SAME * torch.linalg.norm(value), (plan, key)
+            assert torch.linalg.norm(many[key] - value) <= RUN_AGAIN * torch.linalg.norm(value), (plan, key)
     assert "streamed: 2 segments of 1 layer" in seen
 
 

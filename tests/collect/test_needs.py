@@ -9,12 +9,13 @@ from typing import Any
 
 import pytest
 import torch
-from collecting import PREFIX, distance, llama
-from models import Stream
+from collecting import distance
+from models import PREFIX, VOCABULARY, Stream, tiny_llama, with_lora
 from oracle import projector
-from other_methods import BATCHES, ROWS, TAKEN, TURNED, WAYS, every_method, factors, start, with_lora
+from other_methods import BATCHES, ROWS, TAKEN, WAYS, every_method, factors, start
 from picture import content, differences, picture
 from planning import Forced, Way
+from tolerances import TURNED
 
 import lora_da.methods.cntlora
 import lora_da.solve
@@ -40,7 +41,7 @@ def no_backward(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.usefixtures("no_backward")
 def test_cntlora_runs_no_backward_and_keeps_no_graph(way: str) -> None:
-    model = with_lora(llama())
+    model = with_lora(tiny_llama())
     model.get_base_model().gradient_checkpointing_enable()
     kept: list[bool] = []
     head = model.get_base_model().get_output_embeddings()
@@ -55,7 +56,7 @@ def test_cntlora_runs_no_backward_and_keeps_no_graph(way: str) -> None:
 @pytest.mark.parametrize("method", [m for m in METHODS if m != "cntlora"])
 def test_the_others_do(method: str) -> None:
     with pytest.raises(Backward):
-        start(with_lora(llama()), method)
+        start(with_lora(tiny_llama()), method)
 
 
 def test_cntlora_serves_a_layer_that_has_no_backward() -> None:
@@ -64,7 +65,7 @@ def test_cntlora_serves_a_layer_that_has_no_backward() -> None:
         def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
             return x.clone()
 
-    model = with_lora(llama())
+    model = with_lora(tiny_llama())
     block = model.get_base_model().model.layers[0]
     block.mlp.register_forward_hook(lambda module, args, output: NoBackward.apply(output))
     assert start(model, "cntlora").initialized == 14
@@ -86,7 +87,7 @@ def test_sums_that_nobody_reads_are_not_held(method: str, monkeypatch: pytest.Mo
 
     monkeypatch.setattr(InputSums, "add", add)
     monkeypatch.setattr(LayerSums, "take_means", look)
-    start(with_lora(llama()), method)
+    start(with_lora(tiny_llama()), method)
     grad, cov, fisher = TAKEN[method]
     assert {k: set(v) for k, v in held.items()} == {"xx": {cov}, "dx": {grad}, "dd": {fisher}}
 
@@ -97,10 +98,9 @@ def test_the_plan_counts_what_is_taken() -> None:
 
     def planned(method: str, solving: int) -> int:
         changed = replace(METHODS[method].needs, solving=lambda i, o: solving)
-        base = llama(hidden_size=o, intermediate_size=i, num_hidden_layers=1)
+        base = tiny_llama(hidden_size=o, intermediate_size=i, num_hidden_layers=1)
         planner = Forced(Way())
-        model = with_lora(base, target_modules=["down_proj"])
-        start(model, replace(METHODS[method], needs=changed), planner)
+        start(with_lora(base, target_modules=["down_proj"]), replace(METHODS[method], needs=changed), planner)
         return planner.plans[0].device_bytes
 
     held = {"lora_da": i * o + i * i + o, "filet": i * i + o * o, "cntlora": i * i, "lora_one": i * o, "lora_ga": i * o}
@@ -118,7 +118,7 @@ def test_a_forward_pass_is_planned_with_one_blocks_activations() -> None:
     found = {}
     for method in ("cntlora", "lora_ga"):
         for blocks in (2, 8):
-            model = with_lora(llama(num_hidden_layers=blocks), target_modules=r".*layers\.0\.self_attn\.q_proj")
+            model = with_lora(tiny_llama(num_hidden_layers=blocks), target_modules=r".*layers\.0\.self_attn\.q_proj")
             planner = Forced(Way())
             start(model, method, planner)
             found[method, blocks] = planner.plans[0].device_bytes
@@ -131,7 +131,7 @@ def test_a_forward_pass_is_planned_with_one_blocks_activations() -> None:
 def test_cntlora_goes_on_where_memory_runs_out(
     way: str, stage: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    expected, model, calls = with_lora(llama()), with_lora(llama()), [0]
+    expected, model, calls = with_lora(tiny_llama()), with_lora(tiny_llama()), [0]
     start(expected, "cntlora")
     owner, name = (InputSums, "add") if stage == "forward" else (lora_da.methods.cntlora, "cntlora")
     original = getattr(owner, name)
@@ -158,23 +158,23 @@ def test_filet_leaves_layers_that_are_too_wide_for_a_full_fisher(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(lora_da.solve, "WIDEST_FULL_FISHER", 48)
-    model = with_lora(llama(), target_modules=["lm_head", "up_proj"])
+    model = with_lora(tiny_llama(), target_modules=["lm_head", "up_proj"])
     before = content(model.get_base_model().lm_head.lora_A["default"].weight)
     with caplog.at_level(logging.WARNING, "lora_da"):
         report = start(model, "filet")
-    reason = "method filet needs its full output Fisher, 97 × 97"
+    reason = f"method filet needs its full output Fisher, {VOCABULARY} × {VOCABULARY}"
     assert report.left == {f"{PREFIX}lm_head": reason} and (report.initialized, report.targeted) == (2, 3)
     assert content(model.get_base_model().lm_head.lora_A["default"].weight) == before
     assert any(reason in record.getMessage() for record in caplog.records)
-    assert start(with_lora(llama(), target_modules=["lm_head", "up_proj"]), "lora_ga").initialized == 3
+    assert start(with_lora(tiny_llama(), target_modules=["lm_head", "up_proj"]), "lora_ga").initialized == 3
     with pytest.raises(LoraDAError, match="cannot serve 1 targeted .*full output Fisher.*use another method"):
-        start(with_lora(llama(), target_modules=["lm_head"]), "filet")
+        start(with_lora(tiny_llama(), target_modules=["lm_head"]), "filet")
 
 
 @pytest.mark.parametrize("method", ["filet", "cntlora"])
 def test_a_weight_that_cannot_be_read_is_named(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lora_da.solve, "dense_weight", lambda base: None)
-    model = with_lora(llama())
+    model = with_lora(tiny_llama())
     before = picture(model)
     with pytest.raises(
         LoraDAError, match=f"serve 14 targeted .*method {method} needs its weight, which PEFT cannot dequantise"
@@ -190,7 +190,7 @@ def test_the_size_of_the_training_set_is_not_asked_for(method: str) -> None:
 
     for data in (rows(), torch.utils.data.DataLoader(Stream(BATCHES), batch_size=None)):
         config = LoraDAConfig(method=method, samples=len(ROWS))
-        report = initialize_lora_da_weights(with_lora(llama()), data, config, show_progress=False)
+        report = initialize_lora_da_weights(with_lora(tiny_llama()), data, config, show_progress=False)
         assert report.initialized == 14 and report.population_size is None
     with pytest.raises(LoraDAError, match="set `population_size`"):
-        initialize_lora_da_weights(with_lora(llama()), rows(), LoraDAConfig(samples=8), show_progress=False)
+        initialize_lora_da_weights(with_lora(tiny_llama()), rows(), LoraDAConfig(samples=8), show_progress=False)

@@ -10,10 +10,12 @@ from typing import Any
 import pytest
 import torch
 from architectures import BLOCKS, LLAMA
-from collecting import PLENTY, documents, packed, padded, worst
+from collecting import PLENTY, worst
+from models import LENGTHS, documents, packed, pad, with_lora
 from oracle import oracle_statistics
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import PeftModel
 from planning import CPU, Way, collected_by, surveyed_model
+from tolerances import FLOAT32
 
 import lora_da.collect.plan
 import lora_da.processes
@@ -28,9 +30,8 @@ from lora_da.processes import Processes, Run
 from lora_da.samples.draw import draw, read_causal
 from lora_da.statistics import gradient_bytes, input_bytes
 
-ROWS = documents((9, 14, 6, 11))
-BATCHES = [padded(ROWS), packed(ROWS)]
-FLOAT32 = 2e-5  # float32 model and sums against the float64 oracle
+ROWS = documents(LENGTHS)
+BATCHES = [pad(ROWS), packed(ROWS)]
 
 
 def needs_of(full_fisher: bool) -> Needs:
@@ -42,7 +43,7 @@ class Planner:
     """Plans for one tiny model under any budget."""
 
     def __init__(self, model: PeftModel | None = None, **survey: Any) -> None:
-        model = model or get_peft_model(LLAMA.base(), LoraConfig(r=2, target_modules="all-linear"))
+        model = model or with_lora(LLAMA.base(), r=2)
         self.layers = find_adapter(model).layers
         self.batches = draw(BATCHES, 1000, None, 1000, read_causal, True).batches
         self.survey: Survey = replace(surveyed_model(model, BATCHES), **survey)
@@ -133,7 +134,7 @@ def test_smaller_batches_before_layers_in_parts() -> None:
 
 
 def test_a_forecast_holds_the_sums() -> None:
-    """Of a segment: what its sums take, one Z for each input that layers share; and more for activations."""
+    """A segment's is what its sums take, one Z for each input that layers share, and more for activations."""
     planner = Planner()
     for full_fisher in (False, True):
         plan = planner(PLENTY, full_fisher)
@@ -195,7 +196,7 @@ def test_the_lines() -> None:
 
 def top_layers(*blocks: int) -> PeftModel:
     targets = ["q_proj", "o_proj", "up_proj"]
-    return get_peft_model(LLAMA.base(), LoraConfig(r=2, target_modules=targets, layers_to_transform=list(blocks)))
+    return with_lora(LLAMA.base(), r=2, target_modules=targets, layers_to_transform=list(blocks))
 
 
 def test_blocks_below_the_lowest_layer_are_no_segment() -> None:

@@ -11,27 +11,27 @@ from pathlib import Path
 import pytest
 import torch
 from architectures import ARCHITECTURES, BLOCKS, LLAMA, Architecture
-from collecting import documents, packed, padded, with_lora, worst
+from collecting import worst
+from models import PREFIX, WIDE, batches, documents, packed, pad, quantized, with_lora
 from oracle import OracleStatistics, oracle_statistics
 from peft import PeftModel
 from planning import ONE, WAYS, Replanned, Way, collected_by
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
+from tolerances import FLOAT32, WRONG
+from transformers import PreTrainedModel
 
 from lora_da.adapter import find_adapter
 from lora_da.collect.borders import Border
 
-FLOAT32 = 2e-5  # float32 model and sums against the float64 oracle, as in the tests of the collector
-LENGTHS = (9, 14, 6, 11, 7, 13, 8)
-ROWS = documents(LENGTHS)
+SEVEN_LENGTHS = (9, 14, 6, 11, 7, 13, 8)
+ROWS = documents(SEVEN_LENGTHS)
 
 LAYOUTS = {
-    "single": lambda rows: [padded([r]) for r in rows],
-    "padded": lambda rows: [padded(rows[:3]), padded(rows[3:])],
-    "left padding": lambda rows: [padded(rows, left=True)],
+    "single": lambda rows: batches(rows, 1),
+    "padded": lambda rows: [pad(rows[:3]), pad(rows[3:])],
+    "left padding": lambda rows: [pad(rows, "left")],
     "packed": lambda rows: [packed(rows[:4]), packed(rows[4:])],
-    "large and mixed": lambda rows: [padded(rows[2:]), packed(rows[:2])],
+    "large and mixed": lambda rows: [pad(rows[2:]), packed(rows[:2])],
 }
-WRONG = 1e-2  # what a negative control must at least be off by
 
 
 @lru_cache
@@ -46,7 +46,7 @@ def fresh(name: str) -> PeftModel:
 
 @lru_cache
 def truth(name: str, averaging: str) -> dict[str, OracleStatistics]:
-    names = [layer.name.removeprefix("base_model.model.") for layer in find_adapter(fresh(name)).layers]
+    names = [layer.name.removeprefix(PREFIX) for layer in find_adapter(fresh(name)).layers]
     return oracle_statistics(base_of(name), ROWS, names, averaging)
 
 
@@ -68,7 +68,7 @@ def test_every_plan_gives_the_oracles_statistics(way: str, layout: str, reentran
             model.get_base_model().gradient_checkpointing_enable({"use_reentrant": reentrant})
         ours = collected_by(model, LAYOUTS[layout](ROWS), WAYS[way], averaging)
         assert worst(ours, truth("Llama", averaging)) <= FLOAT32
-        assert {s.n_tokens for s in ours.values()} == {sum(LENGTHS)}
+        assert {s.n_tokens for s in ours.values()} == {sum(SEVEN_LENGTHS)}
 
 
 @pytest.mark.compat("mistral", "qwen2", "qwen3", "gemma2", "gemma3", "phi3", "gpt2", "gpt-neox", "mixtral", "qwen-moe")
@@ -76,7 +76,7 @@ def test_every_plan_gives_the_oracles_statistics(way: str, layout: str, reentran
 @pytest.mark.parametrize("way", ["one pass", "a segment for each block", "3 passes"])
 @pytest.mark.parametrize("name", [name for name in ARCHITECTURES if name != LLAMA.name])
 def test_every_architecture_gives_the_oracles_statistics(name: str, way: str, layout: str) -> None:
-    """That it really was streamed is part of `collected_by`."""
+    """`collected_by` makes sure that it really was streamed."""
     ours = collected_by(fresh(name), LAYOUTS[layout](ROWS), WAYS[way])
     assert worst(ours, truth(name, "tokens")) <= FLOAT32
 
@@ -85,7 +85,7 @@ def test_every_architecture_gives_the_oracles_statistics(name: str, way: str, la
 def test_the_window_is_shorter_than_the_documents(name: str) -> None:
     """Negative control: with a window that reaches everywhere, the same weights give other statistics."""
     everywhere = replace(ARCHITECTURES[name], config={**ARCHITECTURES[name].config, "sliding_window": 256})
-    ours = collected_by(everywhere.model(everywhere.base()), [padded(ROWS)], Way(cuts=BLOCKS))
+    ours = collected_by(everywhere.model(everywhere.base()), [pad(ROWS)], Way(cuts=BLOCKS))
     assert worst(ours, truth(name, "tokens")) > WRONG
 
 
@@ -110,8 +110,7 @@ def test_a_wrong_border_shows(wrong: Callable[..., torch.Tensor], monkeypatch: p
     rows = documents((9, 9, 9, 9))
     names = list(truth("Llama", "tokens"))
     expected = oracle_statistics(base_of("Llama"), rows, names, "tokens")
-    batches = [padded([row]) for row in rows]
-    assert worst(collected_by(fresh("Llama"), batches, Way(cuts=2)), expected) <= FLOAT32
+    assert worst(collected_by(fresh("Llama"), batches(rows, 1), Way(cuts=2)), expected) <= FLOAT32
 
     def put(self: Border, number: int, tensor: torch.Tensor) -> None:
         self.holds_gradients = torch.is_grad_enabled()  # hidden states are laid down without
@@ -121,27 +120,25 @@ def test_a_wrong_border_shows(wrong: Callable[..., torch.Tensor], monkeypatch: p
     monkeypatch.setattr(Border, "put", put)
     monkeypatch.setattr(Border, "get", wrong)
     try:
-        ours = collected_by(fresh("Llama"), batches, Way(cuts=2))
+        ours = collected_by(fresh("Llama"), batches(rows, 1), Way(cuts=2))
     except Replanned:
         return
     assert worst(ours, expected) > 100 * FLOAT32
 
 
-QUANTISED = {
+IN_FLOAT32 = {
     "nf4": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": torch.float32},
     "int8": {"load_in_8bit": True},
 }
 
 
 @pytest.mark.parametrize("way", [way for way in WAYS if way != "one pass"])
-@pytest.mark.parametrize("kind", QUANTISED)
+@pytest.mark.parametrize("kind", IN_FLOAT32)
 def test_a_quantised_model_gives_the_same_under_every_plan(tmp_path: Path, kind: str, way: str) -> None:
     """The same batches in the same order: a forward run again is the same to the last bit, int8's rounding too."""
     pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
-    wide = {"hidden_size": 64, "intermediate_size": 128}  # blocks of 64 numbers share a scale
-    Architecture("Llama", {**LLAMA.config, **wide}).base().save_pretrained(tmp_path)
-    quantization = BitsAndBytesConfig(**QUANTISED[kind])
-    base = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=quantization, dtype=torch.float32)
-    batches = [padded(ROWS[:3]), packed(ROWS[3:])]
-    one, other = (collected_by(with_lora(base), batches, w) for w in (ONE, WAYS[way]))
+    wide = Architecture("Llama", {**LLAMA.config, **WIDE}).base()
+    base = quantized(wide, tmp_path, **IN_FLOAT32[kind])
+    data = [pad(ROWS[:3]), packed(ROWS[3:])]
+    one, other = (collected_by(with_lora(copy.deepcopy(base)), data, w) for w in (ONE, WAYS[way]))
     assert worst(other, one) <= FLOAT32

@@ -9,7 +9,7 @@ from lora_da.statistics import SYMMETRIC_FROM, InputSums, LayerSums
 
 pytestmark = pytest.mark.once
 
-EXACT = 1e-12  # float64 sums in another order
+SUMMED = 1e-12  # float64 sums in another order
 
 
 @pytest.mark.parametrize("i", [3, SYMMETRIC_FROM - 1, SYMMETRIC_FROM, SYMMETRIC_FROM + 3])
@@ -26,7 +26,7 @@ def test_means_are_those_of_all_tokens(i: int, full_fisher: bool) -> None:
     fisher = d.T @ d / 16 / 50
     truth = (d.T @ x / 40, x.T @ x / 50, fisher if full_fisher else fisher.diagonal())
     for ours, expected in zip((means.grad, means.input_cov, means.output_fisher), truth, strict=True):
-        assert torch.linalg.norm(ours - expected) <= EXACT * torch.linalg.norm(expected)
+        assert torch.linalg.norm(ours - expected) <= SUMMED * torch.linalg.norm(expected)
     assert means.n_tokens == 50
 
 

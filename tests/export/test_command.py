@@ -11,19 +11,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from caching import same, weights
-from models import tiny_llama, with_lora
+from caching import identical
+from models import WIDE, adapter_weights, tiny_llama, with_lora
 from peft import PeftModel
-from test_rows import WORDS, as_lines, tokenizer
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from words import LETTERS, as_lines, tokenizer
 
 from lora_da import LoraDAConfig, initialize_lora_da_weights
 from lora_da.__main__ import main
 from lora_da.export.rows import TokenizedRows, collate
 
 ROOT = Path(__file__).parents[2]
-LETTERS = WORDS[-7:]
 ROWS = [{"prompt": " ".join(LETTERS[n % 5 :]), "completion": f" {' '.join(LETTERS[: 2 + n % 4])}"} for n in range(12)]
 NF4 = BitsAndBytesConfig(
     load_in_4bit=True,
@@ -31,13 +30,13 @@ NF4 = BitsAndBytesConfig(
     bnb_4bit_use_double_quant=True,
     bnb_4bit_compute_dtype=torch.float32,
 )
-QUANTISED = {"--load-in-4bit": NF4, "--load-in-8bit": BitsAndBytesConfig(load_in_8bit=True), None: None}
+CONFIGS = {"--load-in-4bit": NF4, "--load-in-8bit": BitsAndBytesConfig(load_in_8bit=True), None: None}
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     folder = tmp_path_factory.mktemp("model")
-    tiny_llama(hidden_size=64, intermediate_size=128).save_pretrained(folder)
+    tiny_llama(**WIDE).save_pretrained(folder)
     tokenizer().save_pretrained(folder)
     return folder
 
@@ -58,7 +57,7 @@ def expected_adapter(model, quantisation=None, samples=8, **lora):
     peft_model = with_lora(base, **lora)
     loader = DataLoader(TokenizedRows(ROWS, tokenizer(), 2048), collate_fn=collate)
     initialize_lora_da_weights(peft_model, loader, LoraDAConfig(samples=samples), show_progress=False)
-    return weights(peft_model)
+    return adapter_weights(peft_model)
 
 
 @pytest.mark.compat("command")
@@ -76,24 +75,24 @@ def test_in_a_process_of_its_own(tmp_path, model, data):
     assert "12 rows" in done.stderr and f"saved in {tmp_path / 'out'}" in done.stderr
     base = AutoModelForCausalLM.from_pretrained(model, dtype="auto")
     loaded = PeftModel.from_pretrained(base, tmp_path / "out")
-    assert same(weights(loaded), expected_adapter(model))
+    assert identical(adapter_weights(loaded), expected_adapter(model))
     config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == str(model)
     assert (config["r"], config["lora_alpha"], config["task_type"]) == (4, 8, "CAUSAL_LM")
 
 
 @pytest.mark.compat("command")
-@pytest.mark.parametrize("option", QUANTISED)
+@pytest.mark.parametrize("option", CONFIGS)
 def test_the_adapter_is_that_of_ones_own_program(tmp_path, model, data, option, capsys):
     if option is not None:
         pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
     more = ["--samples", "8", "--rank", "4"] + ([option] if option else [])
     assert main(command(model, data, tmp_path / "out", *more)) == 0
     base = AutoModelForCausalLM.from_pretrained(
-        model, dtype="auto", quantization_config=QUANTISED[option], device_map="cpu"
+        model, dtype="auto", quantization_config=CONFIGS[option], device_map="cpu"
     )
     loaded = PeftModel.from_pretrained(base, tmp_path / "out")
-    assert same(weights(loaded), expected_adapter(model, QUANTISED[option]))
+    assert identical(adapter_weights(loaded), expected_adapter(model, CONFIGS[option]))
     assert capsys.readouterr().out.count("\n") == 1
 
 

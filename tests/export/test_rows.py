@@ -7,35 +7,18 @@ import sys
 
 import pytest
 import torch
-from tokenizers import Tokenizer, pre_tokenizers, processors
-from tokenizers.models import WordLevel
-from transformers import PreTrainedTokenizerFast
+from words import TEMPLATE, WORDS, as_lines, tokenizer
 
 from lora_da import LoraDAError
 from lora_da.export.files import read_rows
 from lora_da.export.rows import TokenizedRows, collate
 
-WORDS = "<pad> <bos> <eos> <unk> <user> <assistant> <system> a b c d e f g".split()
-TEMPLATE = (
-    "{% for m in messages %}{{ '<' + m['role'] + '> ' + m['content'] }}"
-    "{{ ' <eos> ' if m['role'] == 'assistant' else ' ' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<assistant> ' }}{% endif %}"
-)
 # As some models' do: what an earlier turn says depends on whether later ones follow.
 FORGETFUL = TEMPLATE.replace(
     "m['content'] }}", "('...' if m['role'] == 'assistant' and not loop.last else m['content']) }}"
 )
 # Nor is its prompt for an answer what stands before one.
 THINKING = TEMPLATE.replace("{{ '<assistant> ' }}", "{{ '<assistant> <think> ' }}")
-
-
-def tokenizer(template=TEMPLATE, begins=False):
-    words = Tokenizer(WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>"))
-    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    if begins:
-        words.post_processor = processors.TemplateProcessing("<bos> $A", special_tokens=[("<bos>", 1)])
-    special = {"pad_token": "<pad>", "eos_token": "<eos>", "unk_token": "<unk>", "bos_token": "<bos>"}
-    return PreTrainedTokenizerFast(tokenizer_object=words, chat_template=template, **special)
 
 
 def read(row, max_length=100, **options):
@@ -161,10 +144,6 @@ def test_batches_are_padded_on_the_right():
 # Files.
 
 ROWS = [{"messages": ONE, "id": 1}, {"messages": TWO, "id": 2}]
-
-
-def as_lines(path, rows):
-    path.write_text("\n".join(map(json.dumps, rows)) + "\n\n", encoding="utf-8")
 
 
 def as_parquet(path, rows):

@@ -2,15 +2,17 @@
 
 import pytest
 import torch
+from collecting import distance
 from method_oracles import ShiftProblem
 from oracle import projector
 from solving import find_shift, solve_cntlora
+from tolerances import TURNED
 
 from lora_da.methods.common import LoraFactors, UnsolvableLayer
 
 pytestmark = pytest.mark.once
 
-EXACT = 1e-8  # float64 against float64, through the inverse of a badly scaled Z^(1/2) in the oracle
+WHITENED = 1e-8  # float64 against float64, through the inverse of a badly scaled Z^(1/2) in the oracle
 MU = 0.1
 SIZES = [(20, 33), (48, 24), (90, 150), (8, 120)]
 
@@ -36,15 +38,11 @@ def solved(p: ShiftProblem, rank: int, plain_variance: float = 1.0) -> LoraFacto
     return solve_cntlora(find_shift(second_moment(p), mu_of(p)), p.weight, rank, plain_variance=plain_variance)
 
 
-def relative(a: torch.Tensor, b: torch.Tensor) -> float:
-    return (torch.linalg.norm(a - b) / torch.linalg.norm(b)).item()
-
-
 def test_the_pre_training_partners_are_isotropic_with_the_same_energy() -> None:
     """The premise of the derivation, of the oracle itself."""
     p = problem(20, 33)
     c = second_moment(p).trace() / 33
-    assert relative(p.x_pre.T @ p.x_pre / len(p.x), (1 + MU) * c * torch.eye(33, dtype=torch.float64)) <= EXACT
+    assert distance(p.x_pre.T @ p.x_pre / len(p.x), (1 + MU) * c * torch.eye(33, dtype=torch.float64)) <= WHITENED
 
 
 @pytest.mark.parametrize("mu", [1e-3, MU, 1.0])
@@ -54,10 +52,10 @@ def test_its_rows_are_those_of_the_constrained_optimum(o: int, i: int, mu: float
     step = p.solve(rank)
     rows = torch.linalg.svd(step, full_matrices=False).Vh[:rank]
     ours = solved(p, rank)
-    assert relative(projector(ours.lora_A.T), projector(rows.T)) <= EXACT
+    assert distance(projector(ours.lora_A.T), projector(rows.T)) <= WHITENED
     best = p.best_step(ours.lora_A)
-    assert p.objective(best).item() == pytest.approx(p.objective(step).item(), rel=EXACT)
-    assert relative(best, step) <= EXACT
+    assert p.objective(best).item() == pytest.approx(p.objective(step).item(), rel=WHITENED)
+    assert distance(best, step) <= WHITENED
     assert ours.lora_B.shape == (o, rank) and not ours.lora_B.any()
 
 
@@ -97,7 +95,7 @@ def test_all_ranks_fulfil_the_first_constraint_where_the_second_has_no_weight() 
     """mu = 0 and full rank: W + dW gives for each x what W gives for its partner."""
     p = problem(20, 33, mu=0.0)
     step = p.best_step(solved(p, 20).lora_A)
-    assert relative(p.x @ (p.weight + step).T, p.x_pre @ p.weight.T) <= EXACT
+    assert distance(p.x @ (p.weight + step).T, p.x_pre @ p.weight.T) <= WHITENED
 
 
 def test_directions_that_are_used_as_before_training_are_left_alone() -> None:
@@ -121,7 +119,7 @@ def test_its_rows_see_inputs_that_are_close_to_white() -> None:
     p = problem(30, 40, mu=1e-6)
     ours = solved(p, 5)
     seen = ours.lora_A @ second_moment(p) @ ours.lora_A.T
-    assert relative(seen / seen[0, 0], torch.eye(5, dtype=torch.float64)) <= 1e-4
+    assert distance(seen / seen[0, 0], torch.eye(5, dtype=torch.float64)) <= 1e-4
 
 
 @pytest.mark.parametrize("scale", [1e-12, 1e12])
@@ -129,7 +127,7 @@ def test_units_change_nothing_but_the_scale_that_is_plain_loras(scale: float) ->
     p = problem(30, 40)
     one = solve_cntlora(find_shift(second_moment(p), MU), p.weight, 4, plain_variance=1.0)
     other = solve_cntlora(find_shift(second_moment(p) * scale, MU), p.weight * scale, 4, plain_variance=1.0)
-    assert relative(other.lora_A, one.lora_A) <= EXACT
+    assert distance(other.lora_A, one.lora_A) <= WHITENED
 
 
 def test_float32_where_the_damping_bounds_the_condition_number() -> None:
@@ -140,7 +138,7 @@ def test_float32_where_the_damping_bounds_the_condition_number() -> None:
     ours = solve_cntlora(shift, p.weight.bfloat16(), 4, plain_variance=1.0)
     truth = ShiftProblem(p.x, p.weight.bfloat16().double(), MU)
     rows = torch.linalg.svd(truth.solve(4), full_matrices=False).Vh[:4]
-    assert relative(projector(ours.lora_A.T), projector(rows.T)) <= 1e-3
+    assert distance(projector(ours.lora_A.T), projector(rows.T)) <= TURNED
 
 
 def test_fewer_tokens_than_inputs() -> None:
@@ -149,7 +147,7 @@ def test_fewer_tokens_than_inputs() -> None:
     few = p.x[:6].float()
     ours = solve_cntlora(find_shift(few.T @ few / 6, MU), p.weight.float(), 4, plain_variance=1.0)
     touched = projector(few.T.double())  # (33, 33), of rank 6
-    assert relative(ours.lora_A @ touched, ours.lora_A) <= 1e-4  # rounding of float32 sums, whitened
+    assert distance(ours.lora_A @ touched, ours.lora_A) <= 1e-4  # rounding of float32 sums, whitened
     rest = solve_cntlora(find_shift(few.T @ few / 6, MU), p.weight.float(), 12, plain_variance=1.0)
     assert torch.isfinite(rest.lora_A).all() and torch.linalg.matrix_rank(rest.lora_A) == 12
 

@@ -2,9 +2,11 @@
 
 import pytest
 import torch
+from collecting import distance
 from method_oracles import oracle_filet
 from oracle import projector
 from solving import solve_filet
+from tolerances import EXACT
 
 import lora_da.methods.filet
 from lora_da.methods.common import UnsolvableLayer
@@ -13,8 +15,7 @@ from lora_da.statistics import LayerStatistics
 
 pytestmark = pytest.mark.once
 
-EXACT = 1e-10  # float64 against float64
-FLOAT32 = 1e-4  # a quadratic form of float32 sums, relative to itself
+ENERGIES = 1e-4  # a quadratic form of float32 sums, relative to itself
 SIZES = [(20, 33), (48, 24), (90, 200), (8, 120)]
 
 
@@ -32,10 +33,6 @@ def single(s: LayerStatistics) -> LayerStatistics:
     return LayerStatistics(None, s.input_cov.float(), s.output_fisher.float(), s.n_tokens)
 
 
-def relative(a: torch.Tensor, b: torch.Tensor) -> float:
-    return (torch.linalg.norm(a - b) / torch.linalg.norm(b)).item()
-
-
 @pytest.mark.parametrize("candidates", [7, 1024])
 @pytest.mark.parametrize(("o", "i"), SIZES)
 def test_it_chooses_the_oracles_directions(o: int, i: int, candidates: int, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -45,13 +42,13 @@ def test_it_chooses_the_oracles_directions(o: int, i: int, candidates: int, monk
     energies, directions = oracle_filet(weight, s.input_cov, s.output_fisher, rank)
     ours = fisher_energies(weight, s.input_cov, s.output_fisher)
     unit = s.input_cov.abs().max() * s.output_fisher.abs().max()
-    assert relative(ours * unit, energies) <= EXACT
+    assert distance(ours * unit, energies) <= EXACT
     found = solve_filet(s, weight, rank, plain_variance=plain)
     # row by row: in the order of their energies, all by one factor
     scale = found.lora_A.norm() / directions.norm()
     cosines = (found.lora_A / scale * directions.T).sum(1)
     assert torch.allclose(cosines.abs(), torch.ones(rank, dtype=torch.float64), atol=EXACT)
-    assert relative(projector(found.lora_A.T), projector(directions)) <= 1e-8
+    assert distance(projector(found.lora_A.T), projector(directions)) <= 1e-8
     assert found.lora_B.shape == (o, rank) and not found.lora_B.any()
 
 
@@ -72,7 +69,7 @@ def test_no_other_pairs_have_less_energy() -> None:
     chosen = (found.lora_A @ directions).abs() / found.lora_A.norm(dim=1, keepdim=True)
     assert (chosen.amax(1) > 1 - EXACT).all()
     largest = oracle_filet(weight, -s.input_cov, s.output_fisher, 5)[1]  # a wrong sign would choose others
-    assert relative(projector(found.lora_A.T), projector(largest)) > 0.1
+    assert distance(projector(found.lora_A.T), projector(largest)) > 0.1
     candidates = weight.T @ weight / torch.linalg.norm(weight.T @ weight, dim=0)
     pairs = (found.lora_A @ candidates).abs().argmax(1)
     others = [k for k in range(40) if k not in pairs]
@@ -85,7 +82,7 @@ def test_float32_sums_give_the_energies(o: int, i: int) -> None:
     ours = fisher_energies(weight.float(), single(s).input_cov, single(s).output_fisher).double()
     unit = s.input_cov.abs().max() * s.output_fisher.abs().max()
     energies, _ = oracle_filet(weight, s.input_cov, s.output_fisher, 4)
-    assert ((ours * unit - energies).abs() <= FLOAT32 * energies).all()
+    assert ((ours * unit - energies).abs() <= ENERGIES * energies).all()
 
 
 @pytest.mark.parametrize("scale", [1e-15, 1e15])
@@ -94,7 +91,7 @@ def test_units_of_weight_loss_and_inputs_change_nothing(scale: float) -> None:
     one = solve_filet(single(s), weight.float(), 4, plain_variance=1 / 120)
     scaled = LayerStatistics(None, s.input_cov.float() * scale, s.output_fisher.float() * scale, s.n_tokens)
     other = solve_filet(scaled, (weight * scale).float(), 4, plain_variance=1 / 120)
-    assert relative(other.lora_A, one.lora_A) <= 1e-4
+    assert distance(other.lora_A, one.lora_A) <= 1e-4
 
 
 def test_columns_of_zeros_are_no_candidates() -> None:
@@ -104,7 +101,7 @@ def test_columns_of_zeros_are_no_candidates() -> None:
     found = solve_filet(s, weight, 4, plain_variance=1 / 99)
     kept = [k for k in range(33) if not 5 <= k < 25]
     _, directions = oracle_filet(weight[:, kept], s.input_cov[kept][:, kept], s.output_fisher, 4)
-    assert relative(projector(found.lora_A[:, kept].T), projector(directions)) <= 1e-8
+    assert distance(projector(found.lora_A[:, kept].T), projector(directions)) <= 1e-8
     assert not found.lora_A[:, 5:25].any()
     weight[:, :30] = 0
     with pytest.raises(UnsolvableLayer, match="its weight has 3 columns that are not zero, below the rank 4"):

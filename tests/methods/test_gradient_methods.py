@@ -2,9 +2,11 @@
 
 import pytest
 import torch
+from collecting import distance
 from method_oracles import oracle_lora_ga, oracle_lora_one
 from oracle import projector
 from solving import solve_lora_ga, solve_lora_one
+from tolerances import EXACT
 
 from lora_da.methods.common import UnsolvableLayer
 from lora_da.methods.linalg import largest_singular_triplets
@@ -12,13 +14,12 @@ from lora_da.statistics import LayerStatistics
 
 pytestmark = pytest.mark.once
 
-EXACT = 1e-10  # float64 against float64
 ITERATED = 1e-7  # of wide layers: the residual of the squares over the gaps of these spectra
 SIZES = [(20, 33), (48, 24), (30, 300), (300, 30), (200, 260), (260, 200)]  # the last two are solved by iteration
 
 
 def gradient(o: int, i: int, n: int = 400, seed: int = 0) -> torch.Tensor:
-    """Of tokens with a few strong input channels, one of them huge."""
+    """G of tokens with a few strong input channels, one of them huge."""
     g = torch.Generator().manual_seed(seed)
     x = torch.randn(n, i, generator=g, dtype=torch.float64) * torch.logspace(1, -2, i, dtype=torch.float64)
     x[:, i // 2] *= 1e3
@@ -30,19 +31,15 @@ def taken(grad: torch.Tensor) -> LayerStatistics:
     return LayerStatistics(grad, None, None, 400)
 
 
-def relative(a: torch.Tensor, b: torch.Tensor) -> float:
-    return (torch.linalg.norm(a - b) / torch.linalg.norm(b)).item()
-
-
 @pytest.mark.parametrize(("o", "i"), SIZES)
 def test_lora_one_is_its_formula(o: int, i: int) -> None:
     grad, rank, gamma = gradient(o, i), 4, 128.0
     ours = solve_lora_one(taken(grad), rank, gamma=gamma)
     lora_A, lora_B = oracle_lora_one(grad, rank, gamma)
-    assert relative(ours.lora_B @ ours.lora_A, lora_B @ lora_A) <= ITERATED
+    assert distance(ours.lora_B @ ours.lora_A, lora_B @ lora_A) <= ITERATED
     # pair by pair, whose signs are free together
     for k in range(rank):
-        assert relative(torch.outer(ours.lora_B[:, k], ours.lora_A[k]), torch.outer(lora_B[:, k], lora_A[k])) <= 1e-5
+        assert distance(torch.outer(ours.lora_B[:, k], ours.lora_A[k]), torch.outer(lora_B[:, k], lora_A[k])) <= 1e-5
         assert ours.lora_A[k].norm().item() == pytest.approx(lora_A[k].norm().item(), rel=ITERATED)
         assert ours.lora_B[:, k].norm().item() == pytest.approx(lora_A[k].norm().item(), rel=ITERATED)
 
@@ -51,7 +48,7 @@ def test_lora_one_goes_downhill_by_one_over_gamma() -> None:
     grad = gradient(40, 60)
     ours = solve_lora_one(taken(grad), 40, gamma=4.0)
     step = ours.lora_B @ ours.lora_A
-    assert relative(step, -grad / torch.linalg.matrix_norm(grad, 2) / 4) <= EXACT
+    assert distance(step, -grad / torch.linalg.matrix_norm(grad, 2) / 4) <= EXACT
     assert (grad * step).sum() < 0
     assert ours.bias_captured == pytest.approx(1.0)
 
@@ -61,8 +58,8 @@ def test_lora_ga_has_the_papers_lora_a_and_moves_nothing(o: int, i: int) -> None
     grad, rank = gradient(o, i), 4
     ours = solve_lora_ga(taken(grad), rank, gamma=16.0)
     truth = oracle_lora_ga(grad, rank, 16.0)
-    assert relative(projector(ours.lora_A.T), projector(truth.T)) <= 1e-5
-    assert relative(ours.lora_A @ ours.lora_A.T, truth @ truth.T) <= EXACT  # orthogonal rows of one length
+    assert distance(projector(ours.lora_A.T), projector(truth.T)) <= 1e-5
+    assert distance(ours.lora_A @ ours.lora_A.T, truth @ truth.T) <= EXACT  # orthogonal rows of one length
     assert ours.lora_B.shape == (o, rank) and not ours.lora_B.any()
     share = torch.linalg.svdvals(grad)[:rank].square().sum() / grad.square().sum()
     assert ours.bias_captured == pytest.approx(share.item(), rel=1e-6)
@@ -93,7 +90,7 @@ def test_a_gradient_of_three_tokens(o: int, i: int) -> None:
     assert solve_lora_one(taken(grad), 3, gamma=128.0).bias_captured == pytest.approx(1.0)
     ours = solve_lora_ga(taken(grad), 8, gamma=16.0)
     gram = ours.lora_A @ ours.lora_A.T
-    assert relative(gram, torch.eye(8, dtype=torch.float64) * o**0.5 / 16) <= 1e-8
+    assert distance(gram, torch.eye(8, dtype=torch.float64) * o**0.5 / 16) <= 1e-8
     assert ours.bias_captured == pytest.approx(1.0)
 
 
@@ -111,7 +108,7 @@ def test_small_singular_values_are_found_beside_large_ones(m: int, n: int) -> No
     values = torch.logspace(0, -6, 150, dtype=torch.float64)
     matrix = (u * values) @ v.T
     found = largest_singular_triplets(matrix, torch.randn(400, 24, generator=g, dtype=torch.float64), 16)
-    assert relative(found.values, values[:16]) <= 1e-8
-    assert relative((found.left * found.values) @ found.right.T, (u[:, :16] * values[:16]) @ v[:, :16].T) <= 1e-5
+    assert distance(found.values, values[:16]) <= 1e-8
+    assert distance((found.left * found.values) @ found.right.T, (u[:, :16] * values[:16]) @ v[:, :16].T) <= 1e-5
     for side in (found.left, found.right):
-        assert relative(side.T @ side, torch.eye(16, dtype=torch.float64)) <= 1e-8
+        assert distance(side.T @ side, torch.eye(16, dtype=torch.float64)) <= 1e-8

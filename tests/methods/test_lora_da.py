@@ -6,8 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from collecting import distance
 from oracle import objective, oracle_solve, projector
 from solving import damp_input, solve_lora_da
+from tolerances import EXACT
 
 from lora_da.config import PRESETS
 from lora_da.methods.common import LoraFactors, UnsolvableLayer
@@ -16,7 +18,6 @@ from lora_da.statistics import LayerStatistics
 
 pytestmark = pytest.mark.once
 
-EXACT = 1e-10  # float64 against float64
 AUTHORS = 5e-4  # the authors' vectors were solved in float32; a float64 solution agrees to 5e-5 … 4e-4
 
 
@@ -45,10 +46,6 @@ def solve(s: LayerStatistics, rank: int, plain_variance: float | None = None, **
     return solve_lora_da(s, rank, plain_variance=plain_variance, **kwargs)
 
 
-def relative(a: torch.Tensor, b: torch.Tensor) -> float:
-    return ((a - b).norm() / b.norm()).item()
-
-
 def reference_file() -> Path:
     folder = os.environ.get("LORA_DA_DATA")
     path = Path(folder or ".") / "reference_vectors.safetensors"
@@ -74,11 +71,11 @@ def test_reference_preset_reproduces_the_authors_steps(case: int) -> None:
     )
     authors = t["lora_B"] @ t["lora_A"]
     ours = solve(s, meta["rank"], **preset)
-    assert relative(ours.lora_B @ ours.lora_A, authors.double()) <= AUTHORS
-    assert relative(ours.lora_A.norm(), t["lora_A"].norm().double()) <= AUTHORS
+    assert distance(ours.lora_B @ ours.lora_A, authors.double()) <= AUTHORS
+    assert distance(ours.lora_A.norm(), t["lora_A"].norm().double()) <= AUTHORS
     if case == 3:  # the one that sees the variance term: its weight must matter, or the comparison proves nothing
         other = solve(s, meta["rank"], **{**preset, "variance_weight": 0.0})
-        assert relative(other.lora_B @ other.lora_A, authors.double()) > 100 * AUTHORS
+        assert distance(other.lora_B @ other.lora_A, authors.double()) > 100 * AUTHORS
 
 
 @pytest.mark.parametrize("preset", PRESETS)
@@ -97,9 +94,9 @@ def test_agrees_with_the_dense_oracle(preset: str, population: float, full: bool
     gap = (oracle.eigenvalues[rank] - oracle.eigenvalues[rank - 1]) / oracle.eigenvalues.abs().max()
     tolerance = EXACT if i <= DENSE_UP_TO else 4 * TOLERANCE[torch.float64] / gap.item()
     assert tolerance < 1e-3, "the case is too degenerate to compare"
-    assert relative(projector(ours.lora_A.T), projector(oracle.lora_A.T)) <= tolerance
-    assert relative(ours.lora_B @ ours.lora_A, oracle.lora_B @ oracle.lora_A) <= tolerance
-    assert relative(ours.lora_A.norm(), oracle.lora_A.norm()) <= tolerance
+    assert distance(projector(ours.lora_A.T), projector(oracle.lora_A.T)) <= tolerance
+    assert distance(ours.lora_B @ ours.lora_A, oracle.lora_B @ oracle.lora_A) <= tolerance
+    assert distance(ours.lora_A.norm(), oracle.lora_A.norm()) <= tolerance
     captured = (oracle.subspace.T @ oracle.direction).norm() ** 2 / oracle.direction.norm() ** 2
     assert ours.bias_captured == pytest.approx(captured.item(), rel=1e-6)
 
@@ -124,8 +121,8 @@ def test_float32_is_solved_in_where_the_damping_bounds_the_condition_number(pres
     gap = (oracle.eigenvalues[rank] - oracle.eigenvalues[rank - 1]) / oracle.eigenvalues.abs().max()
     tolerance = 4 * TOLERANCE[dtype] / gap.item()
     assert tolerance < 2e-2, "the case is too degenerate to compare"
-    assert relative(projector(ours.lora_A.T), projector(oracle.lora_A.T)) <= tolerance
-    assert relative(ours.lora_B @ ours.lora_A, oracle.lora_B @ oracle.lora_A) <= tolerance
+    assert distance(projector(ours.lora_A.T), projector(oracle.lora_A.T)) <= tolerance
+    assert distance(ours.lora_B @ ours.lora_A, oracle.lora_B @ oracle.lora_A) <= tolerance
     chosen = torch.linalg.qr(ours.lora_A.T).Q
     best = oracle.eigenvalues[:rank].sum()
     assert abs(objective(oracle.omega, chosen) - best) <= tolerance**2 * oracle.eigenvalues.abs().sum()
@@ -137,7 +134,7 @@ def test_float32_does_not_depend_on_the_size_of_the_loss(scale: float) -> None:
     s = statistics(90, 300)
     numbers_ = {**numbers("default"), "variance_weight": 0.0}
     one, other = (solve(single(s, size), 4, 1 / 900, **numbers_) for size in (1.0, scale))
-    assert relative(other.lora_B @ other.lora_A, one.lora_B @ one.lora_A) <= 1e-4
+    assert distance(other.lora_B @ other.lora_A, one.lora_B @ one.lora_A) <= 1e-4
 
 
 @pytest.mark.parametrize("preset", PRESETS)
@@ -162,9 +159,9 @@ def test_without_fisher_and_variance_it_is_the_gradient_svd() -> None:
     flat = LayerStatistics(s.grad, torch.eye(60, dtype=torch.float64), torch.ones(40, dtype=torch.float64), 400)
     ours = solve(flat, 6, **{**numbers("paper"), "variance_weight": 0.0, "damping": 0.0})
     u, sv, vh = torch.linalg.svd(s.grad, full_matrices=False)
-    assert relative(projector(ours.lora_A.T), projector(vh[:6].T)) <= EXACT
+    assert distance(projector(ours.lora_A.T), projector(vh[:6].T)) <= EXACT
     step = -(u[:, :6] * sv[:6]) @ vh[:6]
-    assert relative(ours.lora_B @ ours.lora_A, step) <= EXACT
+    assert distance(ours.lora_B @ ours.lora_A, step) <= EXACT
 
 
 def test_the_step_goes_downhill_and_gamma_sets_its_size() -> None:
@@ -172,7 +169,7 @@ def test_the_step_goes_downhill_and_gamma_sets_its_size() -> None:
     steps = [solve(s, 8, **{**numbers("reference"), "gamma": gamma}) for gamma in (4.0, 1024.0)]
     products = [f.lora_B @ f.lora_A for f in steps]
     assert (s.grad * products[0]).sum() < 0
-    assert relative(products[0], products[1] * 256) <= EXACT
+    assert distance(products[0], products[1] * 256) <= EXACT
     full = solve(s, 40, **{**numbers("reference"), "variance_weight": 0.0, "gamma": 4.0})
     assert torch.linalg.matrix_norm(full.lora_B @ full.lora_A, 2).item() == pytest.approx(1 / 4, rel=1e-6)
 
@@ -186,7 +183,7 @@ def test_input_energy_is_that_of_plain_lora_and_leaves_the_step_alone() -> None:
     plain = [(torch.rand(rank, 60, generator=g, dtype=torch.float64) * 2 - 1) * bound for _ in range(2000)]
     drawn = sum(torch.trace(a @ s.input_cov @ a.T).item() for a in plain) / len(plain)
     assert energy == pytest.approx(drawn, rel=0.02)  # the mean of 2000 draws of PEFT's default A
-    assert relative(matched.lora_B @ matched.lora_A, shared.lora_B @ shared.lora_A) <= EXACT
+    assert distance(matched.lora_B @ matched.lora_A, shared.lora_B @ shared.lora_A) <= EXACT
 
 
 def test_scale_free() -> None:
@@ -194,10 +191,10 @@ def test_scale_free() -> None:
     s = statistics(30, 40)
     scaled = LayerStatistics(s.grad * 1e-4 * 1e3, s.input_cov * 1e6, s.output_fisher * 1e-8, s.n_tokens)
     one, other = (solve(t, 4, **{**numbers("default"), "variance_weight": 0.0}) for t in (s, scaled))
-    assert relative(projector(one.lora_A.T), projector(other.lora_A.T)) <= EXACT
-    assert relative(one.lora_B @ one.lora_A, other.lora_B @ other.lora_A) <= EXACT
+    assert distance(projector(one.lora_A.T), projector(other.lora_A.T)) <= EXACT
+    assert distance(one.lora_B @ one.lora_A, other.lora_B @ other.lora_A) <= EXACT
     one, other = (solve(t, 4, **{**numbers("reference"), "variance_weight": 0.0}) for t in (s, scaled))
-    assert relative(projector(one.lora_A.T), projector(other.lora_A.T)) > 1e-3  # absolute damping is not scale-free
+    assert distance(projector(one.lora_A.T), projector(other.lora_A.T)) > 1e-3  # absolute damping is not scale-free
 
 
 def test_deterministic_and_sign_canonical() -> None:
@@ -216,7 +213,7 @@ def test_more_rank_than_the_gradient_has() -> None:
     s = LayerStatistics(d.T @ x / 3, x.T @ x / 3, d.square().mean(0), 3)
     ours = solve(s, 8, **{**numbers("paper"), "damping": 0.1})
     gram = ours.lora_A @ ours.lora_A.T
-    assert relative(gram, torch.eye(8, dtype=torch.float64)) <= 1e-8
+    assert distance(gram, torch.eye(8, dtype=torch.float64)) <= 1e-8
     assert ours.bias_captured == pytest.approx(1.0, abs=1e-8)
 
 
@@ -264,8 +261,8 @@ def test_iteration_finds_what_the_dense_solver_finds(k: int) -> None:
     pairs = largest_eigenpairs(
         lambda v: calls.append(v.shape[1]) or matrix @ v, q @ torch.ones(400, 16).double() + q[:, :16], k
     )
-    assert relative(pairs.values, values[:k]) <= 1e-9
-    assert relative(pairs.vectors @ pairs.vectors.T, q[:, :k] @ q[:, :k].T) <= 1e-5
+    assert distance(pairs.values, values[:k]) <= 1e-9
+    assert distance(pairs.vectors @ pairs.vectors.T, q[:, :k] @ q[:, :k].T) <= 1e-5
     assert pairs.residual <= TOLERANCE[torch.float64]
     assert max(calls) < 400  # it did not form the operator
 
@@ -278,7 +275,7 @@ def test_a_block_that_would_fill_the_space_is_solved_densely_at_once() -> None:
     start = torch.randn(300, 60, generator=g, dtype=torch.float64)
     pairs = largest_eigenpairs(lambda v: calls.append(1) or matrix @ v, start, 52)
     assert len(calls) == 1
-    assert relative(pairs.values, torch.linalg.eigvalsh(matrix).flip(0)[:52]) <= EXACT
+    assert distance(pairs.values, torch.linalg.eigvalsh(matrix).flip(0)[:52]) <= EXACT
 
 
 def test_what_does_not_converge_is_solved_densely() -> None:

@@ -8,47 +8,45 @@ from pathlib import Path
 
 import pytest
 import torch
-from collecting import PREFIX, distance, llama, padded
+from collecting import distance
+from dequantized import dequantized, four_bit
+from mixtures import mixture
+from models import IGNORED, PREFIX, WIDE, batches, pad, tiny_llama, with_lora
 from oracle import OracleStatistics, oracle_statistics, projector
 from other_methods import (
-    FLOAT32,
     METHODS,
     ROWS,
     STARTS_AT_THE_BASE,
     TAKEN,
-    TURNED,
     WAYS,
     check_factors,
     every_method,
     factors,
     start,
-    with_lora,
 )
 from picture import differences, picture
 from planning import Forced, recorded
-from test_experts import mixture
+from tolerances import FLOAT32, TURNED
 from torch import nn
+from transformers import PreTrainedModel
 
 from lora_da import LoraDAConfig, initialize_lora_da_weights
 from lora_da.adapter import find_adapter
 from lora_da.statistics import LayerStatistics
 
-
-def nf4(folder: Path) -> nn.Module:
-    from test_quantized import four_bit  # skips where there is no bitsandbytes
-
-    return four_bit(folder, "nf4, double")
+IDS = pad(ROWS[:1])["input_ids"]
 
 
-BASES: dict[str, Callable[[Path], nn.Module]] = {"unquantised": lambda _: llama(), "nf4": nf4}
+def nf4(folder: Path) -> PreTrainedModel:
+    pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+    return four_bit(tiny_llama(**WIDE), folder, "double-quantisation")
 
 
-def dense_twin(model: nn.Module, base: str) -> nn.Module:
-    if base == "unquantised":
-        return llama()
-    from test_quantized import twin
+BASES: dict[str, Callable[[Path], PreTrainedModel]] = {"unquantised": lambda _: tiny_llama(), "nf4": nf4}
 
-    return twin(model)
+
+def dense_twin(model: PreTrainedModel, base: str) -> PreTrainedModel:
+    return tiny_llama() if base == "unquantised" else dequantized(model, tiny_llama(**WIDE))
 
 
 def bits(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -75,7 +73,7 @@ def test_it_starts_where_its_oracle_does(method: str, base: str, tmp_path: Path)
     peft_model = with_lora(model).train()  # in evaluation, bitsandbytes repacks weights on a CPU
     layers = [a.name.removeprefix(PREFIX) for a in find_adapter(peft_model).layers]
     truth = oracle_statistics(dense, ROWS, layers, "tokens")
-    logits = peft_model(input_ids=ROWS[0]["input_ids"][None]).logits
+    logits = peft_model(input_ids=IDS).logits
     with recorded() as seen:
         report = start(peft_model, method)
     assert report.initialized == report.targeted == len(layers) == 14
@@ -84,14 +82,14 @@ def test_it_starts_where_its_oracle_does(method: str, base: str, tmp_path: Path)
         check_factors(found, truth[name], dense.get_submodule(name).weight.detach(), method)
     after = {k.removeprefix(PREFIX).replace("base_layer.", ""): v for k, v in bits(peft_model).items()}
     assert all(torch.equal(v, after[k]) for k, v in before.items())
-    moved = not torch.equal(peft_model(input_ids=ROWS[0]["input_ids"][None]).logits, logits)
+    moved = not torch.equal(peft_model(input_ids=IDS).logits, logits)
     assert moved == (method not in STARTS_AT_THE_BASE)
 
 
 @every_method
 @pytest.mark.parametrize("way", WAYS)
 def test_whatever_the_plan(method: str, way: str) -> None:
-    expected, model = with_lora(llama()), with_lora(llama())
+    expected, model = with_lora(tiny_llama()), with_lora(tiny_llama())
     reports = [start(expected, method)]
     planner = Forced(WAYS[way])
     reports.append(start(model, method, planner))
@@ -106,7 +104,7 @@ def test_whatever_the_plan(method: str, way: str) -> None:
 
 @every_method
 def test_only_the_factors_change(method: str) -> None:
-    model = with_lora(llama())
+    model = with_lora(tiny_llama())
     before = picture(model)
     start(model, method)
     written = differences(before, picture(model))
@@ -115,7 +113,7 @@ def test_only_the_factors_change(method: str) -> None:
 
 @every_method
 def test_the_report_says_what_was_done(method: str, tmp_path: Path) -> None:
-    model = with_lora(llama())
+    model = with_lora(tiny_llama())
     report = start(model, method)
     assert f" by {method} from 8 samples" in report.line()
     saved = json.loads(report.save(tmp_path).read_text(), parse_constant=pytest.fail)  # no NaN
@@ -125,27 +123,29 @@ def test_the_report_says_what_was_done(method: str, tmp_path: Path) -> None:
     assert (layer["damping_input"] is None) == (method != "cntlora")
     assert layer["full_fisher"] == (method == "filet")
     assert (layer["relative_step"] > 0) == (method == "lora_one")
-    assert report.loss == pytest.approx(start(with_lora(llama()), "lora_da").loss, rel=1e-6)
+    assert report.loss == pytest.approx(start(with_lora(tiny_llama()), "lora_da").loss, rel=1e-6)
 
 
 @every_method
 def test_a_head_is_started_too(method: str) -> None:
-    """Of its inputs those of the tokens that carry loss, as in LoRA-DA."""
-    model, base = with_lora(llama(), target_modules=["lm_head", "q_proj"]), llama()
+    """Its statistics are taken over the tokens that carry loss, as in LoRA-DA."""
+    model, base = with_lora(tiny_llama(), target_modules=["lm_head", "q_proj"]), tiny_llama()
     report = start(model, method)
     assert report.initialized == report.targeted == 3
-    assert report.layers[f"{PREFIX}lm_head"].tokens == sum(int((r["labels"][1:] != -100).sum()) for r in ROWS)
+    loss_tokens = sum(label != IGNORED for row in ROWS for label in row["labels"][1:])
+    assert report.layers[f"{PREFIX}lm_head"].tokens == loss_tokens
     truth = head_statistics(base)
     check_factors(factors(model)["lm_head"], truth, base.lm_head.weight.detach(), method)
 
 
 def head_statistics(base: nn.Module) -> OracleStatistics:
     twin_, xs, ds = base.double(), [], []
-    for row in ROWS:
-        states = twin_.model(input_ids=row["input_ids"][None]).last_hidden_state[0, :-1].double().detach()
-        kept = row["labels"][1:] != -100
+    for document in batches(ROWS, 1):
+        states = twin_.model(input_ids=document["input_ids"]).last_hidden_state[0, :-1].double().detach()
+        targets = document["labels"][0, 1:]
+        kept = targets != IGNORED
         logits = (states[kept] @ twin_.lm_head.weight.T).detach().requires_grad_()
-        nn.functional.cross_entropy(logits, row["labels"][1:][kept], reduction="sum").backward()
+        nn.functional.cross_entropy(logits, targets[kept], reduction="sum").backward()
         xs.append(states[kept])
         ds.append(logits.grad)
     x, d = torch.cat(xs), torch.cat(ds)
@@ -162,14 +162,14 @@ def test_experts_are_started_from_the_tokens_they_were_given(method: str) -> Non
     assert report.initialized == report.targeted - 6 and not report.failed
     one_batch = with_lora(mixture(closed=1), r=2)
     config = LoraDAConfig(method=method, samples=len(ROWS))
-    initialize_lora_da_weights(one_batch, [padded(ROWS, left=True)], config, show_progress=False)
+    initialize_lora_da_weights(one_batch, [pad(ROWS, "left")], config, show_progress=False)
     for name, (a, _) in factors(model).items():
         assert distance(projector(a.T), projector(factors(one_batch)[name][0].T)) <= TURNED
 
 
 @every_method
 def test_a_kept_solution_is_found_again_by_the_same_method_alone(method: str, tmp_path: Path) -> None:
-    first, second, other = with_lora(llama()), with_lora(llama()), with_lora(llama())
+    first, second, other = with_lora(tiny_llama()), with_lora(tiny_llama()), with_lora(tiny_llama())
     assert not start(first, method, cache_dir=str(tmp_path)).from_cache
     assert start(second, method, cache_dir=str(tmp_path)).from_cache
     assert all(torch.equal(a[0], b[0]) for a, b in zip(factors(first).values(), factors(second).values(), strict=True))
@@ -179,8 +179,7 @@ def test_a_kept_solution_is_found_again_by_the_same_method_alone(method: str, tm
 
 
 def test_dora_starts_at_the_base() -> None:
-    model = with_lora(llama(), use_dora=True)
-    ids = ROWS[0]["input_ids"][None]
-    before = model(input_ids=ids).logits
+    model = with_lora(tiny_llama(), use_dora=True)
+    before = model(input_ids=IDS).logits
     start(model, "cntlora")
-    assert torch.allclose(model(input_ids=ids).logits, before, atol=1e-5)
+    assert torch.allclose(model(input_ids=IDS).logits, before, atol=1e-5)

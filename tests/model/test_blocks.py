@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 import torch
 from architectures import ATTENTION, BLOCKS, LLAMA
-from collecting import PREFIX, documents, padded, worst
-from models import seeded
+from collecting import worst
+from models import PREFIX, documents, pad, seeded, with_lora
 from oracle import oracle_statistics
-from peft import LoraConfig, get_peft_model
 from planning import Forced, Way, recorded
+from tolerances import FLOAT32
 from torch import Tensor, nn
 from transformers import Gemma3nForCausalLM, Gemma3nTextConfig, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
@@ -22,9 +22,8 @@ from lora_da import LoraDAConfig, initialize_lora_da_weights
 from lora_da.adapter import find_adapter
 from lora_da.collect.plan import Plan
 
-FLOAT32 = 2e-5  # float32 model and sums against the float64 oracle
 ROWS = documents((9, 9, 9, 9))  # of one length, so that nothing but the values can give a block away
-BATCHES = {"one batch": [padded(ROWS)], "one row each": [padded([row]) for row in ROWS]}
+BATCHES = {"one batch": [pad(ROWS)], "one row each": [pad([row]) for row in ROWS]}
 
 
 def llama(kind: type[LlamaForCausalLM] = LlamaForCausalLM) -> LlamaForCausalLM:
@@ -78,7 +77,7 @@ class Halved(nn.ModuleList):
 
 def initialised(base: PreTrainedModel, batches: list[dict[str, Tensor]], way: Way) -> tuple[list[Plan], float]:
     """The plans that were made, and how far the statistics are from the oracle's."""
-    model = get_peft_model(copy.deepcopy(base), LoraConfig(r=4, target_modules=ATTENTION))
+    model = with_lora(copy.deepcopy(base), target_modules=ATTENTION)
     names = [layer.name.removeprefix(PREFIX) for layer in find_adapter(model).layers]
     config = LoraDAConfig(samples=len(ROWS), preset="paper", averaging="tokens")
     planner = Forced(way)
@@ -115,7 +114,7 @@ def test_what_the_decoder_does_between_blocks(batches: str) -> None:
     base = seeded(Between, LlamaConfig(**LLAMA.config))
     plain = llama()
     plain.load_state_dict(base.state_dict())
-    ids = ROWS[0]["input_ids"][None]
+    ids = BATCHES["one row each"][0]["input_ids"]
     assert not torch.allclose(base(ids).logits, plain(ids).logits)  # it does something
     (plan,), off = initialised(base, BATCHES[batches], Way(cuts=2))
     assert off <= FLOAT32 and plan.cuts == 1 and plan.passes == 2
@@ -127,9 +126,8 @@ def test_a_block_that_is_left_out() -> None:
     """A decoder that runs fewer blocks than it holds."""
     base = llama()
     base.config.num_hidden_layers = BLOCKS - 1
-    model = get_peft_model(base, LoraConfig(r=4, target_modules=["q_proj"], layers_to_transform=[0, 1]))
-    planner = Forced(Way(cuts=2))
-    config = LoraDAConfig(samples=4)
+    model = with_lora(base, target_modules=["q_proj"], layers_to_transform=[0, 1])
+    planner, config = Forced(Way(cuts=2)), LoraDAConfig(samples=4)
     initialize_lora_da_weights(model, BATCHES["one batch"], config, show_progress=False, plan=planner)
     assert planner.plans[-1].why_not_streamed == f"{BLOCKS - 1} of its {BLOCKS} blocks ran"
 

@@ -7,64 +7,22 @@ import logging
 
 import pytest
 import torch
-from collecting import collected, distance, documents, llama, packed, padded, with_lora, worst
-from peft import LoraConfig, get_peft_model
+from collecting import collected, distance, worst
+from mixtures import Mixture, mixture
+from models import IGNORED, LENGTHS, Document, batches, documents, packed, pad, with_lora
+from tolerances import FLOAT32, WRONG
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lora_da import LoraDAConfig, LoraDAError, initialize_lora_da_weights
 from lora_da.model.experts import KnownRows
 
-FLOAT32 = 2e-5  # a float32 model and sums against float64
-EXPERTS, CHOSEN = 4, 2
-
-
-class Expert(nn.Module):
-    def __init__(self, hidden: int, inner: int) -> None:
-        super().__init__()
-        self.gate_proj, self.up_proj = nn.Linear(hidden, inner, bias=False), nn.Linear(hidden, inner, bias=False)
-        self.down_proj = nn.Linear(inner, hidden, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
-
-
-class Mixture(nn.Module):
-    """As models of this kind do it: each expert is called with the rows routed to it, if there are any."""
-
-    def __init__(self, hidden: int, inner: int, closed: int | None) -> None:
-        super().__init__()
-        self.gate = nn.Linear(hidden, EXPERTS, bias=False)
-        self.experts = nn.ModuleList(Expert(hidden, inner) for _ in range(EXPERTS))
-        self.closed = closed
-
-    def forward(self, x: Tensor) -> Tensor:
-        rows = x.reshape(-1, x.shape[-1])
-        logits = self.gate(rows)
-        if self.closed is not None:
-            logits[:, self.closed] = -torch.inf
-        weight, chosen = logits.softmax(-1).topk(CHOSEN)
-        out = torch.zeros_like(rows)
-        for number, expert in enumerate(self.experts):
-            token, place = (chosen == number).nonzero(as_tuple=True)
-            if len(token):
-                out.index_add_(0, token, expert(rows[token]) * weight[token, place, None])
-        return out.view_as(x)
-
-
-def mixture(dtype: torch.dtype = torch.float32, closed: int | None = None) -> nn.Module:
-    model = llama(dtype)
-    torch.manual_seed(1)
-    for layer in model.model.layers:
-        layer.mlp = Mixture(32, 24, closed).to(dtype)
-    return model
-
 
 def expert_names(model: nn.Module) -> list[str]:
     return [name for name, m in model.named_modules() if isinstance(m, nn.Linear) and ".experts." in name]
 
 
-def truth(model: nn.Module, rows: list[dict[str, Tensor]], averaging: str) -> dict[str, dict[str, Tensor]]:
+def truth(model: nn.Module, rows: list[Document], averaging: str) -> dict[str, dict[str, Tensor]]:
     """G, Z and Y of the experts' layers from float64 documents one by one, every token kept."""
     twin = copy.deepcopy(model).double()
     calls: list[tuple[str, Tensor, Tensor]] = []  # of the running document
@@ -72,11 +30,12 @@ def truth(model: nn.Module, rows: list[dict[str, Tensor]], averaging: str) -> di
         twin.get_submodule(name).register_forward_hook(lambda _m, a, y, name=name: calls.append((name, a[0], y)))
     xs: dict[str, list[Tensor]] = {name: [] for name in expert_names(twin)}
     ds: dict[str, list[Tensor]] = {name: [] for name in xs}
-    n_loss = [int((row["labels"][1:] != -100).sum()) for row in rows]
-    for row, n in zip(rows, n_loss, strict=True):
+    n_loss = [sum(label != IGNORED for label in row["labels"][1:]) for row in rows]
+    for document, n in zip(batches(rows, 1), n_loss, strict=True):
         calls.clear()
-        logits = twin(input_ids=row["input_ids"][None], use_cache=False).logits[0, :-1].double()
-        loss = F.cross_entropy(logits, row["labels"][1:], reduction="sum") / (n if averaging == "samples" else 1)
+        logits = twin(input_ids=document["input_ids"], use_cache=False).logits[0, :-1].double()
+        loss = F.cross_entropy(logits, document["labels"][0, 1:], reduction="sum")
+        loss = loss / (n if averaging == "samples" else 1)
         gradients = torch.autograd.grad(loss, [y for _, _, y in calls])
         for (name, x, _), d in zip(calls, gradients, strict=True):
             xs[name].append(x.detach())
@@ -97,28 +56,27 @@ def off(ours: dict, other: dict[str, dict[str, Tensor]]) -> float:
 @pytest.mark.parametrize("averaging", ["samples", "tokens"])
 @pytest.mark.parametrize("reentrant", [None, True, False])
 @pytest.mark.parametrize(
-    "layout", [lambda rows: [padded(rows)], lambda rows: [padded(rows, left=True)], lambda rows: [packed(rows)]]
+    "layout", [lambda rows: [pad(rows)], lambda rows: [pad(rows, "left")], lambda rows: [packed(rows)]]
 )
 def test_an_expert_counts_the_tokens_it_was_given(averaging: str, reentrant: bool | None, layout) -> None:
     """Padding goes through experts too, and must not count."""
-    base, rows = mixture(), documents()
-    model = with_lora(base)
+    rows, model = documents(LENGTHS), with_lora(mixture())
     if reentrant is not None:
         model.get_base_model().gradient_checkpointing_enable({"use_reentrant": reentrant})
-    assert off(collected(model, layout(rows), averaging), truth(base, rows, averaging)) <= FLOAT32
+    assert off(collected(model, layout(rows), averaging), truth(mixture(), rows, averaging)) <= FLOAT32
 
 
 def test_rows_that_are_alike_are_told_apart_by_their_order() -> None:
     """The first tokens of these documents are the same, so are their hidden states, and one document counts double."""
-    base, rows = mixture(), documents()
+    rows = documents(LENGTHS)
     for row in rows:
         row["input_ids"][0] = 5
-    assert off(collected(with_lora(base), [padded(rows)], "samples"), truth(base, rows, "samples")) <= FLOAT32
+    assert off(collected(with_lora(mixture()), [pad(rows)], "samples"), truth(mixture(), rows, "samples")) <= FLOAT32
 
 
 def test_a_wrong_choice_of_tokens_shows(monkeypatch: pytest.MonkeyPatch) -> None:
-    base, rows = mixture(), documents()
-    right = collected(with_lora(base), [padded(rows)])
+    rows = documents(LENGTHS)
+    right = collected(with_lora(mixture()), [pad(rows)])
 
     find = KnownRows.positions_of
 
@@ -127,7 +85,7 @@ def test_a_wrong_choice_of_tokens_shows(monkeypatch: pytest.MonkeyPatch) -> None
         return None if found is None else (found + 3) % len(known._rows)
 
     monkeypatch.setattr(KnownRows, "positions_of", shifted)
-    assert worst(collected(with_lora(base), [padded(rows)]), right) > 1e-2
+    assert worst(collected(with_lora(mixture()), [pad(rows)]), right) > WRONG
 
 
 @pytest.mark.compat("experts")
@@ -136,7 +94,7 @@ def test_an_expert_without_tokens_keeps_pefts_init_and_is_named(caplog: pytest.L
     before = {name: p.clone() for name, p in model.named_parameters() if "lora_" in name}
     with caplog.at_level(logging.WARNING, "lora_da"):
         report = initialize_lora_da_weights(
-            model, [padded(documents())], LoraDAConfig(samples=4, population_size=100), show_progress=False
+            model, [pad(documents(LENGTHS))], LoraDAConfig(samples=4, population_size=100), show_progress=False
         )
     kept = {name for name in report.left if "experts.2." in name}
     assert len(report.left) == len(kept) == 6 and report.initialized == report.targeted - 6
@@ -160,8 +118,8 @@ def test_positions_of_rows() -> None:
 
 
 def test_experts_that_are_never_called_are_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As under a kernel that computes the mixture from its weights."""
-    model = get_peft_model(mixture(), LoraConfig(r=4, target_modules=r".*experts.*_proj"))
+    """A kernel may compute the mixture from its weights and pass the layers by."""
+    model = with_lora(mixture(), target_modules=r".*experts.*_proj")
 
     def fused(self: Mixture, x: Tensor) -> Tensor:
         e = self.experts[0]
@@ -171,5 +129,5 @@ def test_experts_that_are_never_called_are_an_error(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(Mixture, "forward", fused)
     with pytest.raises(LoraDAError, match="experts.*never seen with a token.*fused kernel"):
         initialize_lora_da_weights(
-            model, [padded(documents())], LoraDAConfig(samples=4, population_size=100), show_progress=False
+            model, [pad(documents(LENGTHS))], LoraDAConfig(samples=4, population_size=100), show_progress=False
         )

@@ -6,9 +6,11 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from collecting import PREFIX, collected, documents, llama, padded, worst
-from peft import LoraConfig, PeftModel, get_peft_model
+from collecting import collected, worst
+from models import LENGTHS, PREFIX, PROJECTIONS, WIDE, documents, pad, tiny_llama, with_lora
+from peft import PeftModel
 from planning import surveyed_model
+from tolerances import DEQUANTISED
 from torch import nn
 
 from lora_da import LoraDAConfig, LoraDAError, initialize_lora_da_weights
@@ -16,15 +18,13 @@ from lora_da.adapter import find_adapter
 
 pytestmark = pytest.mark.filterwarnings("default")  # these packages warn of much
 
-PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 GROUP = 32
-# The twin multiplies with the very same dense weight; what is left is the order of float32 sums.
-SAME = 2e-5
-SAME_FLOAT16 = 5e-3  # AWQ's layer multiplies in float16, eps 1e-3
+BATCHES = [pad(documents(LENGTHS))]
+DEQUANTISED_FLOAT16 = 5e-3  # AWQ's layer multiplies in float16, eps 1e-3
 
 
 def original() -> nn.Module:
-    return llama(hidden_size=64, intermediate_size=128)
+    return tiny_llama(**WIDE)
 
 
 def each_linear(make: Callable[[nn.Linear], nn.Module]) -> nn.Module:
@@ -85,22 +85,22 @@ def awq() -> nn.Module:
 
 
 FORMATS = {
-    "HQQ, 8 bits": (lambda: hqq(8), SAME),
-    "HQQ, 4 bits": (lambda: hqq(4), SAME),
-    "HQQ, 3 bits": (lambda: hqq(3), SAME),
-    "HQQ, 2 bits": (lambda: hqq(2), SAME),
-    "torchao, int8": (lambda: torchao("Int8WeightOnlyConfig"), SAME),
-    "torchao, float8": (lambda: torchao("Float8WeightOnlyConfig"), SAME),
-    "torchao, 4 bits": (lambda: torchao("IntxWeightOnlyConfig", torch.int4), SAME),
-    "GPTQ, 8 bits": (lambda: gptq(8), SAME),
-    "GPTQ, 4 bits": (lambda: gptq(4), SAME),
-    "AWQ, 4 bits": (awq, SAME_FLOAT16),
+    "HQQ, 8 bits": (lambda: hqq(8), DEQUANTISED),
+    "HQQ, 4 bits": (lambda: hqq(4), DEQUANTISED),
+    "HQQ, 3 bits": (lambda: hqq(3), DEQUANTISED),
+    "HQQ, 2 bits": (lambda: hqq(2), DEQUANTISED),
+    "torchao, int8": (lambda: torchao("Int8WeightOnlyConfig"), DEQUANTISED),
+    "torchao, float8": (lambda: torchao("Float8WeightOnlyConfig"), DEQUANTISED),
+    "torchao, 4 bits": (lambda: torchao("IntxWeightOnlyConfig", torch.int4), DEQUANTISED),
+    "GPTQ, 8 bits": (lambda: gptq(8), DEQUANTISED),
+    "GPTQ, 4 bits": (lambda: gptq(4), DEQUANTISED),
+    "AWQ, 4 bits": (awq, DEQUANTISED_FLOAT16),
 }
 DEQUANTISED_BY_PEFT = [kind for kind in FORMATS if kind.startswith(("HQQ", "torchao"))]
 
 
-def with_lora(model: nn.Module, **config: object) -> PeftModel:
-    return get_peft_model(model, LoraConfig(**{"r": 4, "target_modules": PROJECTIONS, **config}))
+def adapted(model: nn.Module, **config: object) -> PeftModel:
+    return with_lora(model, **{"target_modules": PROJECTIONS, **config})
 
 
 @torch.no_grad()
@@ -121,21 +121,21 @@ def twin(model: nn.Module) -> nn.Module:
 @pytest.mark.parametrize("kind", FORMATS)
 def test_statistics_are_those_of_the_dequantised_twin(kind: str) -> None:
     build, same = FORMATS[kind]
-    model, batches = build(), [padded(documents())]
-    expected = collected(with_lora(twin(model)), batches)
-    assert worst(collected(with_lora(model), batches), expected) <= same
-    assert worst(collected(with_lora(original()), batches), expected) > 100 * SAME  # the twin was needed
+    model = build()
+    expected = collected(adapted(twin(model)), BATCHES)
+    assert worst(collected(adapted(model), BATCHES), expected) <= same
+    assert worst(collected(adapted(original()), BATCHES), expected) > 100 * DEQUANTISED  # the twin was needed
 
 
 @pytest.mark.compat("hqq", "torchao-int8", "torchao-float8", "torchao-int4")
 @pytest.mark.parametrize("kind", FORMATS)
 def test_an_adapter_is_initialised(kind: str) -> None:
     """All layers; the model's function is the same with the adapter off, and another with it on."""
-    model = with_lora(FORMATS[kind][0]())
-    ids = documents()[0]["input_ids"][None]
+    model = adapted(FORMATS[kind][0]())
+    ids = BATCHES[0]["input_ids"]
     with torch.no_grad(), model.disable_adapter():
         before = model(ids).logits
-    report = initialize_lora_da_weights(model, [padded(documents())], LoraDAConfig(samples=4), show_progress=False)
+    report = initialize_lora_da_weights(model, BATCHES, LoraDAConfig(samples=4), show_progress=False)
     assert report.initialized == report.targeted == 14 and not report.left
     with torch.no_grad():
         with model.disable_adapter():
@@ -150,8 +150,8 @@ def test_an_adapter_is_initialised(kind: str) -> None:
 def test_dora_starts_with_the_norms_of_the_start(kind: str) -> None:
     base = FORMATS[kind][0]()
     weights = dict(twin(base).named_parameters())
-    model = with_lora(base, use_dora=True)
-    initialize_lora_da_weights(model, [padded(documents())], LoraDAConfig(samples=4, gamma=4.0), show_progress=False)
+    model = adapted(base, use_dora=True)
+    initialize_lora_da_weights(model, BATCHES, LoraDAConfig(samples=4, gamma=4.0), show_progress=False)
     for layer in find_adapter(model).layers:
         step = layer.scaling * layer.lora_B.double() @ layer.lora_A.double()
         expected = (weights[layer.name.removeprefix(PREFIX) + ".weight"].double() + step).norm(dim=1)
@@ -199,9 +199,9 @@ BLOCKED = {
 @pytest.mark.parametrize("kind", BLOCKED)
 def test_a_layer_that_passes_no_gradient_is_named(kind: str, targets: list[str]) -> None:
     """Also where gradients reach the targeted layer past the others, along the residual stream, and are wrong."""
-    model = with_lora(BLOCKED[kind](), target_modules=targets)
+    model = adapted(BLOCKED[kind](), target_modules=targets)
     with pytest.raises(LoraDAError, match=r"no gradient passes through layer .*layers\.\d.*_proj.*has a backward"):
-        initialize_lora_da_weights(model, [padded(documents())], LoraDAConfig(samples=4), show_progress=False)
+        initialize_lora_da_weights(model, BATCHES, LoraDAConfig(samples=4), show_progress=False)
 
 
 def test_a_layer_keeps_the_tensors_of_the_mode_it_was_in() -> None:
@@ -215,12 +215,12 @@ def test_a_layer_keeps_the_tensors_of_the_mode_it_was_in() -> None:
                 self.held = "training" if mode else "evaluation"
             return super().train(mode)
 
-    model = with_lora(without_backward(TwoModes)).eval()
+    model = adapted(without_backward(TwoModes)).eval()
     layers = [layer.base for layer in find_adapter(model).layers]
     layers[0].train()
     before = [(layer.held, layer.training) for layer in layers]
     assert len(set(before)) == 2
-    initialize_lora_da_weights(model, [padded(documents())], LoraDAConfig(samples=4), show_progress=False)
+    initialize_lora_da_weights(model, BATCHES, LoraDAConfig(samples=4), show_progress=False)
     assert [(layer.held, layer.training) for layer in layers] == before
 
 
@@ -238,9 +238,9 @@ class PlainAutograd(nn.Module):
 
 def test_dense_weights_that_the_backward_keeps_are_planned_with() -> None:
     """What autograd saves in one block, counted as it is saved."""
-    quantized, lora = each_linear(PlainAutograd), LoraConfig(r=4, target_modules=["lm_head"])
-    models = [get_peft_model(model, lora) for model in (original(), quantized)]
-    surveys = [surveyed_model(model, [padded(documents())]) for model in models]
+    quantized = each_linear(PlainAutograd)
+    models = [with_lora(model, target_modules=["lm_head"]) for model in (original(), quantized)]
+    surveys = [surveyed_model(model, BATCHES) for model in models]
     assert surveys[0].linear_features == surveys[1].linear_features
     assert surveys[0].kept_weights == (0, 0)
     saved: list[int] = []

@@ -4,57 +4,27 @@ import copy
 
 import pytest
 import torch
-from collecting import collected, distance, documents, llama, packed, padded, watching, with_lora, worst
-from peft import LoraConfig, PeftModel, get_peft_model
-from peft.utils.integrations import dequantize_bnb_weight
+from collecting import collected, distance, watching, worst
+from dequantized import FOUR_BIT, dequantized, four_bit
+from models import LENGTHS, PREFIX, WIDE, documents, packed, pad, quantized, tiny_llama, with_lora
+from peft import PeftModel
+from tolerances import DEQUANTISED
 from torch import nn
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from transformers import PreTrainedModel
 
 from lora_da import LoraDAConfig, initialize_lora_da_weights
 from lora_da.adapter import find_adapter
 
 bnb = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
 
-# The twin multiplies with the very same dense weight; what is left is the order of float32 sums.
-SAME = 2e-5
 
-FOUR_BIT = {
-    "nf4": {"bnb_4bit_quant_type": "nf4"},
-    "nf4, double": {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True},
-    "fp4": {"bnb_4bit_quant_type": "fp4"},
-    "nf4, float storage": {"bnb_4bit_quant_type": "nf4", "bnb_4bit_quant_storage": torch.float32},
-}
-
-
-def original() -> nn.Module:
+def original() -> PreTrainedModel:
     """Wide enough for bitsandbytes' blocks of 64."""
-    return llama(hidden_size=64, intermediate_size=128)
+    return tiny_llama(**WIDE)
 
 
-def quantized(tmp_path, dtype: torch.dtype = torch.float32, **config) -> nn.Module:
-    original().save_pretrained(tmp_path / "base")
-    return AutoModelForCausalLM.from_pretrained(
-        tmp_path / "base", quantization_config=BitsAndBytesConfig(**config), dtype=dtype
-    )
-
-
-def four_bit(tmp_path, kind: str, dtype: torch.dtype = torch.float32) -> nn.Module:
-    return quantized(tmp_path, dtype, load_in_4bit=True, bnb_4bit_compute_dtype=dtype, **FOUR_BIT[kind])
-
-
-def twin(model: nn.Module) -> nn.Module:
-    """The same model with dense weights: what each quantised layer dequantises to."""
-    dense = original()
-    dense.load_state_dict(
-        {
-            name: dequantize_bnb_weight(p, state=getattr(model.get_submodule(name.rpartition(".")[0]), "state", None))
-            if type(p).__name__ in ("Params4bit", "Int8Params")
-            else p
-            for name, p in model.named_parameters()
-        },
-        strict=False,
-    )
-    return dense.to(model.get_input_embeddings().weight.dtype)
+def twin(model: PreTrainedModel) -> PreTrainedModel:
+    return dequantized(model, original())
 
 
 def bits(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -63,20 +33,21 @@ def bits(model: nn.Module) -> dict[str, torch.Tensor]:
 
 @pytest.mark.compat("nf4", "fp4", "double-quantisation", "quant-storage")
 @pytest.mark.parametrize("kind", FOUR_BIT)
-@pytest.mark.parametrize("layout", [lambda rows: [padded(rows)], lambda rows: [packed(rows)]], ids=["padded", "packed"])
+@pytest.mark.parametrize("layout", [lambda rows: [pad(rows)], lambda rows: [packed(rows)]], ids=["padded", "packed"])
 def test_four_bit_equals_its_dequantised_twin(tmp_path, kind: str, layout) -> None:
-    base, batches = four_bit(tmp_path, kind), layout(documents())
-    ours, dense = collected(with_lora(base), batches), collected(with_lora(twin(base)), batches)
-    assert worst(ours, dense) <= SAME
+    base, batches = four_bit(original(), tmp_path, kind), layout(documents(LENGTHS))
+    dense = collected(with_lora(twin(base)), batches)
+    ours = collected(with_lora(base), batches)
+    assert worst(ours, dense) <= DEQUANTISED
     unquantised = collected(with_lora(original()), batches)
-    assert worst(ours, unquantised) > 100 * SAME  # quantisation moves the statistics: the twin was needed
+    assert worst(ours, unquantised) > 100 * DEQUANTISED  # quantisation moves the statistics: the twin was needed
 
 
 @pytest.mark.compat("bfloat16", "float16")
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_four_bit_in_low_precision_is_as_close_as_its_twin(tmp_path, dtype: torch.dtype) -> None:
     """Both are compared with the twin in float32: the quantised layer adds no error of its own."""
-    base, batches = four_bit(tmp_path, "nf4", dtype), [padded(documents())]
+    base, batches = four_bit(original(), tmp_path, "nf4", dtype), [pad(documents(LENGTHS))]
     dense = twin(base)
     exact = collected(with_lora(copy.deepcopy(dense).float()), batches)
     ours, plain = (worst(collected(with_lora(m), batches), exact) for m in (base, dense))
@@ -104,27 +75,28 @@ def test_int8_layer_collects_exactly_what_passes_through_it() -> None:
 
 @pytest.mark.compat("int8")
 def test_int8_model_is_close_to_its_twin(tmp_path) -> None:
-    base = quantized(tmp_path, load_in_8bit=True)
-    batches = [padded(documents())]
-    with_forward = collected(with_lora(base), batches)  # the state that holds the scales exists after a forward
-    assert worst(with_forward, collected(with_lora(twin(base)), batches)) <= 0.1  # int8 activations: 1/127 a layer
+    base = quantized(original(), tmp_path, load_in_8bit=True)
+    batches = [pad(documents(LENGTHS))]
+    dense = collected(with_lora(twin(base)), batches)
+    assert worst(collected(with_lora(base), batches), dense) <= 0.1  # int8 activations: 1/127 a layer
 
 
 @pytest.mark.compat("reload")
 @pytest.mark.parametrize("config", [{"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}, {"load_in_8bit": True}])
 def test_base_bits_stay_and_the_adapter_reloads(tmp_path, config: dict) -> None:
     """The saved adapter is a plain one: on a freshly loaded original base it gives identical logits."""
-    base = quantized(tmp_path, **config)
+    base = quantized(original(), tmp_path / "base", **config)
     before = bits(base)
-    model = get_peft_model(base, LoraConfig(r=4, target_modules="all-linear"))
-    report = initialize_lora_da_weights(model, [padded(documents())], LoraDAConfig(samples=4), show_progress=False)
+    model = with_lora(base)
+    report = initialize_lora_da_weights(model, [pad(documents(LENGTHS))], LoraDAConfig(samples=4), show_progress=False)
     assert report.initialized == report.targeted == len(find_adapter(model).layers) == 14
-    after = {k.removeprefix("base_model.model.").replace("base_layer.", ""): v for k, v in bits(model).items()}
+    after = {k.removeprefix(PREFIX).replace("base_layer.", ""): v for k, v in bits(model).items()}
     assert all(torch.equal(v, after[k]) for k, v in before.items())
 
     model.save_pretrained(tmp_path / "adapter")
-    reloaded = PeftModel.from_pretrained(quantized(tmp_path, **config), tmp_path / "adapter").eval()
-    ids = documents()[0]["input_ids"][None]
+    again = quantized(original(), tmp_path / "base", **config)
+    reloaded = PeftModel.from_pretrained(again, tmp_path / "adapter").eval()
+    ids = pad(documents(LENGTHS)[:1])["input_ids"]
     with torch.no_grad():
         assert torch.equal(reloaded(ids).logits, model.eval()(ids).logits)
         with reloaded.disable_adapter():
@@ -133,10 +105,10 @@ def test_base_bits_stay_and_the_adapter_reloads(tmp_path, config: dict) -> None:
 
 
 def test_the_step_is_relative_to_the_dequantised_weight(tmp_path) -> None:
-    base = four_bit(tmp_path, "nf4, double")
+    base = four_bit(original(), tmp_path, "double-quantisation")
     dense = dict(twin(base).named_parameters())
     for layer in find_adapter(with_lora(base)).layers:
-        name = layer.name.removeprefix("base_model.model.")
+        name = layer.name.removeprefix(PREFIX)
         a, b = torch.randn(4, layer.in_features), torch.randn(layer.out_features, 4)
         step = (layer.scaling * b @ a).norm() / dense[f"{name}.weight"].norm()
         assert layer.relative_step(a, b) == pytest.approx(step.item(), rel=1e-5)

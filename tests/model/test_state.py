@@ -48,7 +48,7 @@ def tiny_dbrx(dropout=0.0):
 
 
 def with_neftune(model):
-    """As transformers' trainer switches it on."""
+    """Switch it on as transformers' trainer does."""
     embeddings = model.get_input_embeddings()
     embeddings.neftune_noise_alpha = 50.0
     embeddings.register_forward_hook(neftune_post_forward_hook)
@@ -102,7 +102,7 @@ def adapted(kind, noisy, **lora):
 
 
 def statistics(model, mode):
-    """Of every layer, as the product takes them, with the model in the given mode."""
+    """Take every layer's, as the product does, with the model in the given mode."""
     layers = {layer.name: layer.base for layer in find_adapter(model).layers}
     collector, base = watching(layers), model.get_base_model()
     data = draw(DATA, 6, None, None, read_causal, True)
@@ -122,7 +122,7 @@ def statistics(model, mode):
 
 @contextlib.contextmanager
 def training_mode(model):
-    """As a training step finds the model, adapters aside: the estimation without its care for noise."""
+    """The model as a training step finds it, adapters aside: the estimation without its care for noise."""
     with model.train().disable_adapter():
         yield
 

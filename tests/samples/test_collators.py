@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import pytest
-from counting import LAYOUTS, MANY, check, expected, limits, packed_rows
+from counting import MANY, RANDOM_LAYOUTS, check, expected, limits, packed_rows
 from hypothesis import given
 from models import IGNORED
 from transformers import DataCollatorWithFlattening
 
 
-@LAYOUTS
+@RANDOM_LAYOUTS
 @given(packed_rows, limits)
 def test_flattening_collator_of_transformers(rows, limit):
     documents = [tokens for row in rows for tokens in row]

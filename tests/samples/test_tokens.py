@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from counting import LAYOUTS, MANY, check, expected, limits, packed_rows, padded, plain_rows, sides
+from counting import MANY, RANDOM_LAYOUTS, check, expected, limits, packed_rows, padded, plain_rows, sides
 from hypothesis import given
 from hypothesis import strategies as st
 from models import IGNORED
@@ -74,7 +74,7 @@ def encodings(e):
     return {name: {"labels": e.labels, **keys} for name, keys in found.items()}
 
 
-@LAYOUTS
+@RANDOM_LAYOUTS
 @given(plain_rows, sides, limits, st.integers(0, 2))
 def test_padded_rows(rows, side, limit, extra):
     """A row is a document; its padding counts on neither side."""
@@ -83,7 +83,7 @@ def test_padded_rows(rows, side, limit, extra):
     assert tokens.boundaries == "row"
 
 
-@LAYOUTS
+@RANDOM_LAYOUTS
 @given(packed_rows, sides, limits, st.integers(0, 2))
 def test_packed_rows(rows, side, limit, extra):
     """Documents of a packed row are told apart, and no last token predicts the first one of its neighbour."""
@@ -93,7 +93,7 @@ def test_packed_rows(rows, side, limit, extra):
         assert (found.targets.tolist(), found.document.tolist(), found.loss_tokens.tolist()) == e.expected(limit), name
 
 
-@LAYOUTS
+@RANDOM_LAYOUTS
 @given(plain_rows, sides, st.integers(0, 2))
 def test_rows_that_hold_one_document_each_are_rows(rows, side, extra):
     """The report says `row` where packing keys come with rows that are not packed."""

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import transformers
-from models import VOCABULARY, seeded
-from peft import LoraConfig, PeftModel, get_peft_model
+from models import PROJECTIONS, VOCABULARY, seeded, with_lora
+from peft import PeftModel
 from transformers import PreTrainedModel
 
 BLOCKS = 4
@@ -41,7 +40,7 @@ class Architecture:
         return seeded(getattr(transformers, self.model_name), config)
 
     def model(self, base: PreTrainedModel) -> PeftModel:
-        return get_peft_model(base, LoraConfig(r=2, target_modules=self.targets))
+        return with_lora(base, r=2, target_modules=self.targets)
 
     @property
     def model_name(self) -> str:
@@ -75,10 +74,6 @@ ARCHITECTURES = {
         Architecture("GPTNeoX", _neox(use_parallel_residual=True)),
         Architecture("Mixtral", {**_moe(num_local_experts=4), "sliding_window": None}, ATTENTION),
         Architecture("Qwen3Moe", _moe(head_dim=8), ATTENTION),
-        Architecture(
-            "Qwen2Moe", _moe(shared_expert_intermediate_size=24), [*ATTENTION, "gate_proj", "up_proj", "down_proj"]
-        ),
+        Architecture("Qwen2Moe", _moe(shared_expert_intermediate_size=24), PROJECTIONS),
     )
 }
-
-Build = Callable[[], PreTrainedModel]

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 import yaml
-from models import Document, documents, tiny_llama, with_lora
+from models import N_PROJECTIONS, WIDE, Document, documents, tiny_llama, with_lora
 from peft.utils.save_and_load import load_peft_weights
 from torch import Tensor
 from trainers import by_hand, tokenizer
@@ -27,9 +27,8 @@ from axolotl_lora_da.bare_name import PLUGIN
 from lora_da import LoraDAConfig
 
 ROWS, SAMPLES = 24, 16
-LAYERS = 14
-SAME = 1e-4  # the same float32 sums in another batching, through a float64 solve
-TIMEOUT = 300
+PATIENCE = 300  # seconds that a run may take
+STARTED = f"LoRA-DA: initialised {N_PROJECTIONS} of {N_PROJECTIONS}"  # what a run of all layers says
 
 SETTINGS = {
     "plugins": [PLUGIN],
@@ -91,7 +90,7 @@ class Project:
 
     def __init__(self, folder: Path, model: PreTrainedModel | None = None) -> None:
         self.folder = folder
-        (model or tiny_llama(hidden_size=64, intermediate_size=128)).save_pretrained(folder / "base")
+        (model or tiny_llama(**WIDE)).save_pretrained(folder / "base")
         tokenizer().save_pretrained(folder / "base")
         self.rows("rows", documents(ROWS))
 
@@ -133,7 +132,7 @@ def run(command: Callable[[str], None], config: Path, output: Path, log: Path, f
     processes = _forks if forked else multiprocessing.get_context("spawn")
     process = processes.Process(target=_in_process, args=(command, str(config), log))
     process.start()
-    process.join(TIMEOUT)
+    process.join(PATIENCE)
     if process.is_alive():
         process.kill()
         process.join()

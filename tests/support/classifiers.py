@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import transformers
 from architectures import ARCHITECTURES, BLOCKS, COMMON, SIZES
-from models import IGNORED, VOCABULARY, seeded, with_lora
+from models import IGNORED, PROJECTIONS, VOCABULARY, seeded, with_lora
 from peft import PeftModel
 from task_oracle import Unit, cross_entropy
 from torch import Tensor, nn
@@ -29,7 +29,7 @@ HEADS = ("score", "classifier")
 # PEFT's "all-linear" includes the head of a token classifier and of DistilBERT, which it then cannot save beside the
 # adapter.
 LINEAR = {
-    "Llama": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
+    "Llama": PROJECTIONS,
     "GPT2": ["c_attn", "c_fc", "c_proj"],
     "Bert": ["query", "key", "value", "dense"],
     "Roberta": ["query", "key", "value", "dense"],
@@ -107,7 +107,7 @@ def in_batches(rows: Sequence[Unit], size: int, **padding: Any) -> list[dict[str
 
 
 def losses(twin: nn.Module, unit: Unit) -> Tensor:
-    """As the documentation of transformers states them, in float64, by hand."""
+    """The losses that the documentation of transformers states, in float64, by hand."""
     logits, labels = twin(input_ids=unit["input_ids"][None]).logits[0], unit["labels"]
     if labels.shape == unit["input_ids"].shape:  # no row has as many tokens as there are labels to choose from
         return cross_entropy(logits, labels)

@@ -9,7 +9,7 @@ from models import IGNORED
 from lora_da.samples.tokens import read_tokens
 
 MANY = 1000
-LAYOUTS = settings(max_examples=150, deadline=None, derandomize=True, database=None)
+RANDOM_LAYOUTS = settings(max_examples=150, deadline=None, derandomize=True, database=None)
 
 # A document is the labels of its tokens, a row its documents, in order.
 labels = st.one_of(st.just(IGNORED), st.integers(3, 99))

@@ -19,7 +19,7 @@ from lora_da.callback import LoraDACallback
 from lora_da.collect.segment import SegmentRun
 from lora_da.model.sharding import copied
 
-SMALL = 1e-6  # a learning rate at which one step of Adam changes an entry by this much and no more
+SMALL_RATE = 1e-6  # a learning rate at which one step of Adam changes an entry by this much and no more
 
 
 def config(stage: int) -> dict[str, Any]:
@@ -67,7 +67,8 @@ def trained(folder: Path, stage: int | None, way: Way = ONE, **args: Any) -> dic
     if args.get("bf16") and stage is None:
         model = model.bfloat16()  # as DeepSpeed does it
         args = {}
-    plain(model, ROWS, folder, initializer, watch, **{"learning_rate": SMALL, **settings(stage), **args}).train()
+    args = {"learning_rate": SMALL_RATE, **settings(stage), **args}
+    plain(model, ROWS, folder, initializer, watch, **args).train()
     report = initializer.report
     return {**watch.found, "loss": report.loss, "initialized": report.initialized}
 

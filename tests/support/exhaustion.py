@@ -78,7 +78,7 @@ def in_a_backward(patch: pytest.MonkeyPatch, model: PeftModel, full: Full, rows:
 
 
 def while_watching(patch: pytest.MonkeyPatch, full: Full, too_much: Callable[[Collection[str]], bool]) -> None:
-    """As `in_a_backward`, depending on the layers whose sums are held."""
+    """While tokens are summed, where too much is decided by the layers whose sums are held."""
     watched: list[Collection[str]] = []
     original = Collector.observing
 

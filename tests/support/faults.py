@@ -1,4 +1,7 @@
-"""Faults that strike at a stage of an initialisation: an error, an interrupt, memory that runs out, a NaN."""
+"""Faults that strike at a stage of an initialisation: an error, an interrupt, memory that runs out, a NaN.
+
+And layers whose gradients are wrong all along.
+"""
 
 from __future__ import annotations
 
@@ -44,7 +47,7 @@ class Fault:
         raise self.kind("midway")
 
     def in_the_sweep(self, tensor: Tensor) -> Tensor:
-        """As a call, in forwards of the sweep whose activations are kept."""
+        """Count as a call, in forwards of the sweep whose activations are kept."""
         return self(tensor) if self.swept and torch.is_grad_enabled() else tensor  # type: ignore[return-value]
 
 
@@ -149,6 +152,16 @@ def while_writing(patch: pytest.MonkeyPatch, model: PeftModel, fault: Fault) -> 
         if "lora_" in name and ".mlp." in name:
             parameter.__class__ = Parameter
             parameter.fault = fault
+
+
+def poison(model: PeftModel, layer: str, factor: float) -> None:
+    """Multiply the gradient at one layer's output, behind everything else in the model that reads it."""
+
+    def observe(module: Any, args: Any, output: Tensor) -> None:
+        if output.requires_grad:
+            output.register_hook(lambda gradient: gradient * factor)
+
+    model.get_submodule(layer).register_forward_hook(observe)
 
 
 class Rows:

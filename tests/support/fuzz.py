@@ -12,14 +12,14 @@ from typing import Any
 import torch
 from architectures import ARCHITECTURES, Architecture
 from datasets import Dataset
+from dequantized import FOUR_BIT, dequantized, four_bit
 from hypothesis import strategies as st
 from models import IGNORED, Document, documents, packed, pad, with_lora
 from peft import PeftModel
-from peft.utils.integrations import dequantize_bnb_weight
 from torch import nn
 from torch.utils.data import DataLoader
 from trainers import plain, sft
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from lora_da import LoraDAConfig, initialize_lora_da_weights
 from lora_da.report import InitReport
@@ -28,12 +28,6 @@ from trl_integration import LoraDAInitializer
 DENSE = ["Llama", "Mistral", "Qwen2", "Qwen3", "Phi3"]  # those that are quantised here
 ROW_OF = {"Gemma2": "gemma2", "Gemma3Text": "gemma3", "GPTNeoX": "gpt-neox", "Qwen2Moe": "qwen-moe"}
 ROW_OF |= {"Qwen3Moe": "qwen-moe"}
-QUANTISATIONS: dict[str, dict[str, Any]] = {
-    "nf4": {"bnb_4bit_quant_type": "nf4"},
-    "fp4": {"bnb_4bit_quant_type": "fp4"},
-    "double-quantisation": {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True},
-    "quant-storage": {"bnb_4bit_quant_type": "nf4", "bnb_4bit_quant_storage": torch.float32},
-}
 
 # What a refused row says, by the row's key.
 SENTENCES = {
@@ -185,26 +179,19 @@ def architecture(family: str, blocks: int, hidden: int, tied: bool) -> Architect
 
 def quantised(original: Architecture, kind: str) -> PreTrainedModel:
     with TemporaryDirectory() as folder:
-        original.base().save_pretrained(folder)
-        four_bit = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.float32, **QUANTISATIONS[kind])
-        return AutoModelForCausalLM.from_pretrained(folder, quantization_config=four_bit, dtype=torch.float32).train()
+        return four_bit(original.base(), Path(folder), kind).train()
 
 
 def twin(base: PreTrainedModel, configuration: Configuration) -> PreTrainedModel:
     """The same model, unquantised: what each quantised layer dequantises to."""
     c = configuration
     dense = architecture(c.family, c.blocks, c.hidden, c.tied).base()
-    weights = {
-        name: dequantize_bnb_weight(p, state=None) if type(p).__name__ == "Params4bit" else p.detach().clone()
-        for name, p in base.named_parameters()
-    }
-    dense.load_state_dict(weights, strict=False)
-    return dense
+    return dense if c.quantisation is None else dequantized(base, dense)
 
 
 @st.composite
 def configurations(draw: st.DrawFn) -> Configuration:
-    quantisation = draw(st.sampled_from([None, None, *QUANTISATIONS]))
+    quantisation = draw(st.sampled_from([None, None, *FOUR_BIT]))
     trainer = draw(st.sampled_from(list(TRAINERS)))
     count = draw(st.integers(3, 12))
     packing = draw(st.booleans())

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
-from models import Document
+from models import PREFIX, Document
 from oracle import OracleStatistics, objective, oracle_solve, oracle_statistics
 from peft import PeftModel
 from torch import Tensor, nn
@@ -18,13 +18,10 @@ from torch import Tensor, nn
 from lora_da import LoraDAConfig
 from lora_da.report import InitReport
 
-PREFIX = "base_model.model."
-
 
 def truth(base: nn.Module, rows: Sequence[Document], names: Iterable[str]) -> dict[str, OracleStatistics]:
     """The oracle's statistics of the `default` preset, under the layers' names in the PEFT model."""
-    tensors = [{key: torch.tensor(value) for key, value in row.items()} for row in rows]
-    found = oracle_statistics(base, tensors, [name.removeprefix(PREFIX) for name in names], "tokens")
+    found = oracle_statistics(base, rows, [name.removeprefix(PREFIX) for name in names], "tokens")
     return {PREFIX + name: statistics for name, statistics in found.items()}
 
 

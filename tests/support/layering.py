@@ -12,7 +12,10 @@ from fnmatch import fnmatch
 
 @dataclass(frozen=True)
 class Imports:
-    """No file of `where` but those of `but` names a module of `never`, by import or as an attribute of one."""
+    """No file of `where` but those of `but` names a module of `never`, by import or as an attribute of one.
+
+    `*` in a name of `never` stands for anything.
+    """
 
     name: str
     where: tuple[str, ...]
@@ -21,7 +24,7 @@ class Imports:
 
     def broken(self, tree: ast.Module) -> Iterator[tuple[int, str]]:
         for line, name in modules_named(tree):
-            if any(name == module or name.startswith(f"{module}.") for module in self.never):
+            if any(fnmatch(name, pattern) for module in self.never for pattern in (module, f"{module}.*")):
                 yield line, name
 
 

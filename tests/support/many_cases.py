@@ -12,12 +12,11 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
-from models import batches, documents, tiny_llama, with_lora
-from peft import LoraConfig, PeftModel, get_peft_model
+from mixtures import mixture
+from models import WIDE, adapter_weights, batches, documents, tiny_llama, with_lora
+from peft import PeftModel
 from picture import differences, picture
 from planning import Forced, Way, recorded
-from test_experts import mixture
-from torch import Tensor
 from torch import distributed as dist
 from trainers import FirstStep, plain, sft
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
@@ -49,10 +48,6 @@ def process_group() -> Iterator[None]:
         dist.destroy_process_group()
 
 
-def adapter(model: PeftModel) -> dict[str, Tensor]:
-    return {name: p.detach().clone() for name, p in model.named_parameters() if "lora_" in name}
-
-
 def initialized(model: PeftModel, way: Way, rows: Any = None, **settings: Any) -> dict[str, Any]:
     """The adapter, what the report counts, and which layers this process solved, under one forced plan."""
     population = 1000 if settings.get("method", "lora_da") == "lora_da" else None
@@ -61,7 +56,7 @@ def initialized(model: PeftModel, way: Way, rows: Any = None, **settings: Any) -
     with recorded() as statistics:
         report = initialize_lora_da_weights(model, data, config, show_progress=False, plan=Forced(way))
     return {
-        "adapter": adapter(model),
+        "adapter": adapter_weights(model),
         "solved": sorted(statistics),
         "counts": (report.initialized, report.samples, report.tokens, report.loss_tokens, report.failed, report.left),
         "layer tokens": {name: layer.tokens for name, layer in report.layers.items()},
@@ -75,15 +70,13 @@ def llama() -> PeftModel:
 
 
 def experts() -> PeftModel:
-    """Of each mixture one expert that no token goes to; with so few tokens, others are idle in some processes only."""
-    base = mixture(closed=1)
-    torch.manual_seed(0)
-    return get_peft_model(base, LoraConfig(r=2, target_modules=["gate_proj", "up_proj", "down_proj", "q_proj"]))
+    """No token goes to one expert of each mixture; with so few tokens, others are idle in some processes only."""
+    return with_lora(mixture(closed=1), r=2, target_modules=["gate_proj", "up_proj", "down_proj", "q_proj"])
 
 
 def nf4(folder: Path) -> PeftModel:
     if rank() == 0:  # transformers saves in the first process only
-        tiny_llama(hidden_size=64, intermediate_size=128).save_pretrained(folder)
+        tiny_llama(**WIDE).save_pretrained(folder)
     if dist.is_initialized():
         dist.barrier()
     quantization = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
@@ -210,7 +203,7 @@ def trained(folder: Path) -> dict[str, Any]:
         assert initializer.report is not None
         found[name] = {
             "start": start.adapter,
-            "end": adapter(trainer.model),
+            "end": adapter_weights(trainer.model),
             "processes": trainer.args.world_size,
             "counts": (initializer.report.initialized, initializer.report.samples, initializer.report.tokens),
             "hooks": start.seen["hooks"],

@@ -29,7 +29,7 @@ def oracle_lora_ga(grad: Tensor, rank: int, gamma: float) -> Tensor:
 
 
 def oracle_filet(weight: Tensor, input_cov: Tensor, output_fisher: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """Of FILet all Fisher energies (i), and V_sel (i, r): pair after pair,
+    """All Fisher energies (i) of FILet, and V_sel (i, r): pair after pair,
 
     v_k = normalised column k of W^T W,  u_k = normalised column k of W V,  E_k = (v_k^T Z v_k) (u_k^T Y u_k).
     """

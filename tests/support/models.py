@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import IterableDataset
 from transformers import (
-    AutoModelForCausalLM,
     BitsAndBytesConfig,
     GPT2Config,
     GPT2LMHeadModel,
@@ -26,6 +25,16 @@ from transformers import (
 
 VOCABULARY = 128
 IGNORED = -100
+LENGTHS = (9, 14, 6, 11)  # of a few documents
+PADDING = 7  # what padding holds, a token like others, so that counting it would show
+PREFIX = "base_model.model."  # what PEFT puts before a base model's names
+LAYERS = f"{PREFIX}model.layers"  # the blocks of a Llama
+PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+N_PROJECTIONS = 14  # of the two blocks of `tiny_llama`
+# What bitsandbytes is asked for.
+QUANTISED = {"4-bit": {"load_in_4bit": True, "bnb_4bit_use_double_quant": True}, "8-bit": {"load_in_8bit": True}}
+NO_DROPOUT = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}  # of GPT-2
+WIDE = {"hidden_size": 64, "intermediate_size": 128}  # blocks of 64 numbers share a scale in 4 bits
 
 Document = dict[str, list[int]]
 
@@ -46,7 +55,7 @@ def llama_config(**config: Any) -> LlamaConfig:
     return LlamaConfig(**{**sizes, **config})
 
 
-def seeded(kind: type[PreTrainedModel], config: Any, seed: int = 0) -> Any:
+def seeded(kind: Callable[[Any], PreTrainedModel], config: Any, seed: int = 0) -> Any:
     """A model of random weights, large enough that its outputs depend on its inputs; train mode, as in training."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -105,27 +114,42 @@ def tiny_mixtral(seed: int = 0, **config: Any) -> MixtralForCausalLM:
     return seeded(MixtralForCausalLM, MixtralConfig(**{**sizes, **config}), seed)
 
 
-def tiny_quantized(folder: Path, dtype: torch.dtype = torch.float32, **config: Any) -> PreTrainedModel:
-    """A bitsandbytes Llama, loaded as users load theirs; `folder` takes the original."""
-    tiny_llama(hidden_size=64, intermediate_size=128).save_pretrained(folder)
-    quantization = BitsAndBytesConfig(**config)
-    return AutoModelForCausalLM.from_pretrained(folder, quantization_config=quantization, dtype=dtype)
+def quantized(model: PreTrainedModel, folder: Path, dtype: torch.dtype = torch.float32, **config: Any) -> Any:
+    """The model as bitsandbytes loads it for users; `folder` takes the original, which must be at least 64 wide."""
+    model.save_pretrained(folder)
+    return type(model).from_pretrained(folder, quantization_config=BitsAndBytesConfig(**config), dtype=dtype)
+
+
+def tiny_quantized(folder: Path, **config: Any) -> LlamaForCausalLM:
+    return quantized(tiny_llama(**WIDE), folder, **config)
+
+
+def lora(**config: Any) -> LoraConfig:
+    """An adapter's config, for all linear layers unless told otherwise."""
+    return LoraConfig(**{"r": 4, "lora_alpha": 8, "target_modules": "all-linear", "task_type": "CAUSAL_LM", **config})
 
 
 def with_lora(model: PreTrainedModel, seed: int = 0, **config: Any) -> PeftModel:
-    """A fresh adapter, on all linear layers unless told otherwise."""
-    config = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear", "task_type": "CAUSAL_LM", **config}
+    """A fresh adapter in the model itself; whoever wants the same weights without one makes the model anew."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return get_peft_model(model, LoraConfig(**config))
+        return get_peft_model(model, lora(**config))
 
 
-def documents(count: int, seed: int = 0, shortest: int = 4, longest: int = 12, prompt: int = 2) -> list[Document]:
-    """Random documents of different lengths, the first `prompt` tokens of each without loss."""
+def documents(
+    lengths: int | Sequence[int], seed: int = 0, shortest: int = 4, longest: int = 12, prompt: int = 2
+) -> list[Document]:
+    """Random documents, the first `prompt` tokens of each without loss.
+
+    Args:
+        lengths: of each document; or how many there are, of lengths from `shortest` to `longest`.
+    """
     generator = torch.Generator().manual_seed(seed)
+    chosen = [None] * lengths if isinstance(lengths, int) else lengths
     found = []
-    for _ in range(count):
-        length = int(torch.randint(shortest, longest + 1, (), generator=generator))
+    for length in chosen:
+        if length is None:
+            length = int(torch.randint(shortest, longest + 1, (), generator=generator))
         ids = torch.randint(3, VOCABULARY, (length,), generator=generator).tolist()
         found.append({"input_ids": ids, "labels": [IGNORED] * prompt + ids[prompt:]})
     return found
@@ -141,7 +165,7 @@ def pad(rows: Iterable[Document], side: str = "right") -> dict[str, Tensor]:
         return [*values, *filling] if side == "right" else [*filling, *values]
 
     return {
-        "input_ids": torch.tensor([padded(row["input_ids"], 0) for row in rows]),
+        "input_ids": torch.tensor([padded(row["input_ids"], PADDING) for row in rows]),
         "labels": torch.tensor([padded(row["labels"], IGNORED) for row in rows]),
         "attention_mask": torch.tensor([padded([1] * len(row["input_ids"]), 0) for row in rows]),
     }
@@ -158,6 +182,11 @@ def packed(rows: Sequence[Document]) -> dict[str, Tensor]:
         "labels": torch.tensor([[label for row in rows for label in [IGNORED, *row["labels"][1:]]]]),
         "position_ids": torch.tensor([[i for row in rows for i in range(len(row["input_ids"]))]]),
     }
+
+
+def adapter_weights(model: nn.Module) -> dict[str, Tensor]:
+    """Copies of them."""
+    return {name: p.detach().clone() for name, p in model.named_parameters() if "lora_" in name}
 
 
 def lived_in(model: PeftModel) -> PeftModel:

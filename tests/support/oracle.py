@@ -10,7 +10,7 @@ input at token t and d_t = dl/dy_t (o) the gradient of the loss at its output.
 
 import copy
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 IGNORED_LABEL = -100
 
 Averaging = Literal["samples", "tokens"]
-Document = dict[str, Tensor]
+Document = Mapping[str, Sequence[int]]
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ def oracle_statistics(
 ) -> dict[str, OracleStatistics]:
     """G, Z and Y of each named layer, from one unpadded document at a time.
 
-    `documents` hold 1-D `input_ids` and `labels` of one length; the token at t predicts
+    `documents` hold `input_ids` and `labels` of one length; the token at t predicts
     labels[t + 1]. Document s has T_s loss tokens; its loss l_s is the mean of their
     cross-entropies ("samples") or their sum ("tokens"). Then, with d_t = dl_s/dy_t,
 
@@ -84,13 +84,14 @@ def oracle_statistics(
     ds: dict[str, list[Tensor]] = {name: [] for name in layers}  # each (T, o)
     loss_tokens: list[int] = []  # T_s of the counted documents
     for document in documents:
-        n_loss = int((document["labels"][1:] != IGNORED_LABEL).sum())
+        ids, labels = torch.tensor(document["input_ids"]), torch.tensor(document["labels"])
+        n_loss = int((labels[1:] != IGNORED_LABEL).sum())
         if n_loss == 0:
             continue
         loss_tokens.append(n_loss)
         seen.clear()
-        logits = twin(input_ids=document["input_ids"][None], use_cache=False).logits[0]
-        loss = _document_loss(logits, document["labels"], averaging)
+        logits = twin(input_ids=ids[None], use_cache=False).logits[0]
+        loss = _document_loss(logits, labels, averaging)
         gradients = torch.autograd.grad(loss, [seen[name][1] for name in layers])
         for name, d in zip(layers, gradients, strict=True):
             xs[name].append(seen[name][0].flatten(0, -2))

@@ -1,4 +1,4 @@
-"""Shared by the tests of the methods beside LoRA-DA: tiny runs, and what their oracles make of the same documents."""
+"""Tiny runs of the methods beside LoRA-DA, and what their oracles make of the same documents."""
 
 from __future__ import annotations
 
@@ -6,12 +6,13 @@ from typing import Any
 
 import pytest
 import torch
-from collecting import PREFIX, distance, documents, packed, padded
+from collecting import distance
 from method_oracles import ShiftProblem, oracle_filet, oracle_lora_ga, oracle_lora_one
+from models import PREFIX, documents, packed, pad
 from oracle import OracleStatistics, projector
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import PeftModel
 from planning import Way
-from torch import nn
+from tolerances import FLOAT32, TURNED
 
 from lora_da import LoraDAConfig, initialize_lora_da_weights
 from lora_da.adapter import find_adapter
@@ -25,11 +26,9 @@ TAKEN = {  # grad, input_cov, output_fisher
     "lora_one": (True, False, False),
     "lora_ga": (True, False, False),
 }
-FLOAT32 = 2e-5  # a float32 model and its sums against the float64 oracle
-TURNED = 1e-3  # that rounding, over the gaps of a tiny model's spectrum
-RANK = 4
+RANK = 4  # of `models.with_lora`
 ROWS = documents((9, 14, 6, 11, 13, 8, 15, 12))
-BATCHES = [padded(ROWS[:4]), packed(ROWS[4:])]
+BATCHES = [pad(ROWS[:4]), packed(ROWS[4:])]
 WAYS = {
     "one pass": Way(),
     "a segment for each block": Way(cuts=2),
@@ -37,11 +36,6 @@ WAYS = {
     "3 passes": Way(parts=3, row=False),
 }
 every_method = pytest.mark.parametrize("method", METHODS)
-
-
-def with_lora(base: nn.Module, **changes: Any) -> PeftModel:
-    torch.manual_seed(0)
-    return get_peft_model(base, LoraConfig(**{"r": RANK, "target_modules": "all-linear", **changes}))
 
 
 def start(model: PeftModel, method: Any, plan: Planner = make_plan, **settings: Any) -> Any:

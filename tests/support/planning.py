@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from collecting import PREFIX, collected, needs
+from collecting import collected, needs
+from models import PREFIX
 from peft import PeftModel
 
 from lora_da.adapter import AdapterLayer, find_adapter

@@ -28,7 +28,7 @@ def pairs(count: int = 7, margins: bool = False) -> list[Unit]:
 
 
 def pad(batch: Sequence[Unit], extra: int = 0) -> dict[str, Tensor]:
-    """As TRL's collator: the chosen rows, then the rejected ones."""
+    """Stack rows as TRL's collator does: the chosen ones, then the rejected ones."""
     rows = [row["chosen"] for row in batch] + [row["rejected"] for row in batch]
     ids = torch.nn.utils.rnn.pad_sequence([*rows, torch.zeros(max(map(len, rows)) + extra).long()], True)[:-1]
     margin = {"margin": torch.stack([row["margin"] for row in batch])} if "margin" in batch[0] else {}

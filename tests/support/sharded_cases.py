@@ -12,7 +12,8 @@ import torch
 from accelerate.utils import FullyShardedDataParallelPlugin
 from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 from many_cases import ROWS, SAMPLES, Broken, fails_in, llama, process_group, rank
-from models import batches, tiny_llama, with_lora
+from models import WIDE, batches, tiny_llama, with_lora
+from other_methods import METHODS
 from peft import PeftModel
 from planning import Forced, Way
 from torch import Tensor, nn
@@ -25,7 +26,7 @@ from lora_da.collect.segment import SegmentRun
 
 
 def sharded(model: PeftModel, block: str = "LlamaDecoderLayer", reshard: bool = True) -> PeftModel:
-    """As the Trainer's accelerator prepares it."""
+    """Shard the model as the Trainer's accelerator does."""
     kind = FullyShardedDataParallelPlugin(
         fsdp_version=2,
         auto_wrap_policy="transformer_based_wrap",
@@ -78,7 +79,7 @@ def trained(model: PeftModel) -> dict[str, Tensor]:
 def nf4(folder: Path, storage: torch.dtype) -> PeftModel:
     """4-bit weights kept as bytes, which FSDP2 leaves whole, or as bfloat16 numbers, which it shards."""
     if rank() == 0:
-        tiny_llama(hidden_size=64, intermediate_size=128, num_hidden_layers=4).save_pretrained(folder)
+        tiny_llama(**WIDE, num_hidden_layers=4).save_pretrained(folder)
     if dist.is_initialized():
         dist.barrier()
     quantization = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_quant_storage=storage)
@@ -103,7 +104,6 @@ MODELS: dict[str, Callable[[Path], PeftModel]] = {
     "nf4 in bytes": lambda folder: nf4(folder / "bytes", torch.uint8),
     "nf4 in bfloat16": lambda folder: nf4(folder / "bfloat16", torch.bfloat16),
 }
-METHODS = ("filet", "cntlora", "lora_one", "lora_ga")
 KEPT = ("lora_da", "cntlora")  # with parameters that stay gathered after a forward
 WAYS = {"one pass": Way(), "3 segments": Way(cuts=3), "3 passes": Way(parts=3, row=False)}
 

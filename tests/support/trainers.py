@@ -8,10 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from models import VOCABULARY, pad, tiny_llama, with_lora
+from models import VOCABULARY, WIDE, adapter_weights, lora, pad, tiny_llama, with_lora
 from peft import LoraConfig, PeftModel
-from tokenizers import Tokenizer, pre_tokenizers
-from tokenizers.models import WordLevel
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import (
@@ -23,17 +21,17 @@ from transformers import (
     TrainingArguments,
 )
 from trl import SFTConfig, SFTTrainer
+from words import word_tokenizer
 
 from lora_da import LoraDAConfig, initialize_lora_da_weights
 
 BATCH_SIZE = 4
-LAYERS = 14  # linear layers of the two blocks of `tiny_llama`
 KINDS = ("unquantised", "4-bit", "8-bit")
 
 SPECIAL = ("<pad>", "<bos>", "<eos>", "<unk>", "<user>", "<assistant>")
-WORDS = tuple(f"w{i}" for i in range(VOCABULARY - len(SPECIAL)))
+NUMBERED = tuple(f"w{i}" for i in range(VOCABULARY - len(SPECIAL)))
 # The assistant's words and the end of its turn carry loss.
-TEMPLATE = (
+MARKED_TEMPLATE = (
     "{% for m in messages %}{{ '<' + m['role'] + '> ' }}{% if m['role'] == 'assistant' %}{% generation %}"
     "{{ m['content'] + ' <eos>' }}{% endgeneration %}{{ ' ' }}{% else %}{{ m['content'] + ' ' }}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<assistant> ' }}{% endif %}"
@@ -41,29 +39,20 @@ TEMPLATE = (
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
-    """One token for a word; padding is token 0, as in `models.pad`."""
-    words = Tokenizer(WordLevel({word: i for i, word in enumerate(SPECIAL + WORDS)}, unk_token="<unk>"))
-    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=words,
-        pad_token="<pad>",
-        bos_token="<bos>",
-        eos_token="<eos>",
-        unk_token="<unk>",
-        chat_template=TEMPLATE,
-    )
+    """One token for a word, as many as the tiny models know; padding is token 0."""
+    return word_tokenizer([*SPECIAL, *NUMBERED], MARKED_TEMPLATE)
 
 
 def sentences(count: int, seed: int = 0, longest: int = 8) -> list[list[str]]:
     """Random words, from two to `longest` of them each."""
     chance = random.Random(seed)
-    return [chance.choices(WORDS, k=chance.randint(2, longest)) for _ in range(count)]
+    return [chance.choices(NUMBERED, k=chance.randint(2, longest)) for _ in range(count)]
 
 
 def base(folder: Path, kind: str = "unquantised", dtype: torch.dtype = torch.float32, **config: Any) -> nn.Module:
     """The same random model every time, as loaded from disk."""
     if not (folder / "config.json").exists():
-        tiny_llama(hidden_size=64, intermediate_size=128).save_pretrained(folder)
+        tiny_llama(**WIDE).save_pretrained(folder)
     if kind != "unquantised":
         config["quantization_config"] = (
             BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
@@ -71,10 +60,6 @@ def base(folder: Path, kind: str = "unquantised", dtype: torch.dtype = torch.flo
             else BitsAndBytesConfig(load_in_8bit=True)
         )
     return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, device_map="cpu", **config)
-
-
-def lora(**config: Any) -> LoraConfig:
-    return LoraConfig(**{"r": 4, "lora_alpha": 8, "target_modules": "all-linear", "task_type": "CAUSAL_LM", **config})
 
 
 # What torch.compile does while it traces TRL's head.
@@ -135,7 +120,7 @@ class FirstStep(TrainerCallback):
     def on_step_begin(self, args, state, control, model=None, **kwargs):
         if self.adapter:
             return
-        self.adapter = adapter(model)
+        self.adapter = adapter_weights(model)
         self.seen = {
             "torch": torch.get_rng_state().tolist(),
             "python": random.getstate(),
@@ -152,10 +137,6 @@ class FirstStep(TrainerCallback):
         }
 
 
-def adapter(model: nn.Module) -> dict[str, Tensor]:
-    return {name: p.detach().clone() for name, p in model.named_parameters() if "lora_" in name}
-
-
 def by_hand(
     model: nn.Module, rows: Any, config: LoraDAConfig, bf16: bool = True, batch_size: int = BATCH_SIZE
 ) -> dict[str, Tensor]:
@@ -165,7 +146,7 @@ def by_hand(
         initialize_lora_da_weights(
             peft_model, DataLoader(list(rows), batch_size, collate_fn=pad), config, show_progress=False
         )
-    return adapter(peft_model)
+    return adapter_weights(peft_model)
 
 
 def same_bits(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
@@ -184,7 +165,7 @@ def steps(weights: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def worst_difference(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
-    """Of the layers' steps, the largest relative difference; of their lora_A where both have no step yet."""
+    """The largest relative difference of the layers' steps, or of their lora_A where both have no step yet."""
     first, second = steps(one), steps(other)
     assert first and set(first) == set(second)
     for name in first:

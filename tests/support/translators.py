@@ -55,7 +55,7 @@ def pairs(count: int = 7, seed: int = 0) -> list[Unit]:
 
 
 def of_one_length(count: int = 6, length: int = 8) -> list[Unit]:
-    """As long as each other, so that no shape tells an encoder's tokens from a decoder's."""
+    """Sources and targets are of one length, so that no shape tells an encoder's tokens from a decoder's."""
     sources, targets = texts(count, 1, length, length), texts(count, 2, length, length)
     return [{"input_ids": source, "labels": target} for source, target in zip(sources, targets, strict=True)]
 

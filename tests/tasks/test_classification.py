@@ -9,25 +9,25 @@ import torch
 from classifiers import HEADS, LINEAR, K, adapted, classifier, in_batches, losses, number, pad, several, single, tagged
 from collecting import PLAIN_PASS, worst
 from dequantized import dequantized, four_bit
+from models import PREFIX, WIDE
 from peft import PeftModel
 from picture import differences, picture
 from planning import ONE, WAYS, collected_by, surveyed_model
 from task_oracle import statistics_of
+from tolerances import FLOAT32, LOSS
 from torch.utils.data import DataLoader
 
 from lora_da import LoraDAConfig, LoraDAError, initialize_lora_da_weights
 from lora_da.adapter import find_adapter
 from lora_da.tasks import find_task
 
-FLOAT32 = 2e-5  # float32 model and sums against the float64 oracle
 KINDS = ("Llama", "GPT2", "Bert", "Roberta", "ModernBert", "DistilBert")
 LABELS = {"one label": (single, {}), "several labels": (several, {}), "a number": (number, {"num_labels": 1})}
 AVERAGING = ("samples", "tokens")
-WIDE = {"hidden_size": 64, "intermediate_size": 128}  # bitsandbytes quantises blocks of 64
 
 
 def targets(model: PeftModel) -> list[str]:
-    return [layer.name.removeprefix("base_model.model.") for layer in find_adapter(model).layers]
+    return [layer.name.removeprefix(PREFIX) for layer in find_adapter(model).layers]
 
 
 def check(kind, head, rows, batches, way=ONE, averaging="tokens", tolerance=FLOAT32, **config):
@@ -67,7 +67,7 @@ def test_labels_of_tokens(kind, averaging):
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize(("kind", "head"), [("Llama", "Sequence"), ("ModernBert", "Sequence"), ("Bert", "Token")])
 def test_every_way_of_running(kind, head, way):
-    """Of ModernBert the blocks alone: its pooling head is behind them, and a model that is served there is not cut."""
+    """ModernBert's blocks alone: its pooling head is behind them, and a model that is served there is not cut."""
     rows = single() if head == "Sequence" else tagged()
     model = adapted(classifier(kind, head), target_modules=LINEAR[kind])
     oracle = statistics_of(classifier(kind, head), rows, losses, targets(model), "samples")
@@ -87,7 +87,7 @@ def test_layers_that_read_all_tokens_in_one_list(size):
 
 @pytest.mark.parametrize(("head", "make"), [("Sequence", single), ("Sequence", several), ("Token", tagged)])
 def test_a_batch_in_which_nothing_counts_adds_nothing(head, make):
-    """As one of several processes may have to run it beside the others."""
+    """One of several processes may have to run it beside the others."""
     task = find_task(classifier("Llama", head))
     batch = task.read(pad(make(3)), 100)
     nothing = replace(
@@ -117,7 +117,7 @@ def test_a_pooler_is_served_with_one_vector_a_row():
 def test_four_bit_equals_its_dequantised_twin(tmp_path, kind, head):
     pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
     rows = single() if head == "Sequence" else tagged()
-    base = four_bit(classifier(kind, head, **WIDE), tmp_path, "score" if kind == "Llama" else "classifier")
+    base = four_bit(classifier(kind, head, **WIDE), tmp_path, head="score" if kind == "Llama" else "classifier")
     twin = dequantized(base, classifier(kind, head, **WIDE))
     model = adapted(base)
     oracle = statistics_of(twin, rows, losses, targets(model), "tokens")
@@ -177,7 +177,7 @@ def test_rows_beyond_the_samples_do_not_count(make):
     report = initialize_lora_da_weights(model, in_batches(rows, 4), config, show_progress=False)
     losses_of_five = torch.stack([losses(twin.double().eval(), row).detach()[0] for row in rows[:5]])
     assert (report.samples, report.loss_tokens, report.population_size) == (5, 5, 8)
-    assert report.loss == pytest.approx(losses_of_five.mean().item(), rel=1e-5)
+    assert report.loss == pytest.approx(losses_of_five.mean().item(), rel=LOSS)
 
 
 def test_rows_without_a_label_do_not_count():

@@ -6,11 +6,27 @@ import copy
 
 import pytest
 import torch
-from collecting import PLENTY, PREFIX, VOCABULARY, distance, documents, gpt2, llama, packed, padded
+from collecting import PLENTY, distance
+from models import (
+    IGNORED,
+    LENGTHS,
+    PREFIX,
+    VOCABULARY,
+    Document,
+    batches,
+    documents,
+    packed,
+    pad,
+    tiny_gpt2,
+    tiny_llama,
+    with_lora,
+)
 from oracle import oracle_solve
-from peft import LoraConfig, get_peft_model
+from peft import PeftModel
 from picture import differences, picture
 from planning import CPU, ONE, WAYS, Forced, Way, collected_by, recorded, surveyed_model
+from tolerances import FLOAT32, TURNED
+from transformers import PreTrainedModel
 
 import lora_da.tasks.head
 from lora_da import LoraDAConfig, initialize_lora_da_weights
@@ -21,10 +37,9 @@ from lora_da.processes import Processes, Run
 from lora_da.samples.draw import draw, read_causal
 from lora_da.statistics import LayerStatistics
 
-SAME = 2e-5  # float32 sums against float64
 TARGETS = ["q_proj", "down_proj", "lm_head"]
 PLANNED_CHUNK = lora_da.tasks.head.CHUNK
-LAYOUTS = {"padded": lambda rows: [padded(rows)], "packed": lambda rows: [packed(rows)]}
+LAYOUTS = {"padded": lambda rows: [pad(rows)], "packed": lambda rows: [packed(rows)]}
 
 
 @pytest.fixture(autouse=True)
@@ -32,20 +47,20 @@ def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lora_da.tasks.head, "CHUNK", 7)  # several calls of the head, the last one short
 
 
-def with_lora(base, targets=TARGETS, **config):
-    return get_peft_model(copy.deepcopy(base), LoraConfig(r=4, target_modules=targets, **config))
+def adapted(base: PreTrainedModel, targets: list[str] = TARGETS) -> PeftModel:
+    return with_lora(base, target_modules=targets)
 
 
 @torch.enable_grad()
-def expected(model, rows, averaging: str) -> LayerStatistics:
+def expected(model: PreTrainedModel, rows: list[Document], averaging: str) -> LayerStatistics:
     """From one document at a time in float64: x and d at the head, where the next label counts."""
     twin = copy.deepcopy(model).double().eval()
     xs, ds, n_loss = [], [], 0
-    for row in rows:
-        ids, targets = row["input_ids"], row["labels"][1:]
-        hidden = twin.get_decoder()(ids[None], use_cache=False).last_hidden_state[0].detach()
+    for document in batches(rows, 1):
+        ids, targets = document["input_ids"], document["labels"][0, 1:]
+        hidden = twin.get_decoder()(ids, use_cache=False).last_hidden_state[0].detach()
         logits = twin.get_output_embeddings()(hidden).detach().requires_grad_()
-        counts = targets != -100
+        counts = targets != IGNORED
         entropy = torch.nn.functional.cross_entropy(logits[:-1][counts], targets[counts], reduction="sum")
         d = torch.autograd.grad(entropy, logits)[0][:-1][counts]
         xs.append(hidden[:-1][counts])
@@ -59,54 +74,53 @@ def expected(model, rows, averaging: str) -> LayerStatistics:
 def check(ours: LayerStatistics, truth: LayerStatistics) -> None:
     assert ours.n_tokens == truth.n_tokens
     for part in ("grad", "input_cov", "output_fisher"):
-        assert distance(getattr(ours, part), getattr(truth, part)) <= SAME, part
+        assert distance(getattr(ours, part), getattr(truth, part)) <= FLOAT32, part
 
 
 @pytest.mark.compat("lm-head")
 @pytest.mark.parametrize("averaging", ["tokens", "samples"])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_statistics_are_those_of_the_loss_tokens(layout: str, averaging: str) -> None:
-    base, rows = llama(), documents()
-    found = collected_by(with_lora(base), LAYOUTS[layout](rows), averaging=averaging)
-    check(found["lm_head"], expected(base, rows, averaging))
+    rows = documents(LENGTHS)
+    found = collected_by(adapted(tiny_llama()), LAYOUTS[layout](rows), averaging=averaging)
+    check(found["lm_head"], expected(tiny_llama(), rows, averaging))
 
 
 @pytest.mark.compat("lm-head")
 @pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
 def test_every_plan_gives_the_same(way: Way) -> None:
-    base, rows = llama(num_hidden_layers=4), documents()
-    found = collected_by(with_lora(base), [padded(rows)], way, "samples")
-    check(found["lm_head"], expected(base, rows, "samples"))
+    rows = documents(LENGTHS)
+    found = collected_by(adapted(tiny_llama(num_hidden_layers=4)), [pad(rows)], way, "samples")
+    check(found["lm_head"], expected(tiny_llama(num_hidden_layers=4), rows, "samples"))
 
 
 @pytest.mark.parametrize("averaging", ["tokens", "samples"])
 def test_the_head_alone(averaging: str) -> None:
     """Nothing below it is served, so nothing is backpropagated below it."""
-    base, rows = llama(), documents()
-    found = collected_by(with_lora(base, ["lm_head"]), [padded(rows)], ONE, averaging)
+    rows = documents(LENGTHS)
+    found = collected_by(adapted(tiny_llama(), ["lm_head"]), [pad(rows)], ONE, averaging)
     assert found.keys() == {"lm_head"}
-    check(found["lm_head"], expected(base, rows, averaging))
+    check(found["lm_head"], expected(tiny_llama(), rows, averaging))
 
 
 def test_other_layers_do_not_depend_on_it() -> None:
-    base, batches = llama(), [padded(documents())]
-    with_head = collected_by(with_lora(base), batches, averaging="samples")
-    without = collected_by(with_lora(base, TARGETS[:2]), batches, averaging="samples")
+    data = [pad(documents(LENGTHS))]
+    with_head = collected_by(adapted(tiny_llama()), data, averaging="samples")
+    without = collected_by(adapted(tiny_llama(), TARGETS[:2]), data, averaging="samples")
     for name in without:
         for part in ("grad", "input_cov", "output_fisher"):
             assert torch.equal(getattr(with_head[name], part), getattr(without[name], part))
 
 
 @pytest.mark.compat("lm-head", "tied-weights")
-@pytest.mark.parametrize("build", [lambda: llama(tie_word_embeddings=True), gpt2], ids=["llama", "gpt2"])
+@pytest.mark.parametrize("build", [lambda: tiny_llama(tie_word_embeddings=True), tiny_gpt2], ids=["llama", "gpt2"])
 @pytest.mark.filterwarnings("ignore:.*(tie_word_embeddings|tied|tying)")
 def test_a_head_whose_weight_is_the_embeddings(build) -> None:
     """The adapter is the head's alone, and so is its gradient; the shared weight stays."""
-    base, rows = build(), documents()
-    model = with_lora(base, ["lm_head"])
-    check(collected_by(model, [padded(rows)])["lm_head"], expected(base, rows, "tokens"))
+    rows, model = documents(LENGTHS), adapted(build(), ["lm_head"])
+    check(collected_by(model, [pad(rows)])["lm_head"], expected(build(), rows, "tokens"))
     before = picture(model)
-    report = initialize_lora_da_weights(model, [padded(rows)], LoraDAConfig(samples=4), show_progress=False)
+    report = initialize_lora_da_weights(model, [pad(rows)], LoraDAConfig(samples=4), show_progress=False)
     assert report.initialized == report.targeted == 1
     written = differences(before, picture(model))
     assert len(written) == 2 and all("lm_head.lora_" in name and name.endswith(": bits") for name in written)
@@ -115,13 +129,12 @@ def test_a_head_whose_weight_is_the_embeddings(build) -> None:
 @pytest.mark.parametrize("preset", ["default", "reference", "paper"])
 def test_its_factors_are_the_oracles(preset: str) -> None:
     """The step lora_B·lora_A, which is unique where single factors have signs."""
-    base, rows = llama(), documents((9, 14, 6, 11, 13, 8))
-    model = with_lora(base)
+    rows, model = documents((9, 14, 6, 11, 13, 8)), adapted(tiny_llama())
     config = LoraDAConfig(preset=preset, samples=6, population_size=600, damping=0.1)
     with recorded() as seen:
-        initialize_lora_da_weights(model, [padded(rows)], config, show_progress=False)
+        initialize_lora_da_weights(model, [pad(rows)], config, show_progress=False)
     numbers = config.numbers()
-    truth = expected(base, rows, numbers.averaging)
+    truth = expected(tiny_llama(), rows, numbers.averaging)
     if numbers.full_fisher_up_to < VOCABULARY:
         truth = LayerStatistics(truth.grad, truth.input_cov, truth.output_fisher.diagonal(), truth.n_tokens)
     assert seen["lm_head"].output_fisher.shape == truth.output_fisher.shape
@@ -138,16 +151,16 @@ def test_its_factors_are_the_oracles(preset: str) -> None:
         gamma=numbers.gamma,
         normalize_step=numbers.normalize_step,
     )
-    assert distance(layer.lora_B @ layer.lora_A, solution.lora_B @ solution.lora_A) <= 1e-3
+    assert distance(layer.lora_B @ layer.lora_A, solution.lora_B @ solution.lora_A) <= TURNED
 
 
 def test_the_plan_counts_its_sums() -> None:
     """V × h in float32, the products and copies of it in the solver, and the gradients of one chunk's logits."""
-    base, batches = llama(), [padded(documents())]
+    given = [pad(documents(LENGTHS))]
     plans = []
     for targets in (TARGETS, TARGETS[:2]):
-        model = with_lora(base, targets)
-        surveyed, data = surveyed_model(model, batches), draw(batches, 100, None, 100, read_causal, True)
+        model = adapted(tiny_llama(), targets)
+        surveyed, data = surveyed_model(model, given), draw(given, 100, None, 100, read_causal, True)
         assert surveyed.sequence is not None and surveyed.why_not == ""
         run = Run(Processes(), CPU, PLENTY, False)
         layers, lora_da = find_adapter(model).layers, METHODS["lora_da"].needs
@@ -158,9 +171,9 @@ def test_the_plan_counts_its_sums() -> None:
 
 
 def test_it_is_streamed_with_the_last_block() -> None:
-    model = with_lora(llama(num_hidden_layers=4))
-    planner, config = Forced(Way(cuts=4)), LoraDAConfig(samples=4)
-    report = initialize_lora_da_weights(model, [padded(documents())], config, show_progress=False, plan=planner)
+    model, data = adapted(tiny_llama(num_hidden_layers=4)), [pad(documents(LENGTHS))]
+    planner = Forced(Way(cuts=4))
+    report = initialize_lora_da_weights(model, data, LoraDAConfig(samples=4), show_progress=False, plan=planner)
     (plan,) = planner.plans
     assert report.initialized == 9 and plan.cuts == 4
     assert [layer.name.removeprefix(PREFIX) for layer in plan.segments[-1].layers][-1] == "lm_head"

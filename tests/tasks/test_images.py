@@ -6,23 +6,22 @@ import pytest
 import torch
 from collecting import worst
 from dequantized import dequantized, four_bit
-from models import IGNORED
+from image_models import IMAGE, KINDS, adapted, in_batches, losses, pad, reader, rows
+from models import IGNORED, PREFIX, WIDE
 from peft import PeftModel
 from picture import differences, picture
 from planning import ONE, WAYS, collected_by, surveyed_model
-from seeing import IMAGE, KINDS, adapted, in_batches, losses, pad, reader, rows
 from task_oracle import statistics_of
+from tolerances import FLOAT32
 from torch.utils.data import DataLoader
 
 from lora_da import LoraDAConfig, LoraDAError, initialize_lora_da_weights
 from lora_da.adapter import find_adapter
 from lora_da.tasks import find_task
 
-FLOAT32 = 2e-5  # float32 model and sums against the float64 oracle
-
 
 def targets(model: PeftModel) -> list[str]:
-    return [layer.name.removeprefix("base_model.model.") for layer in find_adapter(model).layers]
+    return [layer.name.removeprefix(PREFIX) for layer in find_adapter(model).layers]
 
 
 def check(kind, found, batches, way=ONE, averaging="tokens"):
@@ -118,8 +117,8 @@ def test_a_vision_layer_keeps_pefts_init(caplog):
     batch = {"input_ids": ids, "labels": labels, "pixel_values": torch.randn(2, 3, 8, 8)}
     assert ids.numel() == 2 * 5  # positions of an image in the tower
     report = initialize_lora_da_weights(model, [batch], show_progress=False)
-    assert list(report.failed) == [f"base_model.model.{name}"] and report.initialized == 28
-    assert "a vision layer?" in report.failed[f"base_model.model.{name}"]
+    assert list(report.failed) == [f"{PREFIX}{name}"] and report.initialized == 28
+    assert "a vision layer?" in report.failed[f"{PREFIX}{name}"]
 
 
 @pytest.mark.refused("vision-tower")
@@ -131,9 +130,8 @@ def test_a_tower_that_is_targeted_is_an_error():
 
 def test_four_bit_equals_its_dequantised_twin(tmp_path):
     pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
-    wide = {"hidden_size": 64, "intermediate_size": 128}
-    base = four_bit(reader("Llava", **wide), tmp_path)
-    twin = dequantized(base, reader("Llava", **wide))
+    base = four_bit(reader("Llava", **WIDE), tmp_path)
+    twin = dequantized(base, reader("Llava", **WIDE))
     model, found = adapted(base), rows("Llava")
     oracle = statistics_of(twin, found, losses, targets(model), "tokens")
     assert worst(collected_by(model, in_batches(found, 3)), oracle) < FLOAT32

@@ -7,17 +7,16 @@ import torch
 from classifiers import adapted, classifier
 from collecting import worst
 from dequantized import dequantized, four_bit
-from models import tiny_llama, with_lora
+from models import WIDE, tiny_llama, with_lora
 from picture import differences, picture
 from planning import WAYS, collected_by
 from rewards import CENTER, in_batches, losses, pad, pairs, reward_model
 from task_oracle import statistics_of
+from tolerances import FLOAT32, LOSS
 from torch.utils.data import DataLoader
 
 from lora_da import LoraDAConfig, LoraDAError, initialize_lora_da_weights
 from lora_da.tasks import RewardLoss, find_task
-
-FLOAT32 = 2e-5  # float32 model and sums against the float64 oracle
 
 
 def check(kind, found, batches, center=None, way=WAYS["one pass"], averaging="tokens"):
@@ -78,14 +77,13 @@ def test_pairs_beyond_the_samples_do_not_count():
     report = initialize_lora_da_weights(model, in_batches(found, 4), config, show_progress=False, reward=RewardLoss())
     expected = torch.stack([losses(0)(twin, pair).detach()[0] for pair in found[:5]]).mean()
     assert (report.samples, report.population_size) == (5, 8)
-    assert report.loss == pytest.approx(expected.item(), rel=1e-5)
+    assert report.loss == pytest.approx(expected.item(), rel=LOSS)
 
 
 def test_four_bit_equals_its_dequantised_twin(tmp_path):
     pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
-    wide = {"hidden_size": 64, "intermediate_size": 128}
-    base = four_bit(reward_model(**wide), tmp_path, "score")
-    twin, found = dequantized(base, reward_model(**wide)), pairs()
+    base = four_bit(reward_model(**WIDE), tmp_path, head="score")
+    twin, found = dequantized(base, reward_model(**WIDE)), pairs()
     ours = collected_by(adapted(base), in_batches(found, 3), reward=RewardLoss(CENTER))
     assert worst(ours, statistics_of(twin, found, losses(CENTER), list(ours), "tokens")) < FLOAT32
 

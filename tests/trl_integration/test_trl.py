@@ -6,12 +6,12 @@ import json
 import pytest
 import torch
 from datasets import Dataset
-from models import documents, with_lora
+from models import N_PROJECTIONS, adapter_weights, documents, lora, with_lora
 from peft import PeftModel
 
 pytest.importorskip("trl", reason="TRL is not installed")
 
-from trainers import KINDS, LAYERS, FirstStep, adapter, base, by_hand, lora, same_bits, sft
+from trainers import KINDS, FirstStep, base, by_hand, same_bits, sft
 
 from lora_da import LoraDAConfig
 from lora_da.errors import LoraDAError
@@ -40,7 +40,7 @@ def test_the_adapter_is_that_of_the_peft_call(folder, tmp_path, rows, kind, dtyp
     expected = by_hand(base(folder, kind, dtype), trainer.train_dataset, CONFIG)
     assert same_bits(first.adapter, expected)
     assert all(weight.any() for weight in first.adapter.values())
-    assert not same_bits(adapter(trainer.model), expected), "the step was not taken"
+    assert not same_bits(adapter_weights(trainer.model), expected), "the step was not taken"
 
 
 def test_the_report_lies_beside_the_adapter_and_one_line_is_printed(folder, tmp_path, rows, capsys):
@@ -51,7 +51,7 @@ def test_the_report_lies_beside_the_adapter_and_one_line_is_printed(folder, tmp_
     assert (tmp_path / "adapter_config.json").exists()
     saved = json.loads((tmp_path / "lora_da_report.json").read_text(encoding="utf-8"))
     assert saved == dataclasses.asdict(initializer.report)
-    assert saved["initialized"] == saved["targeted"] == len(saved["layers"]) == LAYERS
+    assert saved["initialized"] == saved["targeted"] == len(saved["layers"]) == N_PROJECTIONS
 
     counted = documents(20)[:10]
     assert saved["samples"] == 10 and saved["population_size"] == 20
@@ -60,7 +60,7 @@ def test_the_report_lies_beside_the_adapter_and_one_line_is_printed(folder, tmp_
     lines = [line for line in capsys.readouterr().out.splitlines() if "LoRA-DA" in line]
     (line,) = lines
     assert line.startswith(
-        f"LoRA-DA: initialised {LAYERS} of {LAYERS} layers from 10 samples, {saved['tokens']} tokens"
+        f"LoRA-DA: initialised {N_PROJECTIONS} of {N_PROJECTIONS} layers from 10 samples, {saved['tokens']} tokens"
     )
 
 
@@ -90,7 +90,7 @@ def test_a_model_that_is_a_peft_model_already(folder, tmp_path, rows):
 
 @pytest.mark.compat("modules-to-save")
 def test_new_tokens_and_their_head_are_trained_beside_the_adapter(folder, tmp_path, rows):
-    """As TRL sets it up where a chat template brings tokens of its own."""
+    """TRL sets it up so where a chat template brings tokens of its own."""
     first = FirstStep()
     beside = lora(trainable_token_indices={"embed_tokens": [4, 5]}, modules_to_save=["lm_head"])
     trainer = sft(base(folder), rows, tmp_path, LoraDAInitializer(CONFIG), first, lora_config=beside)

@@ -7,13 +7,13 @@ from types import SimpleNamespace
 
 import pytest
 from datasets import Dataset
-from models import documents
+from models import adapter_weights, documents, lora
 from transformers import TrainingArguments
 
 pytest.importorskip("trl", reason="TRL is not installed")
 
 import trl
-from trainers import COMMON, FirstStep, adapter, base, lora, same_bits, sentences, sft, tokenizer
+from trainers import COMMON, FirstStep, base, same_bits, sentences, sft, tokenizer
 from trl import DPOConfig, RewardConfig, SFTConfig
 
 from lora_da.callback import refuse_unsupported
@@ -127,10 +127,10 @@ def test_other_parallelism_than_over_samples_is_refused(size, what):
 def test_sft_with_another_loss_stops_before_the_first_step(folder, tmp_path):
     first = FirstStep()
     trainer = sft(base(folder), Dataset.from_list(documents(8)), tmp_path, LoraDAInitializer(), first, loss_type="dft")
-    before = adapter(trainer.model)
+    before = adapter_weights(trainer.model)
     with pytest.raises(LoraDAError, match="^loss_type='dft'"):
         trainer.train()
-    assert same_bits(adapter(trainer.model), before)
+    assert same_bits(adapter_weights(trainer.model), before)
     assert not first.adapter
 
 
@@ -149,8 +149,8 @@ def test_preference_training_stops_before_the_first_step(folder, tmp_path):
         peft_config=lora(),
         callbacks=[LoraDAInitializer(), first],
     )
-    before = adapter(trainer.model)
+    before = adapter_weights(trainer.model)
     with pytest.raises(LoraDAError, match="^DPOConfig: .*use it for supervised fine-tuning or reward models"):
         trainer.train()
-    assert same_bits(adapter(trainer.model), before)
+    assert same_bits(adapter_weights(trainer.model), before)
     assert not first.adapter

@@ -3,13 +3,13 @@
 import pytest
 from datasets import Dataset
 from models import documents
+from tolerances import REBATCHED
 
 pytest.importorskip("trl", reason="TRL is not installed")
 
-from test_trl_data import ALL, CONFIG, COUNT, OTHER_ROWS, SAMPLES, conversations, counted, counts
-from test_trl_data import prompts_and_completions as completions
-from test_trl_data import run as first_step
 from trainers import base, by_hand, same_bits, worst_difference
+from trl_rows import ALL, CONFIG, COUNT, SAMPLES, at_first_step, conversations, counted, counts
+from trl_rows import prompts_and_completions as completions
 
 from lora_da import LoraDAConfig
 
@@ -35,12 +35,12 @@ def expected(folder, rows, config):
 )
 def test_masks_and_packing_together(folder, tmp_path, packing, data, args):
     texts, rows = data()
-    report, adapter = first_step(folder, tmp_path, Dataset.from_list(texts), ALL, bf16=False, **packing, **args)
+    report, adapter = at_first_step(folder, tmp_path, Dataset.from_list(texts), ALL, bf16=False, **packing, **args)
     assert counted(report) == counts(rows)
     assert (report.sample_unit, report.population_size) == ("document (from position_ids)", COUNT)
-    assert worst_difference(adapter, expected(folder, rows, ALL)) < OTHER_ROWS
+    assert worst_difference(adapter, expected(folder, rows, ALL)) < REBATCHED
     unmasked = expected(folder, [{**row, "labels": row["input_ids"]} for row in rows], ALL)
-    assert worst_difference(adapter, unmasked) > 100 * OTHER_ROWS
+    assert worst_difference(adapter, unmasked) > 100 * REBATCHED
 
 
 @pytest.mark.compat("trl-packing")
@@ -54,9 +54,9 @@ def test_bfd_split_packs_the_pieces_of_long_documents(folder, tmp_path):
     for strategy, documents_of in kept.items():
         config = LoraDAConfig(samples=1000)
         args = {"packing": True, "packing_strategy": strategy, "max_length": width, "bf16": False}
-        report, adapter = first_step(folder, tmp_path, Dataset.from_list(rows), config, **args)
+        report, adapter = at_first_step(folder, tmp_path, Dataset.from_list(rows), config, **args)
         assert counted(report) == counts(documents_of), strategy
-        assert worst_difference(adapter, expected(folder, documents_of, config)) < OTHER_ROWS
+        assert worst_difference(adapter, expected(folder, documents_of, config)) < REBATCHED
 
 
 @pytest.mark.compat("sft")
@@ -65,9 +65,9 @@ def test_bfd_split_packs_the_pieces_of_long_documents(folder, tmp_path):
 @pytest.mark.parametrize("loss_type", ["nll", "chunked_nll"])
 def test_both_names_of_the_plain_loss(folder, tmp_path, loss_type):
     rows = documents(COUNT)
-    report, adapter = first_step(folder, tmp_path, Dataset.from_list(rows), loss_type=loss_type, bf16=False)
+    report, adapter = at_first_step(folder, tmp_path, Dataset.from_list(rows), loss_type=loss_type, bf16=False)
     assert counted(report) == counts(rows[:SAMPLES])
-    assert worst_difference(adapter, expected(folder, rows, CONFIG)) < OTHER_ROWS
+    assert worst_difference(adapter, expected(folder, rows, CONFIG)) < REBATCHED
 
 
 @pytest.mark.compat("trl-batches")
@@ -81,6 +81,6 @@ def test_both_names_of_the_plain_loss(folder, tmp_path, loss_type):
     ids=["pad_to_multiple_of", "max_length", "group_by_length"],
 )
 def test_rows_in_other_batches(folder, tmp_path, args, rows):
-    report, adapter = first_step(folder, tmp_path, Dataset.from_list(documents(COUNT)), bf16=False, **args)
+    report, adapter = at_first_step(folder, tmp_path, Dataset.from_list(documents(COUNT)), bf16=False, **args)
     assert counted(report) == counts(rows[:SAMPLES])
     assert same_bits(adapter, expected(folder, rows, CONFIG))

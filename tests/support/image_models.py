@@ -72,7 +72,7 @@ def rows(kind: str, count: int = 7, seed: int = 0) -> list[Unit]:
 
 
 def pad(batch: Sequence[Unit], extra: int = 0) -> dict[str, Tensor]:
-    """As processors do it: tokens padded, images of all rows in one tensor."""
+    """Batch rows as processors do: tokens padded, images of all rows in one tensor."""
     width = max(len(row["input_ids"]) for row in batch) + extra
     fills = {"input_ids": 0, "labels": IGNORED, "mm_token_type_ids": 0}
 
