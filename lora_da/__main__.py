@@ -15,7 +15,7 @@ from typing import Any
 
 from lora_da.config import METHODS, PRESETS, LoraDAConfig
 from lora_da.errors import LoraDAError
-from lora_da.export.files import read_rows
+from lora_da.export.files import load_rows
 
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 
@@ -79,7 +79,7 @@ def _config(asked: argparse.Namespace) -> LoraDAConfig:
 
 def _export(asked: argparse.Namespace, config: LoraDAConfig) -> None:
     # What can be wrong is looked at before the next slow step.
-    rows = read_rows(asked.data)
+    rows = load_rows(asked.data)
     _tell(f"{len(rows):,} rows; loading torch and transformers")
     import torch
     from torch.utils.data import DataLoader

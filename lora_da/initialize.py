@@ -24,7 +24,7 @@ from lora_da.collect import Planner, collect, make_plan
 from lora_da.config import LoraDAConfig
 from lora_da.memory import PeakMemory
 from lora_da.model.sharding import compute_device, prepared
-from lora_da.model.state import estimation_mode, random_states
+from lora_da.model.state import drawing_mode, estimation_mode, random_states
 from lora_da.processes import Processes, Run
 from lora_da.report import InitReport
 from lora_da.samples.draw import draw
@@ -83,13 +83,14 @@ def initialize_lora_da_weights(
     run = Run(processes, device, config.memory_budget, show_progress)
     memory, entry, solution = PeakMemory(device), None, None
     folder = processes.once(cache_folder, config.cache_dir)
-    with estimation_mode(peft_model):
+    with drawing_mode():
         asked = config.samples, config.seed, config.population_size
         data = processes.once(draw, dataloader, *asked, task.read, method.population)
-        if folder is not None:
+    if folder is not None:
+        with estimation_mode(peft_model):
             key = processes.everywhere(fingerprint, peft_model, adapter, data, config, reward)
-            entry = CacheEntry(folder, processes.common(key))
-            solution = processes.once(entry.load, adapter.layers)
+        entry = CacheEntry(folder, processes.common(key))
+        solution = processes.once(entry.load, adapter.layers)
     if solution is None:
         with random_states(), prepared(peft_model, task.blocks, device), estimation_mode(peft_model):
             solver = LayerSolver(method, numbers, data)

@@ -164,13 +164,13 @@ class Processes:
         rank, (kind, message) = next((rank, outcome) for rank, outcome in enumerate(found) if outcome is not None)
         if kind == "memory":
             raise torch.OutOfMemoryError(f"rank {rank}: {message}")
-        if kind == "row":
+        if kind == "blocks":
             raise NotSequential(message)
         raise LoraDAError(f"rank {rank} of {self.size} failed: {message}")
 
 
 def _describe(error: Exception) -> Any:
-    kind = "memory" if is_out_of_memory(error) else "row" if isinstance(error, NotSequential) else "error"
+    kind = "memory" if is_out_of_memory(error) else "blocks" if isinstance(error, NotSequential) else "error"
     named = isinstance(error, (LoraDAError, NotSequential))
     return kind, str(error) if named else f"{type(error).__name__}: {error}"
 

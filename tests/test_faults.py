@@ -65,7 +65,7 @@ class Run:
         return lived_in(model)
 
 
-PASSES = Way(parts=2, row=False)
+PASSES = Way(parts=2, cut=False)
 RUNS = {
     "one pass": Run(),
     "one pass, GPT-2": Run(build=lambda: tiny_gpt2(resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)),

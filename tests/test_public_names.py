@@ -33,13 +33,13 @@ PUBLIC = """
 
 # By place, and what each takes.
 CALLED = {
-    "lora_da.initialize_lora_da_weights": "peft_model dataloader config adapter_name show_progress reward",
+    "lora_da.initialize_lora_da_weights": "peft_model dataloader config adapter_name show_progress reward plan",
     "lora_da.export_initial_adapter": (
         "peft_model dataloader output config adapter_name overwrite show_progress reward"
     ),
     "lora_da.tasks.RewardLoss": "center_coefficient",
-    "lora_da.callback.LoraDACallback": "config during",
-    "trl_integration.LoraDAInitializer": "config during",
+    "lora_da.callback.LoraDACallback": "config during plan",
+    "trl_integration.LoraDAInitializer": "config during plan",
 }
 
 OPTIONS = """

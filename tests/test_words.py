@@ -11,7 +11,7 @@ import pytest
 pytestmark = pytest.mark.once
 
 ROOT = Path(__file__).parents[1]
-READ = ("tests", "benchmarks", "examples", "axolotl_lora_da", "trl_integration")  # lora_da is to follow
+READ = ("tests", "benchmarks", "examples", "axolotl_lora_da", "lora_da", "trl_integration")
 PRODUCT = ("axolotl_lora_da", "lora_da", "trl_integration")
 NEVER_FIRST = ("Of", "That", "As", "With")  # a docstring has a verb, or a thing, to begin with
 MANY = 7  # parameters that a call can still be read with
@@ -51,6 +51,27 @@ def is_static(node: Function) -> bool:
     return any(isinstance(d, ast.Name) and d.id == "staticmethod" for d in node.decorator_list)
 
 
+def late_attributes(tree: ast.Module) -> Iterator[str]:
+    """Each attribute that an object of a class is given after it was made."""
+    for node in ast.walk(tree):
+        if not isinstance(node, ast.ClassDef):
+            continue
+        fields = {ast.unparse(s.target) for s in node.body if isinstance(s, ast.AnnAssign)}
+        fields |= {ast.unparse(t) for s in node.body if isinstance(s, ast.Assign) for t in s.targets}
+        methods = {f.name: set(own_attributes_set(f)) for f in node.body if isinstance(f, Function)}
+        born = fields | {name for name, _ in methods.pop("__init__", set())}
+        for name, line in sorted(set().union(*methods.values())):
+            if name not in born:
+                yield f"{line}: {node.name}.{name} is born outside __init__"
+
+
+def own_attributes_set(function: Function) -> Iterator[tuple[str, int]]:
+    for node in ast.walk(function):
+        is_set = isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store)
+        if is_set and isinstance(node.value, ast.Name) and node.value.id == "self":
+            yield node.attr, node.lineno
+
+
 def public_names() -> frozenset[str]:
     """What the packages' `__all__` list."""
     found: set[str] = set()
@@ -78,6 +99,25 @@ def test_functions_have_few_parameters() -> None:
     public, folders = public_names(), tuple(folder for folder in PRODUCT if folder in READ)
     assert "initialize_lora_da_weights" in public and folders
     assert [f"{path}:{found}" for path, tree in trees(folders) for found in long_signatures(tree, public)] == []
+
+
+def test_objects_have_all_their_attributes_from_the_beginning() -> None:
+    folders = (*PRODUCT, "benchmarks")
+    assert [f"{path}:{found}" for path, tree in trees(folders) for found in late_attributes(tree)] == []
+
+
+@pytest.mark.parametrize(
+    ("source", "late"),
+    [
+        ("class C:\n    def f(self):\n        self.x = 1", 1),
+        ("class C:\n    def __init__(self):\n        self.y = 0\n    def f(self):\n        self.y, self.x = 1, 2", 1),
+        ("class C:\n    x: int = 0\n    z = 1\n    def f(self):\n        self.x = self.z = 1", 0),
+        ("class C:\n    def __init__(self):\n        self.x = None\n    def f(self):\n        self.x += 1", 0),
+        ("class C:\n    def f(self, other):\n        other.x = 1", 0),
+    ],
+)
+def test_a_planted_attribute_is_found(source: str, late: int) -> None:
+    assert len(list(late_attributes(ast.parse(source)))) == late
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from lora_da.export.files import read_rows as read_file
+from lora_da.export.files import load_rows as read_file
 from lora_da.export.rows import TokenizedRows
 
 Row = dict[str, list[int]]  # input_ids and labels

@@ -142,7 +142,7 @@ class _Words:
         )
 
     def digest(self, tensor: Tensor) -> str:
-        """Of its dtype, shape and content, wherever it lies; a tensor made of others is told by those."""
+        """Digest dtype, shape and content, wherever they lie; a tensor made of others is told by those."""
         if id(tensor) in self._digests:  # tied weights
             return self._digests[id(tensor)][1]
         content = hashlib.sha256(f"{tensor.dtype} {shape(tensor)}".encode())

@@ -241,7 +241,7 @@ class _Needed:
         return tokens + weight + self.survey.itemsize * weights + head + self.survey.gathered_bytes
 
     def solving(self, layers: Sequence[AdapterLayer]) -> int:
-        """Of the largest layer."""
+        """What the largest layer takes."""
         return max((self.needs.solving(a.in_features, a.out_features) for a in layers), default=0)
 
 

@@ -80,7 +80,7 @@ class Schedule:
 
     @property
     def steps(self) -> int:
-        """Of progress: every batch in every segment, and every layer to be solved."""
+        """How many there are of progress: every batch in every segment, and every layer to be solved."""
         segments = self._work.plan.segments
         return len(segments) * len(self._feed.batches) + sum(len(s.layers) for s in segments)
 

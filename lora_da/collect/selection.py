@@ -169,7 +169,7 @@ class _BatchRows:
         self.head: tuple[int, Tensor | None] = 0, None
 
     def among(self, positions: Tensor) -> Chosen:
-        """Of some tokens, given by their positions, those that count."""
+        """Choose those that count among some tokens, given by their positions."""
         counts = self._counts
         return Chosen(None if counts is None else counts.to(positions.device)[positions].nonzero().flatten())
 

@@ -10,7 +10,7 @@ from typing import Any
 from lora_da.errors import LoraDAError
 
 
-def read_rows(path: Path) -> Sequence[Mapping[str, Any]]:
+def load_rows(path: Path) -> Sequence[Mapping[str, Any]]:
     """The rows of a .json, .jsonl or .parquet file, or of a folder written by `datasets` (`save_to_disk`).
 
     Raises:

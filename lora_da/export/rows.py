@@ -145,7 +145,7 @@ def _row(rows: Sequence[Mapping[str, Any]], number: int) -> Mapping[str, Any]:
 
 
 def _message(message: Mapping[str, Any]) -> dict[str, Any]:
-    """With role and content, also where they are called as in ShareGPT, and without what tables fill up with None."""
+    """Name role and content so, where they are called as in ShareGPT too; leave out what tables fill up with None."""
     if "from" in message:
         return {"role": ROLES.get(message["from"], message["from"]), "content": message["value"]}
     return {name: value for name, value in message.items() if value is not None}

@@ -122,7 +122,7 @@ class BlockSequence:
 
     @contextlib.contextmanager
     def given(self, hidden: Tensor | None, keep: Sequence[int] = ()) -> Iterator[None]:
-        """As `run`, for a caller that calls the model itself, once."""
+        """Do as `run` does, for a caller that calls the model itself, once."""
         self._call = _Call(hidden, keep)
         try:
             yield

@@ -22,7 +22,7 @@ class Routed:
 
 
 def find_routed(blocks: Sequence[nn.Module], layers: Mapping[str, nn.Module]) -> dict[str, Routed]:
-    """Of some layers, those inside a list of modules within a block of the decoder, by name."""
+    """Find the layers inside a list of modules within a block of the decoder, by name."""
     name_of = {id(layer): name for name, layer in layers.items()}
     found: dict[str, Routed] = {}
     for mixture in (module for block in blocks for module in block.modules()):

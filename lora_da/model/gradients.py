@@ -1,5 +1,4 @@
-"""That gradients get to every layer: asked of layers whose format may have no backward, made sure of under re-entrant
-checkpointing."""
+"""Refuse layers that pass no gradient back, as some formats do; keep re-entrant checkpointing from being one."""
 
 from __future__ import annotations
 

@@ -64,7 +64,7 @@ def compute_device(parameter: Tensor) -> torch.device:
 
 
 def shape(parameter: Tensor) -> tuple[int, ...]:
-    """Of the whole parameter."""
+    """Tell the size of the whole parameter."""
     return tuple(getattr(parameter, "ds_shape", parameter.shape))
 
 

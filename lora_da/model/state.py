@@ -52,6 +52,13 @@ def estimation_mode(model: PeftModel) -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def drawing_mode() -> Iterator[None]:
+    """Read the user's data as training reads it; leave with random states as they were."""
+    with torch.inference_mode(False), random_states():
+        yield
+
+
+@contextlib.contextmanager
 def without_checkpointing(model: nn.Module) -> Iterator[None]:
     """Activations are kept, not computed again, while the context is open."""
     with contextlib.ExitStack() as stack:

@@ -56,7 +56,7 @@ class Batch:
         return int((self.tokens.document >= 0).sum())
 
     def others(self) -> dict[str, Tensor]:
-        """Of what layers read other than these tokens, which counts: (n,) bool by stream."""
+        """Which of what layers read other than these tokens counts: (n,) bool by stream."""
         return {ROWS: self._counted().any(1)} if self.by_row else {}
 
     def idle(self) -> Batch:
@@ -125,11 +125,11 @@ class Batch:
 
     @property
     def _columns(self) -> int:
-        """Of `tokens`."""
+        """How many `tokens` have in a row."""
         return len(self.tokens.document) // max(1, self.tokens.rows)
 
     def _columns_of(self, name: str) -> int:
-        """Of an input by token."""
+        """How many an input by token has."""
         return self._columns
 
     def _positions(self) -> Tensor:

@@ -51,7 +51,7 @@ class _Drawn:
 
 
 def read_causal(inputs: Mapping[str, Any], limit: int) -> Batch:
-    """As causal language modelling counts: `Task.read` of others differs."""
+    """Count as causal language modelling does; `Task.read` of others differs."""
     return Batch(inputs, read_tokens(inputs, limit))
 
 

@@ -76,7 +76,7 @@ def read_tokens(batch: Mapping[str, Any], limit: int, shifted: bool = True) -> B
     return BatchTokens(targets, document, kept, n_found, boundaries, len(labels))
 
 
-def read_rows(batch: Mapping[str, Any], labelled: Tensor, limit: int) -> BatchTokens:
+def read_labelled_rows(batch: Mapping[str, Any], labelled: Tensor, limit: int) -> BatchTokens:
     """Count the tokens of a batch whose documents have one label each; those beyond the first `limit` do not count.
 
     Args:

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from lora_da.errors import LoraDAError
 from lora_da.samples.batch import Batch
-from lora_da.samples.tokens import IGNORED, read_rows, read_tokens
+from lora_da.samples.tokens import IGNORED, read_labelled_rows, read_tokens
 from lora_da.tasks.head import LossPass
 from lora_da.tasks.task import Task
 
@@ -80,7 +80,7 @@ class SequenceClassification(_Classification):
         labelled = torch.ones(len(labels), dtype=torch.bool)
         if self._is_single_label(labels):
             labelled = (labels.view(len(labels), -1) != IGNORED).all(1).cpu()
-        tokens = read_rows(inputs, labelled, limit)
+        tokens = read_labelled_rows(inputs, labelled, limit)
         # The loss is a mean over all rows, so no other may be among them.
         return Batch(inputs, tokens, by_row=frozenset({"labels"})).counted_rows()
 
@@ -90,7 +90,7 @@ class SequenceClassification(_Classification):
         return self._backward(inputs, labels, batch.tokens.n_documents, None, how)
 
     def _is_single_label(self, labels: Tensor) -> bool:
-        """As transformers decides it where the config does not."""
+        """Decide as transformers does where the config says nothing."""
         kind = self.model.config.problem_type
         if kind is None:
             return self.model.num_labels > 1 and labels.dtype in (torch.long, torch.int)

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from lora_da.errors import LoraDAError
 from lora_da.samples.batch import NOT_FOR_THE_MODEL, Batch
-from lora_da.samples.tokens import read_rows
+from lora_da.samples.tokens import read_labelled_rows
 from lora_da.tasks.classification import SequenceClassification
 from lora_da.tasks.head import LossPass
 
@@ -60,7 +60,7 @@ class Reward(SequenceClassification):
         pairs = len(ids) // 2
         beside = torch.arange(2 * pairs).view(2, pairs).T.flatten()  # chosen, rejected, chosen, …
         ordered = {k: self._ordered(k, v, beside) for k, v in inputs.items() if k not in NOT_FOR_THE_MODEL}
-        tokens = read_rows(ordered, torch.ones(pairs, dtype=torch.bool), limit)
+        tokens = read_labelled_rows(ordered, torch.ones(pairs, dtype=torch.bool), limit)
         return Batch(ordered, tokens, by_row=frozenset({"margin"}), rows_of_document=2).counted_rows()
 
     def backward(self, batch: Batch, inputs: dict[str, Any], how: LossPass) -> Tensor:

@@ -32,7 +32,7 @@ WAYS = {
     "2 segments": Way(cuts=2),
     "a segment for each block": Way(cuts=BLOCKS),
     "2 segments in 3 parts": Way(cuts=2, parts=3),
-    "2 passes": Way(parts=2, row=False),
+    "2 passes": Way(parts=2, cut=False),
 }
 ways = pytest.mark.parametrize("way", WAYS)
 

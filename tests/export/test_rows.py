@@ -10,7 +10,7 @@ import torch
 from words import TEMPLATE, WORDS, as_lines, tokenizer
 
 from lora_da import LoraDAError
-from lora_da.export.files import read_rows
+from lora_da.export.files import load_rows
 from lora_da.export.rows import TokenizedRows, collate
 
 # As some models' do: what an earlier turn says depends on whether later ones follow.
@@ -175,7 +175,7 @@ FILES = {
 @pytest.mark.parametrize("name", FILES)
 def test_every_kind_of_file(tmp_path, name):
     FILES[name](tmp_path / name, ROWS)
-    rows = read_rows(tmp_path / name)
+    rows = load_rows(tmp_path / name)
     assert len(rows) == 2 and [rows[n]["id"] for n in (0, 1)] == [1, 2]
     read_here = [TokenizedRows(rows, tokenizer(), 100)[n] for n in (0, 1)]
     assert read_here == [TokenizedRows(ROWS, tokenizer(), 100)[n] for n in (0, 1)]
@@ -186,7 +186,7 @@ def test_a_line_of_a_file_ends_at_its_newline(tmp_path):
     rows = [{"text": "a\u2028b\x85c"}, {"text": "d"}]
     lines = "\r\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
     (tmp_path / "rows.jsonl").write_bytes(lines.encode())
-    assert read_rows(tmp_path / "rows.jsonl") == rows
+    assert load_rows(tmp_path / "rows.jsonl") == rows
 
 
 WRONG_FILES = {
@@ -210,17 +210,17 @@ def test_files_that_cannot_be_read(tmp_path, name):
     if content is not None:
         (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(LoraDAError, match=message):
-        read_rows(tmp_path / name)
+        load_rows(tmp_path / name)
 
 
 def test_folders_that_cannot_be_read(tmp_path):
     pytest.importorskip("datasets", reason="datasets is not installed")
     (tmp_path / "empty").mkdir()
     with pytest.raises(LoraDAError, match=r"the folder .*empty was not written by `datasets` \(`save_to_disk`\)"):
-        read_rows(tmp_path / "empty")
+        load_rows(tmp_path / "empty")
     as_dataset(tmp_path / "splits", ROWS, "test")
     with pytest.raises(LoraDAError, match=r"splits holds test and no `train`; give the folder of one of them"):
-        read_rows(tmp_path / "splits")
+        load_rows(tmp_path / "splits")
 
 
 @pytest.mark.parametrize(("name", "package"), [("rows.parquet", "pyarrow"), ("folder", "datasets")])
@@ -228,4 +228,4 @@ def test_a_missing_package_is_named(tmp_path, name, package, monkeypatch):
     FILES[name](tmp_path / name, ROWS)
     monkeypatch.setitem(sys.modules, package, None)  # an import of it then fails
     with pytest.raises(LoraDAError, match=rf"{name} run: pip install {package}$"):
-        read_rows(tmp_path / name)
+        load_rows(tmp_path / name)

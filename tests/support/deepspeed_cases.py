@@ -80,7 +80,7 @@ CASES: dict[str, tuple[int, Way, dict[str, Any]]] = {
     "ZeRO-3": (3, ONE, {}),
     "ZeRO-2, streamed": (2, Way(cuts=3), {}),
     "ZeRO-3, streamed": (3, Way(cuts=3), {}),
-    "ZeRO-3, 3 passes": (3, Way(parts=3, row=False), {}),
+    "ZeRO-3, 3 passes": (3, Way(parts=3, cut=False), {}),
     "ZeRO-1 in bf16": (1, ONE, {"bf16": True}),
     "ZeRO-2 in bf16": (2, ONE, {"bf16": True}),
     "ZeRO-3 in bf16": (3, ONE, {"bf16": True}),

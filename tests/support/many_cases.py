@@ -87,7 +87,7 @@ CASES: dict[str, Callable[[Path], dict[str, Any]]] = {
     "one pass": lambda _: initialized(llama(), Way()),
     "3 segments": lambda _: initialized(llama(), Way(cuts=3)),
     "2 segments in 3 parts": lambda _: initialized(llama(), Way(cuts=2, parts=3)),
-    "3 passes": lambda _: initialized(llama(), Way(parts=3, row=False)),
+    "3 passes": lambda _: initialized(llama(), Way(parts=3, cut=False)),
     "sample averaging": lambda _: initialized(llama(), Way(), preset="reference"),
     "full Fisher": lambda _: initialized(llama(), Way(cuts=2), full_fisher_up_to=4096),
     "fewer samples than processes": lambda _: initialized(llama(), Way(cuts=2), rows=batches(ROWS[:1], 1)),
@@ -96,7 +96,7 @@ CASES: dict[str, Callable[[Path], dict[str, Any]]] = {
     "filet, nf4": lambda folder: initialized(nf4(folder), Way(), method="filet"),
     "cntlora": lambda _: initialized(llama(), Way(cuts=3), method="cntlora"),
     "cntlora, experts": lambda _: initialized(experts(), Way(), method="cntlora"),
-    "lora_one": lambda _: initialized(llama(), Way(parts=2, row=False), method="lora_one"),
+    "lora_one": lambda _: initialized(llama(), Way(parts=2, cut=False), method="lora_one"),
     "lora_ga": lambda _: initialized(llama(), Way(), method="lora_ga", averaging="samples"),
     "experts": lambda _: initialized(experts(), Way()),
 }

@@ -33,7 +33,7 @@ WAYS = {
     "one pass": Way(),
     "a segment for each block": Way(cuts=2),
     "2 segments in 3 parts": Way(cuts=2, parts=3),
-    "3 passes": Way(parts=3, row=False),
+    "3 passes": Way(parts=3, cut=False),
 }
 every_method = pytest.mark.parametrize("method", METHODS)
 

@@ -32,15 +32,15 @@ CPU = torch.device("cpu")
 class Way:
     """How a plan runs the samples: in `cuts` segments, each `parts` times for a part of its layers.
 
-    Without a `row` the model counts as one that cannot be cut, and keeps its own checkpointing.
+    Where it is not `cut` the model counts as one that cannot be, and keeps its own checkpointing.
     """
 
     cuts: int = 1
     parts: int = 1
-    row: bool = True
+    cut: bool = True
 
     def survey(self, surveyed: Survey) -> Survey:
-        return surveyed if self.row else surveyed.uncut("the test says so")
+        return surveyed if self.cut else surveyed.uncut("the test says so")
 
     def plan(self, plan: Plan, surveyed: Survey, layers: Sequence[AdapterLayer]) -> Plan:
         """The same forecast with this way's segments; of a model that cannot be cut, one segment in as many parts."""
@@ -58,7 +58,7 @@ WAYS = {
     "3 segments": Way(cuts=3),
     "a segment for each block": Way(cuts=4),
     "2 segments in 3 parts": Way(cuts=2, parts=3),
-    "3 passes": Way(parts=3, row=False),
+    "3 passes": Way(parts=3, cut=False),
 }
 
 

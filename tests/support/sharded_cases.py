@@ -105,7 +105,7 @@ MODELS: dict[str, Callable[[Path], PeftModel]] = {
     "nf4 in bfloat16": lambda folder: nf4(folder / "bfloat16", torch.bfloat16),
 }
 KEPT = ("lora_da", "cntlora")  # with parameters that stay gathered after a forward
-WAYS = {"one pass": Way(), "3 segments": Way(cuts=3), "3 passes": Way(parts=3, row=False)}
+WAYS = {"one pass": Way(), "3 segments": Way(cuts=3), "3 passes": Way(parts=3, cut=False)}
 
 
 def fsdp2(folder: Path) -> dict[str, Any]:
