@@ -67,7 +67,7 @@ def test_export_snippet_runs(code: str, tmp_path: Path, monkeypatch: pytest.Monk
 @runs("README.md", "python", "LoraDAInitializer")
 @runs("README.md", "", argument="line")
 def test_trl_snippet_runs(code: str, line: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """With the Trainer in the place of SFTTrainer, which has tests of its own: the snippet is about the callback."""
+    """The Trainer stands in for SFTTrainer, which has tests of its own: the snippet is about the callback."""
 
     def sft_trainer(model, peft_config, **kwargs):
         return Trainer(model=with_lora(model), data_collator=pad, **kwargs)

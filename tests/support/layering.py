@@ -30,7 +30,7 @@ class Imports:
 
 @dataclass(frozen=True)
 class Knows:
-    """Of the package `own` the files of `where` name these modules only, and what is in them."""
+    """The files of `where` name these modules of the package `own` only, and what is in them."""
 
     name: str
     where: tuple[str, ...]

@@ -93,7 +93,7 @@ class Replanned(Exception):
 
 
 class Demanded(Forced):
-    """As `Forced`, for a model that can be run that way.
+    """`Forced`, for a model that can be run that way.
 
     Raises:
         Replanned: another plan is asked for.

@@ -22,7 +22,7 @@ Solve = Callable[[LayerStatistics, LayerSpec, Any], LoraFactors]
 
 
 def preset(**numbers: Any) -> Preset:
-    """With what concerns a single layer; the rest is of no effect here."""
+    """A preset of these numbers; what does not concern a single layer is of no effect here."""
     unset = {"variance_weight": 1.0, "gamma": 1.0, "normalize_step": True, "match_input_energy": False}
     return Preset(**{"averaging": "tokens", "full_fisher_up_to": 0, **unset, **numbers})
 
@@ -73,7 +73,7 @@ def find_shift(cov: Tensor, damping: float) -> DomainShift:
 
 
 def solve_cntlora(shift: DomainShift, weight: Tensor, rank: int, plain_variance: float) -> LoraFactors:
-    """Of the statistics nothing is read but what was made of Z."""
+    """Solve by what was made of Z; nothing else of the statistics is read."""
     nothing = LayerStatistics(None, shift.cov, None, 1)
     of_layer = spec(rank, plain_variance, weight=weight, prepared=shift)
     return lora_da.methods.cntlora.cntlora(nothing, of_layer, Numbers())
