@@ -133,9 +133,9 @@ def test_processes_may_share_a_file(tmp_path: Path) -> None:
         "from benchmarks.quality.results import append;"
         "[append(Path(sys.argv[1]), result(rate=float(sys.argv[2]), seed=seed)) for seed in range(50)]"
     )
+    environment = {"PYTHONPATH": f"{ROOT}:{ROOT}/tests/support"}
     processes = [
-        subprocess.Popen([sys.executable, "-c", code, str(path), str(rate)], env={"PYTHONPATH": f"{ROOT}:{ROOT}/tests"})
-        for rate in (1, 2)
+        subprocess.Popen([sys.executable, "-c", code, str(path), str(rate)], env=environment) for rate in (1, 2)
     ]
     assert [process.wait(timeout=60) for process in processes] == [0, 0]
     found = read([path])
