@@ -11,7 +11,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from benchmarks.ours import Batches
-from benchmarks.random_llama import DTYPE
+from benchmarks.qlora import DTYPE
 from lora_da.adapter import find_adapter
 from lora_da.model.state import estimation_mode
 from lora_da.statistics import InputSums, LayerSums, summable

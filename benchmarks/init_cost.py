@@ -23,9 +23,10 @@ from transformers.utils.logging import disable_progress_bar
 
 from benchmarks.measure import conditions, release_memory
 from benchmarks.published import profile
+from benchmarks.qlora import BASES
 from benchmarks.report import write_report
 from benchmarks.rows import EVA, LORA_GA, ONE_PASS, PUBLISHED, Prepared, Row, all_rows, streamed
-from benchmarks.subjects import BASES, SUBJECTS
+from benchmarks.subjects import SUBJECTS
 
 RESULTS = Path(__file__).parent / "results"
 

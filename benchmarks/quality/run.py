@@ -10,12 +10,13 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import PeftModel, get_peft_model
 from torch.utils.data import DataLoader
 from transformers import TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
 from benchmarks.measure import measured
+from benchmarks.qlora import lora_config
 from benchmarks.quality.analysis import PLAIN
 from benchmarks.quality.base import load_base
 from benchmarks.quality.heldout import Heldout, find_choice
@@ -130,18 +131,18 @@ class Runner:
     def _start(self, rows: Rows, cell: Cell) -> Callable[[], tuple[PeftModel, InitReport | None]]:
         """What makes the model with its adapter started, and the report where that is our own doing. Another model
         that this takes is loaded before."""
-        samples, config = rows.train[: cell.init_samples], adapter_config(cell)
+        samples = rows.train[: cell.init_samples]
         if cell.method in OWN_BASE:
             dense = load_base(self._name, "bf16", self._device)[0]
-            return lambda: (on_its_own_base(cell.method, dense, config, _loader(samples, 1), self._device), None)
+            return lambda: (on_its_own_base(cell.method, dense, cell.rank, _loader(samples, 1), self._device), None)
         if cell.method == "eva":
             fresh = load_base(self._name, self._base, self._device)[0]
-            return lambda: (eva(self._model, fresh, config, _loader(samples, cell.batch)), None)
+            return lambda: (eva(self._model, fresh, cell.rank, _loader(samples, cell.batch)), None)
 
         loader = _loader(rows.train, cell.batch)
 
         def start() -> tuple[PeftModel, InitReport | None]:
-            model = get_peft_model(self._model, config)
+            model = get_peft_model(self._model, lora_config(cell.rank))
             return model, None if cell.method == PLAIN else ours(model, loader, cell, self._cache)
 
         return start
@@ -149,11 +150,6 @@ class Runner:
 
 def _loader(rows: Sequence[Row], batch: int) -> DataLoader[Any]:
     return DataLoader(rows, batch, collate_fn=collate)  # type: ignore[arg-type]
-
-
-def adapter_config(cell: Cell) -> LoraConfig:
-    """The adapter that every start has."""
-    return LoraConfig(r=cell.rank, lora_alpha=2 * cell.rank, target_modules="all-linear", task_type="CAUSAL_LM")
 
 
 def train_cell(model: PeftModel, rows: Rows, heldout: Heldout, cell: Cell) -> Curve:

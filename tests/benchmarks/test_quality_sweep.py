@@ -13,8 +13,10 @@ pytest.importorskip("trl", reason="TRL is not installed")
 pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
 
 from models import tiny_llama
+from peft import get_peft_model
 from test_rows import WORDS, as_lines, tokenizer
 
+from benchmarks.qlora import lora_config
 from benchmarks.quality import run
 from benchmarks.quality.base import load_base
 from benchmarks.quality.heldout import Heldout, find_choice
@@ -216,7 +218,7 @@ def test_loss_and_ranking_are_the_models_own(data, base):
     choice = find_choice(sweep(data).tasks["letters"], words)
     assert (choice.position, choice.tokens) == (1, (WORDS.index("d"), WORDS.index("e")))
     tokens, heldout = choice.tokens, Heldout(rows, choice, torch.device("cpu"))
-    adapted = run.get_peft_model(model, run.adapter_config(sweep(data).cells[0]))
+    adapted = get_peft_model(model, lora_config(sweep(data).cells[0].rank))
     try:
         loss, accuracy = heldout.measure(adapted.get_base_model())
         total, count, right, gold = 0.0, 0, 0, []
