@@ -45,15 +45,16 @@ class Shapes:
 
 
 def targeted_shapes(peft_model: PeftModel, device: torch.device) -> Shapes:
-    """What a forward over a few tokens shows: layers that are handed the very same tensor share an input."""
+    """Look at a forward over a few tokens: layers that are handed the very same tensor share an input."""
     shapes = Shapes(Counter(), Counter())
-    last: list[Any] = [None]
+    last: Any = None
 
     def look(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+        nonlocal last
         i, o = args[0].shape[-1], output.shape[-1]
         shapes.layers[o, i] += 1
-        shapes.inputs[i] += args[0] is not last[0]
-        last[0] = args[0]
+        shapes.inputs[i] += args[0] is not last
+        last = args[0]
 
     model = peft_model.get_base_model()
     hooks = [layer.base.register_forward_hook(look) for layer in find_adapter(peft_model).layers]

@@ -1,7 +1,7 @@
 """PEFT's own data-aware initialisations, called as PEFT documents them, for their cost.
 
 Both leave the model changed (EVA on a CPU repacks 4-bit weights for inference, LoRA-GA moves the base), so each is the
-last row on its model.
+last entry on its model.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""LoRA-DA as this project does it, in the plan that a row asks for, and the batches it reads."""
+"""LoRA-DA as this project does it, in the plan that an entry asks for, and the batches it reads."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is measured on: a causal language model, 4-bit or bf16, and the samples, the same for every row.
+"""What is measured on: a causal language model, 4-bit or bf16, and the samples, the same for every entry.
 
 `smollm2` is a real model on real questions. The others are Llamas of random weights on random tokens: what a pass
 costs depends on shapes, not on values (a solver's iterations may depend on values).
@@ -15,8 +15,9 @@ from transformers import AutoTokenizer, LlamaConfig, PreTrainedModel
 
 from benchmarks.qlora import load_model, lora_config
 from benchmarks.random_llama import random_llama
-from benchmarks.samples import Row, collate, gsm8k_rows, random_rows
+from benchmarks.tokenized_rows import Row, gsm8k_rows, random_rows
 from examples.smollm2 import prepare
+from lora_da.export.rows import collate
 
 RANK = 8
 
@@ -92,5 +93,5 @@ SUBJECTS = {
 
 
 def with_lora(model: PreTrainedModel) -> PeftModel:
-    """Put a fresh adapter on a model, the same for every row."""
+    """Put a fresh adapter on a model, the same for every entry."""
     return get_peft_model(model, lora_config(RANK))

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from benchmarks.errors import BenchmarkError
 from benchmarks.qlora import BASES, load_model
 from examples.smollm2 import prepare
 
@@ -18,9 +19,12 @@ def load_base(name: str, base: str, device: torch.device) -> tuple[PreTrainedMod
     Args:
         name: `smollm2-135m`, which is made on this machine, or a model's folder.
         base: `nf4` or `bf16`, see `load_model`.
+
+    Raises:
+        BenchmarkError: there is no such base.
     """
     if base not in BASES:
-        raise ValueError(f"base is {base!r}; set one of {', '.join(BASES)}")
+        raise BenchmarkError(f"base is {base!r}; set one of {', '.join(BASES)}")
     path = str(prepare()) if name == SMOLLM2 else name
     model = load_model(path, base, device)
     model.config.use_cache = False

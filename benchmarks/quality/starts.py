@@ -14,9 +14,10 @@ from peft import PeftModel
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from benchmarks.errors import BenchmarkError
 from benchmarks.quality.candidates import tried
+from benchmarks.quality.corpora import DIGEST
 from benchmarks.quality.results import Cell
-from benchmarks.quality.tasks import DIGEST
 from lora_da import InitReport, LoraDAConfig, initialize_lora_da_weights
 from lora_da.adapter import Adapter, find_adapter
 from lora_da.config import METHODS, PRESETS
@@ -26,7 +27,7 @@ OWN_SETTINGS = ("control", "candidate")  # of a start, beside those of `LoraDACo
 
 
 def config_of(method: str, settings: Mapping[str, Any]) -> LoraDAConfig:
-    """The settings of a start; the samples are the cell's.
+    """Resolve the settings of a start; the samples are the cell's.
 
     Args:
         settings: of `LoraDAConfig`, where `preset` may be a mapping, `base` and what is changed of it, and
@@ -40,7 +41,7 @@ def config_of(method: str, settings: Mapping[str, Any]) -> LoraDAConfig:
 
 
 def digest(method: str, settings: Mapping[str, Any]) -> str:
-    """Of what a start of this project's resolves to: a default that has changed is another start. Empty for others."""
+    """Digest what a start of this project's resolves to: a changed default is another start. Empty for others."""
     if method not in METHODS:
         return ""
     found = json.dumps(config_of(method, settings).settings(), sort_keys=True)
@@ -76,6 +77,9 @@ def control(model: PeftModel, kind: str, seed: int) -> None:
         kind: `zero_B`, the chosen A alone; `random_A`, a random A of each chosen A's norm, and no B; `plain_scale`, the
             chosen A with the norm that plain LoRA's is expected to have, and no B.
         seed: of the random A.
+
+    Raises:
+        BenchmarkError: there is no such control.
     """
     generator = torch.Generator().manual_seed(seed)
     adapter = find_adapter(model)
@@ -88,6 +92,6 @@ def control(model: PeftModel, kind: str, seed: int) -> None:
         elif kind == "plain_scale":
             a = a * ((layer.plain_variance * a.numel()) ** 0.5 / a.norm())
         elif kind != "zero_B":
-            raise ValueError(f"control is {kind!r}; set one of {', '.join(CONTROLS)}")
+            raise BenchmarkError(f"control is {kind!r}; set one of {', '.join(CONTROLS)}")
         factors[layer.name] = (a, torch.zeros_like(layer.lora_B))
     Adapter(adapter.name, adapter.layers, {}).write(factors)

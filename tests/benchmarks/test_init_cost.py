@@ -46,7 +46,8 @@ def test_the_published_procedure_computes_the_gradient_and_the_fisher() -> None:
     model.get_base_model().config.use_cache = False
     ours = collected(model, [padded(rows)], "samples", full=False)
 
-    gradients = full_gradient(model, rows, device)
+    lists = [{name: value.tolist() for name, value in row.items()} for row in rows]
+    gradients = full_gradient(model, lists, device)
     exact = llama().double()
     for row in rows:
         logits = exact(row["input_ids"][None]).logits[0, :-1].double()
@@ -54,7 +55,7 @@ def test_the_published_procedure_computes_the_gradient_and_the_fisher() -> None:
     groups = layer_groups(model)
     assert sorted(name for group in groups for name in group) == sorted(gradients)
     for group in groups:
-        covariances, fishers = group_fisher(model, group, rows, device)
+        covariances, fishers = group_fisher(model, group, lists, device)
         for name in group:
             short = name.removeprefix("base_model.model.")
             truth = exact.get_submodule(short).weight.grad

@@ -74,7 +74,7 @@ def test_the_best_rate_is_of_the_lowest_mean_and_the_grids_end_is_flagged() -> N
         ]
     )
     assert list(comparison.starts) == ["plain", "eva", "ga", "one"]
-    found = {label: (choice.rate, choice.points, choice.at_edge) for label, choice in comparison.choices.items()}
+    found = {label: (chosen.rate, chosen.points, chosen.at_edge) for label, chosen in comparison.chosen.items()}
     assert found == {
         "plain": (3e-4, 4, False),  # 3e-3 is lower and a seed of it no number
         "eva": (1e-4, 2, True),
@@ -123,8 +123,8 @@ def test_development_chooses_the_rates_of_the_test() -> None:
         ]
     )
     (test,) = [comparison for comparison in found if comparison.conditions.split == "test"]
-    choices = {label: (choice.rate, choice.split, choice.points) for label, choice in test.choices.items()}
-    assert choices == {
+    found_rates = {label: (chosen.rate, chosen.split, chosen.points) for label, chosen in test.chosen.items()}
+    assert found_rates == {
         "plain": (3e-4, "development", 3),
         "eva": (1e-3, "development", 3),
         "ga": (3e-4, "test", 2),
@@ -139,7 +139,7 @@ def test_rates_may_be_chosen_on_rows_of_another_length(lengths: list[int], chose
     development = [run for length in lengths for run in grid("plain", best[length], length=length)]
     found = compare([*development, *grid("plain", {3e-4: [0.9], 1e-3: [0.8]}, split="test", length=128)])
     (test,) = [comparison for comparison in found if comparison.conditions.split == "test"]
-    assert (test.choices["plain"].length, test.choices["plain"].rate) == chosen
+    assert (test.chosen["plain"].length, test.chosen["plain"].rate) == chosen
 
 
 def test_a_curve_is_interpolated() -> None:

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 from quality_results import BASE_LOSS, cell, result
 
+from benchmarks.errors import BenchmarkError
 from benchmarks.quality.results import append, has_diverged, read
-from lora_da.errors import LoraDAError
 
 pytestmark = pytest.mark.once
 
@@ -122,7 +122,7 @@ def test_json_that_is_no_result_is_refused_by_name(tmp_path: Path, line: str, to
     path = tmp_path / "cells.jsonl"
     append(path, result())
     path.write_text(path.read_text() + line + "\n")
-    with pytest.raises(LoraDAError, match=rf"cells\.jsonl, line 2.*{told}"):
+    with pytest.raises(BenchmarkError, match=rf"cells\.jsonl, line 2.*{told}"):
         read([path])
 
 

@@ -16,14 +16,15 @@ from models import tiny_llama
 from peft import get_peft_model
 from test_rows import WORDS, as_lines, tokenizer
 
+from benchmarks.errors import BenchmarkError
 from benchmarks.qlora import lora_config
 from benchmarks.quality import run
 from benchmarks.quality.base import load_base
+from benchmarks.quality.corpora import split_rows
 from benchmarks.quality.heldout import Heldout, find_choice
 from benchmarks.quality.results import append, read
 from benchmarks.quality.starts import CONTROLS, control
 from benchmarks.quality.sweep import read_sweep
-from benchmarks.quality.tasks import read_rows
 from lora_da.adapter import find_adapter
 from lora_da.config import PRESETS
 
@@ -102,7 +103,7 @@ def trained(runner, folder, cell):
         patch.setenv("LORA_DA_DATA", str(folder))
         patch.setattr(run, "collate", noting)
         result = runner.run(
-            cell, sweep(folder).tasks["letters"], {"versions": {}, "hardware": "", "command": "", "commit": ""}
+            cell, sweep(folder).corpora["letters"], {"versions": {}, "hardware": "", "command": "", "commit": ""}
         )
     return result, batches[-cell.steps :]
 
@@ -131,7 +132,7 @@ def test_every_cell_is_asked_for_once(folder):
 
 @pytest.mark.parametrize("change", [{"step": 5}, {"split": "train"}])
 def test_a_sweep_that_nothing_reads_is_refused(folder, change):
-    with pytest.raises(ValueError, match="too many|split is 'train'"):
+    with pytest.raises(BenchmarkError, match="too many|split is 'train'"):
         sweep(folder, **change)
 
 
@@ -178,9 +179,9 @@ def test_starts_of_pefts_own_are_trained(folder, runner, method):
 
 
 def test_heldout_rows_are_never_trained_on(data, base):
-    task, rows = sweep(data).tasks["letters"], {}
+    corpus, rows = sweep(data).corpora["letters"], {}
     for split in ("development", "test"):
-        found = read_rows(task, base[1], split, 20, 4, 100, seed=0)
+        found = split_rows(corpus, base[1], split, 20, 4, 100, seed=0)
         rows[split] = {tuple(row["input_ids"]) for row in found.heldout}
         assert not rows[split] & {tuple(row["input_ids"]) for row in found.train}
         assert len(found.train) == 100
@@ -189,8 +190,8 @@ def test_heldout_rows_are_never_trained_on(data, base):
 
 def test_rows_that_are_in_the_test_file_too_are_not_trained_on(data, base, tmp_path, monkeypatch):
     as_lines(data / "both.jsonl", [*TRAIN, *TEST])
-    task = dataclasses.replace(sweep(data).tasks["letters"], train="both.jsonl")
-    found = read_rows(task, base[1], "test", 20, 6, 100, seed=0)
+    corpus = dataclasses.replace(sweep(data).corpora["letters"], train="both.jsonl")
+    found = split_rows(corpus, base[1], "test", 20, 6, 100, seed=0)
     seen = {tuple(row["input_ids"]) for row in found.train}
     assert seen and not seen & {tuple(row["input_ids"]) for row in found.heldout}
 
@@ -208,14 +209,14 @@ def test_other_data_or_other_defaults_are_other_cells(data, monkeypatch):
 
 
 def test_too_few_rows_are_refused(data, base):
-    with pytest.raises(ValueError, match="letters: 6 held-out rows of up to 20 tokens, 7 asked for"):
-        read_rows(sweep(data).tasks["letters"], base[1], "test", 20, 7, 10, seed=0)
+    with pytest.raises(BenchmarkError, match="letters: 6 held-out rows of up to 20 tokens, 7 asked for"):
+        split_rows(sweep(data).corpora["letters"], base[1], "test", 20, 7, 10, seed=0)
 
 
 def test_loss_and_ranking_are_the_models_own(data, base):
     model, words = base
-    rows = read_rows(sweep(data).tasks["letters"], words, "test", 20, 6, 2, seed=0).heldout
-    choice = find_choice(sweep(data).tasks["letters"], words)
+    rows = split_rows(sweep(data).corpora["letters"], words, "test", 20, 6, 2, seed=0).heldout
+    choice = find_choice(sweep(data).corpora["letters"], words)
     assert (choice.position, choice.tokens) == (1, (WORDS.index("d"), WORDS.index("e")))
     tokens, heldout = choice.tokens, Heldout(rows, choice, torch.device("cpu"))
     adapted = get_peft_model(model, lora_config(sweep(data).cells[0].rank))
@@ -239,15 +240,15 @@ def test_loss_and_ranking_are_the_models_own(data, base):
 
 
 def test_choices_that_one_token_does_not_tell_apart_are_refused(data, base):
-    task = dataclasses.replace(sweep(data).tasks["letters"], choices=("c d", "c d e"))
-    with pytest.raises(ValueError, match="'c d', 'c d e' are not told apart by one token"):
-        find_choice(task, base[1])
+    corpus = dataclasses.replace(sweep(data).corpora["letters"], choices=("c d", "c d e"))
+    with pytest.raises(BenchmarkError, match="'c d', 'c d e' are not told apart by one token"):
+        find_choice(corpus, base[1])
 
 
 @pytest.mark.parametrize("kind", CONTROLS)
 def test_a_control_keeps_what_it_says(data, runner, base, kind):
     cell = dataclasses.replace(sweep(data).cells[0], method="lora_da")
-    rows = read_rows(sweep(data).tasks["letters"], base[1], "development", 20, 4, 10, seed=0)
+    rows = split_rows(sweep(data).corpora["letters"], base[1], "development", 20, 4, 10, seed=0)
     adapted, _ = runner._start(rows, cell)()
     try:
         chosen = {layer.name: layer.lora_A.detach().clone() for layer in find_adapter(adapted).layers}
