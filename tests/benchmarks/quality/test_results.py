@@ -16,7 +16,7 @@ from benchmarks.quality.results import append, has_diverged, read
 
 pytestmark = pytest.mark.once
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 NAN, INF = math.nan, math.inf
 
 

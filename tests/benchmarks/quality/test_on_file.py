@@ -16,7 +16,7 @@ from benchmarks.quality.sections import sections
 from benchmarks.quality.starts import digest
 from benchmarks.quality.sweep import read_sweep
 
-BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+BENCHMARKS = Path(__file__).parents[3] / "benchmarks"
 SWEEPS = sorted((BENCHMARKS / "quality" / "sweeps").glob("*.yml"))
 RESULTS = sorted((BENCHMARKS / "results" / "quality").glob("*.jsonl"))
 
