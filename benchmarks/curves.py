@@ -20,11 +20,11 @@ from typing import Any
 
 import torch
 
-from benchmarks.measure import conditions, measured
+from benchmarks.command import cost_parser, run
+from benchmarks.measure import environment, measured
 from benchmarks.ours import adapter_kept, border_bytes, ours
 from benchmarks.subjects import Subject, llama, with_lora
 
-RESULTS = Path(__file__).parent / "results"
 VOCABULARY = 2048  # small, so that the decoder is what is seen
 WARM_UP = 2  # samples of an unmeasured run before
 
@@ -34,7 +34,7 @@ def main() -> None:
     device = torch.device(arguments.device)
     at = {"device": arguments.device, "hidden": arguments.hidden, "length": arguments.length}
     at |= {"batch_size": arguments.batch_size, "repeats": arguments.repeats, "one_pass": arguments.one_pass}
-    result: dict[str, Any] = {**conditions(device), "settings": vars(arguments) | {"output": str(arguments.output)}}
+    result: dict[str, Any] = {**environment(device), "settings": vars(arguments) | {"output": str(arguments.output)}}
     depths = [{**at, "depth": depth, "samples": arguments.samples} for depth in arguments.depths]
     counts = [{**at, "depth": arguments.depth, "samples": count} for count in arguments.sample_counts]
     arguments.output.mkdir(parents=True, exist_ok=True)
@@ -62,7 +62,7 @@ def point(at: dict[str, Any]) -> dict[str, Any]:
         ours(model, loader, WARM_UP, segments)
     costs, reports = [], []
     for _ in range(at["repeats"]):
-        with adapter_kept(model), border_bytes() as at_borders:
+        with adapter_kept(model):
             report, cost = measured(lambda: ours(model, loader, at["samples"], segments), device)
         costs.append(cost)
         reports.append({name: getattr(report, name) for name in ("timings", "plan", "forecast", "tokens")})
@@ -72,7 +72,7 @@ def point(at: dict[str, Any]) -> dict[str, Any]:
         "seconds": median(cost.seconds for cost in costs),
         "beyond_weights": median(increases),  # bytes, on the model's device
         "cpu_increase": median(cost.cpu_increase for cost in costs),
-        "at_borders": max(at_borders),
+        "at_borders": border_bytes(model, loader, at["samples"], segments),
         "at_borders_forecast": reports[-1]["forecast"]["cpu"],
         "costs": [asdict(cost) for cost in costs],
         "reports": reports,
@@ -80,7 +80,7 @@ def point(at: dict[str, Any]) -> dict[str, Any]:
 
 
 def shape_of(points: list[dict[str, Any]], along: str) -> dict[str, Any]:
-    """How straight the line of times is (its farthest point, relative) and how flat memory (largest ÷ smallest)."""
+    """Tell how straight the line of times is (its farthest point, relative), how flat memory (largest ÷ smallest)."""
     if len(points) < 2:
         return {}
     x, seconds = [float(p[along]) for p in points], [p["seconds"] for p in points]
@@ -97,7 +97,7 @@ def shape_of(points: list[dict[str, Any]], along: str) -> dict[str, Any]:
 
 
 def chart(result: dict[str, Any], path: Path) -> None:
-    """Time above, memory below; against depth on the left, against samples on the right."""
+    """Draw time above, memory below; against depth on the left, against samples on the right."""
     from matplotlib.figure import Figure
 
     on_gpu = result["hardware"]["gpu"] is not None
@@ -121,8 +121,7 @@ def chart(result: dict[str, Any], path: Path) -> None:
 
 
 def _parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser = cost_parser(__doc__)
     parser.add_argument("--depths", type=int, nargs="+", default=[4, 8, 16, 32, 64])
     parser.add_argument("--samples", type=int, default=32, help="samples on the curve over depths")
     parser.add_argument("--sample-counts", type=int, nargs="+", default=[16, 32, 64, 128, 256])
@@ -130,11 +129,9 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--hidden", type=int, default=256)
     parser.add_argument("--length", type=int, default=128)
     parser.add_argument("--batch-size", type=int, default=8)
-    parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--one-pass", action="store_true", help="one ordinary pass instead of streaming")
-    parser.add_argument("--output", type=Path, default=RESULTS)
     return parser.parse_args()
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

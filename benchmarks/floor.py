@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections import Counter
 from dataclasses import dataclass
 from typing import Any
@@ -11,22 +12,24 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from benchmarks.ours import Batches
-from benchmarks.random_llama import DTYPE
+from benchmarks.qlora import DTYPE
 from lora_da.adapter import find_adapter
+from lora_da.methods import METHODS
 from lora_da.model.state import estimation_mode
 from lora_da.statistics import InputSums, LayerSums, summable
-from lora_da.tasks.head import backward
+from lora_da.tasks.head import LossPass, backward
 
 
 def plain_pass(peft_model: PeftModel, batches: Batches) -> None:
     """One forward and backward over the batches as in training: adapters off, gradients in activations only,
     checkpointing and chunked output layer as ours; nothing is watched."""
     model = peft_model.get_base_model()
+    as_it_is = LossPass(1.0, None, contextlib.nullcontext, lambda n, weights: None)
     with estimation_mode(peft_model):
         hook = model.get_input_embeddings().register_forward_hook(require_gradient)
         try:
             for batch, tokens in batches:
-                backward(model, batch, tokens, scale=1.0)
+                backward(model, model.get_decoder(), batch, tokens, as_it_is)
         finally:
             hook.remove()
 
@@ -45,15 +48,16 @@ class Shapes:
 
 
 def targeted_shapes(peft_model: PeftModel, device: torch.device) -> Shapes:
-    """What a forward over a few tokens shows: layers that are handed the very same tensor share an input."""
+    """Look at a forward over a few tokens: layers that are handed the very same tensor share an input."""
     shapes = Shapes(Counter(), Counter())
-    last: list[Any] = [None]
+    last: Any = None
 
     def look(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+        nonlocal last
         i, o = args[0].shape[-1], output.shape[-1]
         shapes.layers[o, i] += 1
-        shapes.inputs[i] += args[0] is not last[0]
-        last[0] = args[0]
+        shapes.inputs[i] += args[0] is not last
+        last = args[0]
 
     model = peft_model.get_base_model()
     hooks = [layer.base.register_forward_hook(look) for layer in find_adapter(peft_model).layers]
@@ -82,8 +86,9 @@ class Products:
         self._d = {o: _activations(n, o, device) for o in {o for o, _ in shapes.layers}}
 
     def run(self) -> None:
-        inputs = {i: InputSums() for i in self._x}
-        layers = {(o, i): LayerSums(inputs[i], full_fisher=False) for o, i in self._shapes.layers}
+        needs = METHODS["lora_da"].needs
+        inputs = {i: InputSums(needs.sums) for i in self._x}
+        layers = {(o, i): LayerSums(inputs[i], needs) for o, i in self._shapes.layers}
         for n in self.tokens:
             for i, count in self._shapes.inputs.items():
                 for _ in range(count):

@@ -3,8 +3,8 @@
     python -m benchmarks.init_cost --model smollm2
     python -m benchmarks.init_cost --model llama-2-7b --segments 2 4 8 16 32
 
-All rows run in one process on the same model, samples and device, repeats interleaved. Every measurement is written to
-JSON as soon as it is there; the table (Markdown) and the chart (PNG) beside it are made from that file.
+All entries run in one process on the same model, samples and device, repeats interleaved. Every measurement is written
+to JSON as soon as it is there; the table (Markdown) and the chart (PNG) beside it are made from that file.
 """
 
 from __future__ import annotations
@@ -15,19 +15,19 @@ import sys
 import traceback
 from collections.abc import Iterator
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import torch
 from transformers.utils.logging import disable_progress_bar
 
-from benchmarks.measure import conditions, release_memory
+from benchmarks.command import cost_parser, run
+from benchmarks.entries import EVA, LORA_GA, ONE_PASS, PUBLISHED, Entry, Prepared, all_entries, streamed
+from benchmarks.errors import BenchmarkError
+from benchmarks.measure import environment, release_memory
 from benchmarks.published import profile
+from benchmarks.qlora import BASES
 from benchmarks.report import write_report
-from benchmarks.rows import EVA, LORA_GA, ONE_PASS, PUBLISHED, Prepared, Row, all_rows, streamed
-from benchmarks.subjects import BASES, SUBJECTS
-
-RESULTS = Path(__file__).parent / "results"
+from benchmarks.subjects import SUBJECTS
 
 
 def main() -> None:
@@ -36,13 +36,15 @@ def main() -> None:
     device = torch.device(arguments.device)
     subject = SUBJECTS[arguments.model].resized(arguments.samples, arguments.length, arguments.batch_size)
     judged = arguments.judge or (streamed(max(arguments.segments)) if device.type == "cuda" else ONE_PASS)
-    rows = all_rows(subject, device, arguments.segments, judged)
-    if arguments.rows:
-        rows = [row for row in rows if any(row.name.startswith(name) for name in arguments.rows)]
+    entries = all_entries(subject, device, arguments.segments, judged)
+    asked = [entry for entry in entries if entry.name.startswith(tuple(arguments.only))]
+    if not asked:
+        names = ", ".join(dict.fromkeys(repr(entry.name) for entry in entries))
+        raise BenchmarkError(f"--only is {' '.join(arguments.only)}; no entry begins so, there are {names}")
     arguments.output.mkdir(parents=True, exist_ok=True)
     path = arguments.output / f"init_cost_{subject.name}_{device.type}.json"
     result: dict[str, Any] = {
-        **conditions(device),
+        **environment(device),
         "model": subject.name,
         "device": device.type,
         "judged": judged,
@@ -52,7 +54,7 @@ def main() -> None:
     }
     for repeat in range(arguments.repeats):
         for base in BASES:
-            due = [row for row in rows if row.base == base and repeat < _repeats(row, arguments)]
+            due = [entry for entry in asked if entry.base == base and repeat < _repeats(entry, arguments)]
             if not due:
                 continue
             prepared = Prepared(subject, base, device)
@@ -70,48 +72,47 @@ def main() -> None:
         sys.exit(f"failed: {', '.join(failed)}")
 
 
-def _measure(rows: list[Row], prepared: Prepared) -> Iterator[dict[str, Any]]:
-    for row in rows:
-        entry: dict[str, Any] = {"row": row.name, "base": row.base}
+def _measure(entries: list[Entry], prepared: Prepared) -> Iterator[dict[str, Any]]:
+    for entry in entries:
+        measurement: dict[str, Any] = {"row": entry.name, "base": entry.base}
         try:
-            details, cost = row.run(prepared)
-        except Exception as error:  # the other rows are still worth having
+            details, cost = entry.run(prepared)
+        except Exception as error:  # the other entries are still worth having
             traceback.print_exc()
-            entry["error"] = f"{type(error).__name__}: {error}"
-            print(f"{row.name} on {row.base}: {entry['error']}", file=sys.stderr, flush=True)
+            measurement["error"] = f"{type(error).__name__}: {error}"
+            print(f"{entry.name} on {entry.base}: {measurement['error']}", file=sys.stderr, flush=True)
         else:
-            entry |= {"cost": asdict(cost), "details": details}
-            print(f"{row.name} on {row.base}: {cost.seconds:.2f} s", file=sys.stderr, flush=True)
-        yield entry
+            measurement |= {"cost": asdict(cost), "details": details}
+            print(f"{entry.name} on {entry.base}: {cost.seconds:.2f} s", file=sys.stderr, flush=True)
+        yield measurement
 
 
-def _repeats(row: Row, arguments: argparse.Namespace) -> int:
+def _repeats(entry: Entry, arguments: argparse.Namespace) -> int:
     own = {
         PUBLISHED: arguments.published_repeats,
         EVA: arguments.neighbour_repeats,
         LORA_GA: arguments.neighbour_repeats,
     }
-    repeats = own.get(row.name)
+    repeats = own.get(entry.name)
     return arguments.repeats if repeats is None else min(repeats, arguments.repeats)
 
 
 def _parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = cost_parser(__doc__)
     parser.add_argument("--model", choices=SUBJECTS, default="smollm2")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--samples", type=int, help="default: 64 for smollm2, 256 for the large ones")
     parser.add_argument("--length", type=int, help="tokens in a row, of real text at most; default: 256 or 512")
     parser.add_argument("--batch-size", type=int, help="rows in a batch of the loader; default: 8")
-    parser.add_argument("--segments", type=int, nargs="+", default=[2, 4, 8], help="streamed rows of ours")
-    parser.add_argument("--judge", help="the row the targets are judged on; default: one pass on a CPU, else streamed")
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--segments", type=int, nargs="+", default=[2, 4, 8], help="streamed entries of ours")
+    parser.add_argument(
+        "--judge", help="the entry the targets are judged on; default: one pass on a CPU, else streamed"
+    )
     parser.add_argument("--published-repeats", type=int, default=1)
     parser.add_argument("--neighbour-repeats", type=int, help="of EVA and LoRA-GA; default: as --repeats")
-    parser.add_argument("--rows", nargs="+", help="only rows whose names start so")
+    parser.add_argument("--only", nargs="+", default=[""], help="only entries whose names begin so")
     parser.add_argument("--profile", action="store_true", help="also write where the published procedure's time goes")
-    parser.add_argument("--output", type=Path, default=RESULTS)
     return parser.parse_args()
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

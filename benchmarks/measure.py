@@ -21,6 +21,8 @@ from typing import Any, TypeVar
 import psutil
 import torch
 
+from lora_da.memory import GIB
+
 SAMPLING_SECONDS = 0.02  # between two looks at the resident memory
 PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "lora-da")
 
@@ -65,7 +67,7 @@ def measured(work: Callable[[], T], device: torch.device) -> tuple[T, Cost]:
 
 
 def release_memory() -> None:
-    """Give freed memory back, so that a row does not start with what the one before left in the allocators."""
+    """Give freed memory back, so that a measurement does not start with what the one before left in the allocators."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
@@ -77,11 +79,13 @@ def release_memory() -> None:
 class _ResidentMemory:
     """The process's resident memory while the context is open, looked at from a thread."""
 
-    def __enter__(self) -> _ResidentMemory:
+    def __init__(self) -> None:
         self._process = psutil.Process()
         self.start = self.peak = self._process.memory_info().rss
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
+
+    def __enter__(self) -> _ResidentMemory:
         self._thread.start()
         return self
 
@@ -98,8 +102,8 @@ class _ResidentMemory:
         self.peak = max(self.peak, self._process.memory_info().rss)
 
 
-def conditions(device: torch.device) -> dict[str, Any]:
-    """The command, the date, the versions and the hardware: what belongs beside every number."""
+def environment(device: torch.device) -> dict[str, Any]:
+    """Tell the command, the date, the versions and the hardware: what belongs beside every number."""
     return {
         "command": shlex.join(["python", "-m", _module(), *sys.argv[1:]]),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -110,7 +114,7 @@ def conditions(device: torch.device) -> dict[str, Any]:
             "logical_cores": psutil.cpu_count(),
             "threads": torch.get_num_threads(),
             "openmp": {name: value for name, value in os.environ.items() if name.startswith("OMP_")},
-            "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
+            "memory_gib": round(psutil.virtual_memory().total / GIB, 1),
             "load_average": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
             "gpu": _gpu(device),
         },
@@ -118,7 +122,7 @@ def conditions(device: torch.device) -> dict[str, Any]:
 
 
 def _module() -> str:
-    """What was started: a module of this package, or a package in it."""
+    """Name what was started: a module of this package, or a package in it."""
     spec = getattr(sys.modules["__main__"], "__spec__", None)
     name = f"benchmarks.{Path(sys.argv[0]).stem}" if spec is None else spec.name
     return name.removesuffix(".__main__")
@@ -146,7 +150,7 @@ def _gpu(device: torch.device) -> dict[str, Any] | None:
     driver = Path("/proc/driver/nvidia/version")
     return {
         "name": properties.name,
-        "memory_gib": round(properties.total_memory / 2**30, 1),
+        "memory_gib": round(properties.total_memory / GIB, 1),
         "cuda": torch.version.cuda,
         "driver": driver.read_text(encoding="utf-8").splitlines()[0] if driver.exists() else None,
     }

@@ -1,7 +1,7 @@
-"""PEFT's own data-aware initialisations, called as PEFT documents them.
+"""PEFT's own data-aware initialisations, called as PEFT documents them, for their cost.
 
 Both leave the model changed (EVA on a CPU repacks 4-bit weights for inference, LoRA-GA moves the base), so each is the
-last row on its model.
+last entry on its model.
 """
 
 from __future__ import annotations
@@ -15,11 +15,25 @@ from peft import EvaConfig, LoraGAConfig, PeftModel, get_peft_model, initialize_
 from peft.tuners.lora.loraga import preprocess_loraga
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
+from transformers import PreTrainedModel
 
-from benchmarks.subjects import lora_config
-from lora_da.adapter import find_adapter
+from benchmarks.qlora import lora_config
+from benchmarks.subjects import RANK
 
 EVA_PASSES = 5  # EVA goes on over the samples until every component has converged; stopped, and said so, beyond this
+
+
+def eva_adapter(model: PreTrainedModel, rank: int) -> PeftModel:
+    """Put on an adapter that EVA may fill: without redistribution of ranks, so that it is the same as the others'."""
+    config = lora_config(rank, init_lora_weights="eva", eva_config=EvaConfig(rho=1.0))
+    return get_peft_model(model, config, low_cpu_mem_usage=True)
+
+
+def linear_names(model: PreTrainedModel) -> set[str]:
+    """Name what `all-linear` stands for, where PEFT looks for targets before it knows that word."""
+    head = model.get_output_embeddings()
+    linear = (name for name, module in model.named_modules() if isinstance(module, nn.Linear) and module is not head)
+    return {name.rpartition(".")[2] for name in linear}
 
 
 class _Stopped(Exception):
@@ -27,18 +41,17 @@ class _Stopped(Exception):
 
 
 class Eva:
-    """EVA without redistribution of ranks, so that the adapter is the same as the others'.
+    """EVA, its forwards counted, and stopped where they are too many.
 
     Args:
         peft_model: its adapter is replaced by one that EVA may fill.
     """
 
     def __init__(self, peft_model: PeftModel) -> None:
-        config = lora_config(init_lora_weights="eva", eva_config=EvaConfig(rho=1.0))
-        self._model = get_peft_model(peft_model.unload(), config, low_cpu_mem_usage=True)
+        self._model = eva_adapter(peft_model.unload(), RANK)
 
     def run(self, loader: DataLoader[Any]) -> dict[str, Any]:
-        """Initialise; how many batches it took, and whether it ended by itself."""
+        """Initialise, and say how many forwards it took and whether it ended by itself."""
         forwards = 0
 
         def forward(model: nn.Module, inputs: dict[str, Tensor]) -> None:
@@ -67,11 +80,9 @@ class LoraGA:
     """
 
     def __init__(self, peft_model: PeftModel) -> None:
-        targets = {layer.name.rpartition(".")[2] for layer in find_adapter(peft_model).layers}
-        # PEFT looks for targets before it knows `all-linear`, so they are named.
-        self._config = lora_config(init_lora_weights="lora_ga", lora_ga_config=LoraGAConfig())
-        self._config.target_modules = targets
         self._model = peft_model.unload()
+        self._config = lora_config(RANK, init_lora_weights="lora_ga", lora_ga_config=LoraGAConfig())
+        self._config.target_modules = linear_names(self._model)
 
     def run(self, loader: DataLoader[Any], device: torch.device) -> dict[str, Any]:
         """Estimate the gradients over all batches, then start the adapter from them; the seconds of both."""

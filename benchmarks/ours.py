@@ -1,13 +1,10 @@
-"""LoRA-DA as this project does it, in the plan that a row asks for, and the batches it reads."""
+"""LoRA-DA as this project does it, in the plan that an entry asks for, and the batches it reads."""
 
 from __future__ import annotations
 
 import contextlib
-import weakref
 from collections.abc import Iterator
-from functools import partial
 from typing import Any
-from unittest import mock
 
 import torch
 from peft import PeftModel
@@ -15,10 +12,16 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from lora_da import InitReport, LoraDAConfig, initialize_lora_da_weights
-from lora_da.collect.borders import Border
-from lora_da.collect.plan import make_plan
-from lora_da.samples.draw import draw
+from lora_da.adapter import find_adapter
+from lora_da.collect import collect
+from lora_da.collect.plan import in_segments
+from lora_da.methods import METHODS
+from lora_da.model.sharding import compute_device
+from lora_da.model.state import estimation_mode, random_states
+from lora_da.processes import Processes, Run
+from lora_da.samples.draw import draw, read_causal
 from lora_da.samples.tokens import BatchTokens
+from lora_da.tasks import find_task
 
 Batches = list[tuple[dict[str, Tensor], BatchTokens]]
 
@@ -29,29 +32,23 @@ def ours(peft_model: PeftModel, loader: DataLoader[Any], samples: int, segments:
     Args:
         segments: stream the decoder in so many segments; None for one ordinary pass.
     """
-    with mock.patch("lora_da.initialize.make_plan", partial(make_plan, n_segments=segments or 1)):
-        return initialize_lora_da_weights(peft_model, loader, LoraDAConfig(samples=samples), show_progress=False)
+    config, plan = LoraDAConfig(samples=samples), in_segments(segments or 1)
+    return initialize_lora_da_weights(peft_model, loader, config, show_progress=False, plan=plan)
 
 
-@contextlib.contextmanager
-def border_bytes() -> Iterator[list[int]]:
-    """A list that is given, each time a hidden state or gradient is kept at a border, the bytes then kept at all."""
-    borders: weakref.WeakSet[Border] = weakref.WeakSet()
-    seen = [0]
-    original = Border.put
-
-    def put(border: Border, number: int, tensor: Tensor) -> None:
-        original(border, number, tensor)
-        borders.add(border)
-        seen.append(sum(border.nbytes for border in borders))
-
-    with mock.patch.object(Border, "put", put):
-        yield seen
+def border_bytes(peft_model: PeftModel, loader: DataLoader[Any], samples: int, segments: int | None) -> int:
+    """Run what `ours` runs but for the solving; the most bytes that borders hold of hidden states and gradients."""
+    task, method = find_task(peft_model.get_base_model()), METHODS["lora_da"]
+    run = Run(Processes(), compute_device(task.model.get_input_embeddings().weight), None, False)
+    data = draw(loader, samples, None, None, task.read, method.population)
+    with random_states(), estimation_mode(peft_model):
+        layers, plan = find_adapter(peft_model).layers, in_segments(segments or 1)
+        return collect(task, layers, data, method.needs, run, lambda layer, observed: None, plan).border_bytes
 
 
 def init_batches(loader: DataLoader[Any], samples: int, device: torch.device) -> Batches:
     """The batches that `ours` reads, as the decoder takes them, on the device, with their counted tokens."""
-    drawn = draw(loader, samples, None, None).batches
+    drawn = draw(loader, samples, None, None, read_causal, True).batches
     return [({k: v.to(device) for k, v in b.inputs.items() if k != "labels"}, b.tokens) for b in drawn]
 
 

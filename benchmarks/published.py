@@ -19,8 +19,9 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from benchmarks.floor import require_gradient
-from benchmarks.samples import Row, collate
+from benchmarks.tokenized_rows import Row
 from lora_da.adapter import find_adapter
+from lora_da.export.rows import collate
 
 GROUP = 8  # decoder layers whose Fisher is taken in one pass
 PROFILED_SAMPLES = 4
@@ -80,13 +81,14 @@ def group_fisher(
     """Σ x xᵀ (i, i) by the first layer that reads x, and the diagonal of Σ d dᵀ (o,) by layer, in float32."""
     covariances: dict[str, Tensor] = {}
     fishers: dict[str, Tensor] = {}
-    last: list[Any] = [None]
+    last: Any = None
 
     def watch(name: str) -> Callable[..., None]:
         def observe(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+            nonlocal last
             x = args[0]
-            reads_first = x is not last[0]
-            last[0] = x
+            reads_first = x is not last
+            last = x
 
             def add(d: Tensor) -> None:  # of the graph that is really backpropagated through: once a sample
                 if reads_first:

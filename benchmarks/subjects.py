@@ -1,4 +1,4 @@
-"""What is measured on: a causal language model, 4-bit or bf16, and the samples, the same for every row.
+"""What is measured on: a causal language model, 4-bit or bf16, and the samples, the same for every entry.
 
 `smollm2` is a real model on real questions. The others are Llamas of random weights on random tokens: what a pass
 costs depends on shapes, not on values (a solver's iterations may depend on values).
@@ -7,19 +7,19 @@ costs depends on shapes, not on values (a solver's iterations may depend on valu
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import PeftModel, get_peft_model
 from torch.utils.data import DataLoader
-from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, LlamaConfig, PreTrainedModel
+from transformers import AutoTokenizer, LlamaConfig, PreTrainedModel
 
-from benchmarks.random_llama import DTYPE, random_llama
-from benchmarks.samples import Row, collate, gsm8k_rows, random_rows
+from benchmarks.qlora import load_model, lora_config
+from benchmarks.random_llama import random_llama
+from benchmarks.tokenized_rows import Row, gsm8k_rows, random_rows
 from examples.smollm2 import prepare
+from lora_da.export.rows import collate
 
 RANK = 8
-BASES = ("nf4", "bf16")
 
 
 @dataclass(frozen=True)
@@ -40,25 +40,25 @@ class Subject:
     batch_size: int = 8
 
     def build(self, base: str, device: torch.device) -> PreTrainedModel:
-        """The model on the device, `nf4` (double quantisation) or `bf16`, as it is trained: bf16 activations, sdpa
-        attention, non-reentrant gradient checkpointing, train mode."""
-        model = _smollm2(base, device) if self.config is None else random_llama(self.config, base, device)
+        """Build the model on the device, `nf4` or `bf16`, as it is trained: bf16 activations, sdpa attention,
+        non-reentrant gradient checkpointing, train mode."""
+        model = load_model(prepare(), base, device) if self.config is None else random_llama(self.config, base, device)
         model.config.use_cache = False
         model.gradient_checkpointing_enable({"use_reentrant": False})
         return model.train()
 
     def rows(self) -> list[Row]:
-        """The samples, the same ones at each call."""
+        """Read or draw the samples, the same ones at each call."""
         if self.config is None:
             return gsm8k_rows(self.samples, self.length, AutoTokenizer.from_pretrained(prepare()))
         return random_rows(self.samples, self.length, self.config.vocab_size)
 
     def loader(self) -> DataLoader[Row]:
-        """The samples as a trainer would hand them over."""
+        """Hand the samples over as a trainer would."""
         return DataLoader(self.rows(), self.batch_size, collate_fn=collate)  # type: ignore[arg-type]
 
     def resized(self, samples: int | None, length: int | None, batch_size: int | None) -> Subject:
-        """The same model on other samples; None keeps what is set."""
+        """Take the same model on other samples; None keeps what is set."""
         return replace(
             self,
             samples=samples or self.samples,
@@ -68,7 +68,7 @@ class Subject:
 
 
 def llama(hidden: int, inner: int, layers: int, heads: int, kv_heads: int, vocabulary: int) -> LlamaConfig:
-    """The shape of a Llama, output layer untied."""
+    """Shape a Llama, output layer untied."""
     return LlamaConfig(
         hidden_size=hidden,
         intermediate_size=inner,
@@ -92,21 +92,6 @@ SUBJECTS = {
 }
 
 
-def with_lora(model: PreTrainedModel, **config: Any) -> PeftModel:
-    """A fresh adapter of rank 8 on all linear layers but the output layer."""
-    return get_peft_model(model, lora_config(**config))
-
-
-def lora_config(**config: Any) -> LoraConfig:
-    """The adapter of every row, with what a row adds."""
-    return LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules="all-linear", task_type="CAUSAL_LM", **config)
-
-
-def _smollm2(base: str, device: torch.device) -> PreTrainedModel:
-    quantisation = BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=DTYPE
-    )
-    options = {"quantization_config": quantisation} if base == "nf4" else {}
-    return AutoModelForCausalLM.from_pretrained(
-        prepare(), dtype=DTYPE, attn_implementation="sdpa", device_map={"": device}, **options
-    )
+def with_lora(model: PreTrainedModel) -> PeftModel:
+    """Put a fresh adapter on a model, the same for every entry."""
+    return get_peft_model(model, lora_config(RANK))

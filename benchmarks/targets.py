@@ -7,9 +7,8 @@ from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
-from benchmarks.rows import LORA_GA, ONE_PASS, PLAIN_PASS, PRODUCTS, PUBLISHED, step, streamed
-
-GIB = 2**30
+from benchmarks.entries import LORA_GA, ONE_PASS, PLAIN_PASS, PRODUCTS, PUBLISHED, step, streamed
+from lora_da.memory import GIB
 
 
 @dataclass(frozen=True)
@@ -32,11 +31,12 @@ class Target:
 
 
 def medians(result: dict[str, Any]) -> dict[tuple[str, str], dict[str, Any]]:
-    """(row, base) → the median of each number, `repeats` and the range of seconds; `error` where no repeat ran."""
+    """Take each number's median over the repeats, by (entry, base), with `repeats` and the range of seconds; `error`
+    where no repeat ran."""
     runs: dict[tuple[str, str], list[dict[str, Any]]] = defaultdict(list)
     for measurement in result["measurements"]:
         runs[measurement["row"], measurement["base"]].append(measurement)
-    return {row: _median_of(of_row) for row, of_row in runs.items()}
+    return {name: _median_of(repeats) for name, repeats in runs.items()}
 
 
 def _median_of(runs: list[dict[str, Any]]) -> dict[str, Any]:
@@ -55,11 +55,11 @@ def _median_of(runs: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def targets(result: dict[str, Any]) -> list[Target]:
-    """The ratios of one run; a value is None where a row it needs was not run."""
+    """Hold one run against the targets; a value is None where an entry it needs was not run."""
     found, judged = medians(result), result["judged"]
 
-    def of(row: str, base: str, what: str) -> float | None:
-        return found.get((row, base), {}).get(what)
+    def of(entry: str, base: str, what: str) -> float | None:
+        return found.get((entry, base), {}).get(what)
 
     seconds = of(judged, "nf4", "seconds")
     solve = found.get((judged, "nf4"), {}).get("timings", {}).get("solve")

@@ -15,7 +15,8 @@ from typing import Any
 
 import torch
 
-from benchmarks.measure import conditions
+from benchmarks.command import run
+from benchmarks.measure import environment
 from benchmarks.quality.report import report
 from benchmarks.quality.results import Finished, append, read
 from benchmarks.quality.run import Runner
@@ -39,7 +40,7 @@ def _finished(arguments: argparse.Namespace) -> Finished:
 
 
 def _run(sweep: Sweep, arguments: argparse.Namespace) -> None:
-    """This process's share of the cells that no file has yet."""
+    """Train this process's share of the cells that no file has yet."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     number, of = arguments.share or (0, 1)
     finished = _finished(arguments)
@@ -50,7 +51,7 @@ def _run(sweep: Sweep, arguments: argparse.Namespace) -> None:
     for position, cell in enumerate(cells):
         if (cell.model, cell.base) not in runners:
             runners = {(cell.model, cell.base): Runner(cell.model, cell.base, device, arguments.cache)}
-        result = runners[cell.model, cell.base].run(cell, sweep.tasks[cell.task], _environment(device))
+        result = runners[cell.model, cell.base].run(cell, sweep.corpora[cell.task], _environment(device))
         append(arguments.results, result)
         print(
             f"{position + 1} of {len(cells)}: {cell.task} {cell.start} rank {cell.rank} rate {cell.rate:.2g} seed "
@@ -60,7 +61,7 @@ def _run(sweep: Sweep, arguments: argparse.Namespace) -> None:
 
 
 def _environment(device: torch.device) -> dict[str, Any]:
-    made = conditions(device)
+    made = environment(device)
     on = made["hardware"]
     gpu = f"{on['gpu']['name']}, " if on["gpu"] else ""
     return {
@@ -113,4 +114,4 @@ def _parse() -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

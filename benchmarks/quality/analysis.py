@@ -58,16 +58,16 @@ class Runs:
         return any(result.own_base for result in self.all)
 
     def at(self, rate: float | None) -> Mapping[int, Result]:
-        """By seed; empty where nothing has finished at this rate."""
+        """Give the results by seed; none where nothing has finished at this rate."""
         return {} if rate is None else self.by_rate.get(rate, {})
 
     def finals(self, rate: float | None) -> dict[int, float]:
-        """Final held-out loss by seed."""
+        """Give the final held-out loss by seed."""
         return {seed: result.final for seed, result in self.at(rate).items()}
 
     def best_rate(self) -> float | None:
-        """The rate of the lowest mean final loss, over the seeds that all rates have finished; over all seeds of each
-        while there is no such seed. Rates with a loss that is no number are out of it; None if all are."""
+        """Find the rate of the lowest mean final loss, over the seeds that all rates have finished; over all seeds of
+        each while there is no such seed. Rates with a loss that is no number are out of it; None if all are."""
         seeds = set.intersection(*(set(results) for results in self.by_rate.values()))
         means = {}
         for rate in self.by_rate:
@@ -78,7 +78,7 @@ class Runs:
 
 
 @dataclass(frozen=True)
-class Choice:
+class ChosenRate:
     """The learning rate a start is judged at: on which rows it was chosen, from how many, and whether it is the grid's
     end."""
 
@@ -95,27 +95,27 @@ class Comparison:
 
     conditions: Conditions
     starts: Mapping[str, Runs]
-    choices: Mapping[str, Choice]
+    chosen: Mapping[str, ChosenRate]
 
     def rate(self, label: str) -> float | None:
-        """The start's own best rate; None without one."""
-        return self.choices[label].rate if label in self.choices else None
+        """Give the start's own best rate; None without one."""
+        return self.chosen[label].rate if label in self.chosen else None
 
     def results(self, label: str, rate: float | None) -> Mapping[int, Result]:
-        """By seed; empty where nothing has finished."""
+        """Give the results by seed; none where nothing has finished."""
         return self.starts[label].at(rate) if label in self.starts else {}
 
     def finals(self, label: str, rate: float | None) -> dict[int, float]:
-        """Final held-out loss by seed."""
+        """Give the final held-out loss by seed."""
         return {seed: result.final for seed, result in self.results(label, rate).items()}
 
 
 def compare(results: Iterable[Result]) -> list[Comparison]:
-    """The results by conditions, in a fixed order.
+    """Put the results by conditions, in a fixed order.
 
     On another split than development, the rates are those that development has chosen under the same conditions, or
     with rows of another length; only a start that was not run there is judged at its best rate on the split itself.
-    Its choice says which.
+    What was chosen says which.
     """
     results = list(results)
     names = labels(result.cell for result in results)
@@ -128,11 +128,11 @@ def compare(results: Iterable[Result]) -> list[Comparison]:
     for conditions, starts in sorted(found.items()):
         ordered = sorted(starts, key=lambda label: label != PLAIN)  # the others as they came
         runs[conditions] = {label: Runs(label, dict(sorted(starts[label].items()))) for label in ordered}
-    return [Comparison(conditions, starts, _choices(conditions, runs)) for conditions, starts in runs.items()]
+    return [Comparison(conditions, starts, _chosen_rates(conditions, runs)) for conditions, starts in runs.items()]
 
 
 def labels(cells: Iterable[Cell]) -> dict[Cell, str]:
-    """A name for each cell's start: the sweep's, and what tells starts apart that have the same name there."""
+    """Name each cell's start: the sweep's, and what tells starts apart that have the same name there."""
     knobs = {cell: _knobs(cell) for cell in cells}
     named: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for cell, its_knobs in knobs.items():
@@ -156,7 +156,7 @@ def _knobs(cell: Cell) -> dict[str, Any]:
     return {"init_samples": cell.init_samples, "method": cell.method, **cell.settings, "numbers": cell.numbers}
 
 
-def _choices(conditions: Conditions, runs: Mapping[Conditions, Mapping[str, Runs]]) -> dict[str, Choice]:
+def _chosen_rates(conditions: Conditions, runs: Mapping[Conditions, Mapping[str, Runs]]) -> dict[str, ChosenRate]:
     twins = [other for other in runs if other.split == DEVELOPMENT and _unsplit(other) == _unsplit(conditions)]
     if conditions.split == DEVELOPMENT:
         twins = [conditions]
@@ -168,7 +168,7 @@ def _choices(conditions: Conditions, runs: Mapping[Conditions, Mapping[str, Runs
         start = runs[twin].get(label, own)
         rate, rates = start.best_rate(), list(start.by_rate)
         at_edge = rate in (rates[0], rates[-1])
-        found[label] = Choice(rate, chosen_on.split, chosen_on.length, len(rates), at_edge)
+        found[label] = ChosenRate(rate, chosen_on.split, chosen_on.length, len(rates), at_edge)
     return found
 
 

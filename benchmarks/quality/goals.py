@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from benchmarks.quality.analysis import PLAIN, Comparison
+from benchmarks.quality.formatting import learning_rate, percent, share
 from benchmarks.quality.intervals import interval
-from benchmarks.quality.markdown import learning_rate, percent, share
 from benchmarks.quality.pairs import (
     diverged,
     diverged_alone,

@@ -11,7 +11,9 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from benchmarks.quality.tasks import Row, Task
+from benchmarks.errors import BenchmarkError
+from benchmarks.quality.corpora import Corpus
+from benchmarks.tokenized_rows import Row
 from lora_da.export.rows import collate
 from lora_da.samples.tokens import IGNORED
 
@@ -26,19 +28,19 @@ class Choice:
     tokens: tuple[int, ...]
 
 
-def find_choice(task: Task, tokenizer: PreTrainedTokenizerBase) -> Choice | None:
-    """What a task's answers are ranked by; None where it is no choice.
+def find_choice(corpus: Corpus, tokenizer: PreTrainedTokenizerBase) -> Choice | None:
+    """Find what a task's answers are ranked by; None where it is no choice.
 
     Raises:
-        ValueError: one token does not tell its choices apart.
+        BenchmarkError: one token does not tell its choices apart.
     """
-    if not task.choices:
+    if not corpus.choices:
         return None
-    encoded = [tokenizer(choice, add_special_tokens=False)["input_ids"] for choice in task.choices]
+    encoded = [tokenizer(choice, add_special_tokens=False)["input_ids"] for choice in corpus.choices]
     position = next((n for n, tokens in enumerate(zip(*encoded, strict=False)) if len(set(tokens)) > 1), 0)
     tokens = tuple(ids[position] for ids in encoded)
     if len(set(tokens)) < len(tokens):
-        raise ValueError(f"the choices {', '.join(map(repr, task.choices))} are not told apart by one token")
+        raise BenchmarkError(f"the choices {', '.join(map(repr, corpus.choices))} are not told apart by one token")
     return Choice(position, tokens)
 
 
@@ -63,12 +65,13 @@ class Heldout:
         """The share of the most frequent answer; None where the task is no choice."""
         if self._choice is None:
             return None
-        answers = Counter(int(a) for batch in self._batches for a in self._answers(batch["labels"])[1])
+        position = self._choice.position
+        answers = Counter(int(a) for batch in self._batches for a in _answers(batch["labels"], position)[1])
         return max(answers.values()) / answers.total()
 
     @torch.no_grad()
     def measure(self, model: PreTrainedModel) -> tuple[float, float | None]:
-        """Mean loss per loss token, and the share of answers ranked first among the choices.
+        """Measure the mean loss per loss token, and the share of answers ranked first among the choices.
 
         The model stays in train mode: its dropout is off, and bitsandbytes repacks 4-bit weights in evaluation on a
         CPU, after which no gradient passes through them.
@@ -86,14 +89,14 @@ class Heldout:
             total += loss.double().cpu()
             n_tokens += int((targets != IGNORED).sum())
             if self._choice is not None:
-                where, answers = self._answers(batch["labels"])
+                where, answers = _answers(batch["labels"], self._choice.position)
                 ranked = head(hidden[torch.arange(len(where)), where - 1])[:, list(self._choice.tokens)].argmax(1)
                 right += int((torch.tensor(self._choice.tokens, device=answers.device)[ranked] == answers).sum())
                 n_rows += len(answers)
         return float(total / n_tokens), right / n_rows if n_rows else None
 
-    def _answers(self, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """The position (b,) of each row's answer token, and the token (b,)."""
-        assert self._choice is not None
-        where = (labels != IGNORED).int().argmax(1) + self._choice.position
-        return where, labels[torch.arange(len(where)), where]
+
+def _answers(labels: Tensor, position: int) -> tuple[Tensor, Tensor]:
+    """Find where each row's answer token is (b,), and the token (b,), by its position in the completion."""
+    where = (labels != IGNORED).int().argmax(1) + position
+    return where, labels[torch.arange(len(where)), where]

@@ -14,7 +14,7 @@ import torch
 from peft import PeftModel
 
 from benchmarks.quality.heldout import Heldout
-from benchmarks.quality.tasks import Row
+from benchmarks.tokenized_rows import Row
 from lora_da.export.rows import collate
 
 STEP = 10**0.25  # a quarter of a decade
@@ -23,7 +23,7 @@ FARTHEST = 24  # steps from the first rate: six decades
 
 
 def best_first_step(model: PeftModel, rows: Sequence[Row], batch: int) -> float | None:
-    """The learning rate of the first Adam step that lowers the loss on the rows the most; None if none lowers it.
+    """Find the learning rate of the first Adam step that lowers the rows' loss the most; None if none lowers it.
 
     Args:
         model: with its adapter started. It is left as it was.
@@ -50,8 +50,8 @@ def best_first_step(model: PeftModel, rows: Sequence[Row], batch: int) -> float 
 
 
 def lowest(loss_after: Callable[[float], float]) -> float | None:
-    """Where a loss over the rate is lowest: a walk downhill in quarter decades, and the vertex of the parabola through
-    the lowest point and its neighbours, over the rate's logarithm. None if it is lowest at a rate of zero."""
+    """Find where a loss over the rate is lowest: walk downhill in quarter decades, then take the vertex of the parabola
+    through the lowest point and its neighbours, over the rate's logarithm. None if it is lowest at a rate of zero."""
     seen: dict[int, float] = {}
 
     def at(position: int) -> float:
@@ -77,7 +77,7 @@ def lowest(loss_after: Callable[[float], float]) -> float | None:
 def _gradients(
     model: PeftModel, trained: Sequence[torch.nn.Parameter], rows: Sequence[Row], batch: int
 ) -> list[torch.Tensor]:
-    """Derive the mean over batches of the loss by the trained parameters; nothing is left in `.grad`."""
+    """Take the gradients of the loss, its mean over batches, in the trained parameters; leave nothing in `.grad`."""
     total = [torch.zeros_like(p) for p in trained]
     batches = [collate(rows[n : n + batch]) for n in range(0, len(rows), batch)]
     for of_batch in batches:

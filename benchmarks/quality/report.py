@@ -7,9 +7,9 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from benchmarks.markdown import table
 from benchmarks.quality import charts, sensitivity, tables
 from benchmarks.quality.analysis import compare
-from benchmarks.quality.markdown import table
 from benchmarks.quality.results import Cell, Finished, Result
 from benchmarks.quality.sections import Section, sections
 

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from lora_da.errors import LoraDAError
+from benchmarks.errors import BenchmarkError
 
 
 @dataclass(frozen=True)
@@ -103,28 +103,34 @@ class Finished:
 def has_diverged(
     train_loss: Iterable[float], heldout: Iterable[tuple[int, float]], final: float, base_loss: float
 ) -> bool:
-    """A loss is no number, or the training ends above the loss of the untouched base."""
+    """Tell whether a loss is no number, or the training ends above the loss of the untouched base."""
     losses = [*train_loss, *(loss for _, loss in heldout), final]
     return not all(map(math.isfinite, losses)) or final > base_loss
 
 
 def append(path: Path, result: Result) -> None:
-    """Add one line, on the disk when this returns. A killed run leaves at most its own line torn."""
+    """Add one line, on the disk when this returns. A killed run leaves at most its own line torn.
+
+    Raises:
+        BenchmarkError: the disk has no room for it.
+    """
     line = (json.dumps(asdict(result)) + "\n").encode()  # NaN as Python writes and reads it
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "ab+", buffering=0) as file:
         if file.tell() and os.pread(file.fileno(), 1, file.tell() - 1) != b"\n":
             line = b"\n" + line  # after a torn line, which stays as it is
         if file.write(line) != len(line):
-            raise LoraDAError(f"{path}: the disk took a part of the line only: is it full? The cell has to run again.")
+            raise BenchmarkError(
+                f"{path}: the disk took a part of the line only: is it full? The cell has to run again."
+            )
         os.fsync(file.fileno())
 
 
 def read(paths: Iterable[Path]) -> Finished:
-    """All results of the files, in their order. Of a cell that is there twice the first counts.
+    """Read all results of the files, in their order. Of a cell that is there twice the first counts.
 
     Raises:
-        LoraDAError: a line is JSON and no result: the file, the line and what is wrong with it.
+        BenchmarkError: a line is JSON and no result: the file, the line and what is wrong with it.
     """
     found: dict[Cell, tuple[Result, str]] = {}
     notes = []
@@ -154,7 +160,7 @@ def _result(fields: Any, where: str) -> Result:
         if not heldout:
             raise ValueError("heldout is empty")
     except (TypeError, KeyError, ValueError) as error:
-        raise LoraDAError(
+        raise BenchmarkError(
             f"{where}: no result of this benchmark: {error}. Take the file out, or report it with the version that "
             "wrote it."
         ) from error

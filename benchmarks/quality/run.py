@@ -10,20 +10,22 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import PeftModel, get_peft_model
 from torch.utils.data import DataLoader
 from transformers import TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
 from benchmarks.measure import measured
+from benchmarks.qlora import lora_config
 from benchmarks.quality.analysis import PLAIN
 from benchmarks.quality.base import load_base
+from benchmarks.quality.corpora import Corpus, SeedRows, split_rows
 from benchmarks.quality.heldout import Heldout, find_choice
 from benchmarks.quality.neighbours import OWN_BASE, eva, on_its_own_base
 from benchmarks.quality.prediction import best_first_step
 from benchmarks.quality.results import Cell, Result, has_diverged
 from benchmarks.quality.starts import ours
-from benchmarks.quality.tasks import Row, Rows, Task, read_rows
+from benchmarks.tokenized_rows import Row
 from lora_da import InitReport
 from lora_da.export.rows import collate
 from lora_da.memory import GIB
@@ -76,16 +78,17 @@ class Runner:
         self._model, self._tokenizer = load_base(name, base, device)
         self._predictions: dict[Cell, float | None] = {}  # of cells at a rate of zero: they hold at any
 
-    def run(self, cell: Cell, task: Task, environment: Mapping[str, Any]) -> Result:
+    def run(self, cell: Cell, corpus: Corpus, environment: Mapping[str, Any]) -> Result:
         """Train one cell.
 
         Args:
+            corpus: its task's.
             environment: what it is run on, as `Result` has it.
         """
-        rows = read_rows(
-            task, self._tokenizer, cell.split, cell.length, cell.heldout_rows, cell.steps * cell.batch, cell.seed
+        rows = split_rows(
+            corpus, self._tokenizer, cell.split, cell.length, cell.heldout_rows, cell.steps * cell.batch, cell.seed
         )
-        heldout = Heldout(rows.heldout, find_choice(task, self._tokenizer), self._device)
+        heldout = Heldout(rows.heldout, find_choice(corpus, self._tokenizer), self._device)
         some = [rows.heldout[n * cell.heldout_rows // cell.curve_rows] for n in range(cell.curve_rows)]
         base_loss, _ = heldout.measure(self._model)
         start = self._start(rows, cell)
@@ -120,28 +123,28 @@ class Runner:
             environment=environment,
         )
 
-    def _prediction(self, model: PeftModel, rows: Rows, cell: Cell) -> float | None:
+    def _prediction(self, model: PeftModel, rows: SeedRows, cell: Cell) -> float | None:
         at_any_rate = replace(cell, rate=0.0)
         if at_any_rate not in self._predictions:
             looked_at = rows.train[: min(cell.init_samples, PREDICTED_FROM)]
             self._predictions[at_any_rate] = best_first_step(model, looked_at, cell.batch)
         return self._predictions[at_any_rate]
 
-    def _start(self, rows: Rows, cell: Cell) -> Callable[[], tuple[PeftModel, InitReport | None]]:
-        """What makes the model with its adapter started, and the report where that is our own doing. Another model
+    def _start(self, rows: SeedRows, cell: Cell) -> Callable[[], tuple[PeftModel, InitReport | None]]:
+        """Return what starts the adapter: it gives the model, and the report where that is our own doing. Another model
         that this takes is loaded before."""
-        samples, config = rows.train[: cell.init_samples], adapter_config(cell)
+        samples = rows.train[: cell.init_samples]
         if cell.method in OWN_BASE:
             dense = load_base(self._name, "bf16", self._device)[0]
-            return lambda: (on_its_own_base(cell.method, dense, config, _loader(samples, 1), self._device), None)
+            return lambda: (on_its_own_base(cell.method, dense, cell.rank, _loader(samples, 1), self._device), None)
         if cell.method == "eva":
             fresh = load_base(self._name, self._base, self._device)[0]
-            return lambda: (eva(self._model, fresh, config, _loader(samples, cell.batch)), None)
+            return lambda: (eva(self._model, fresh, cell.rank, _loader(samples, cell.batch)), None)
 
         loader = _loader(rows.train, cell.batch)
 
         def start() -> tuple[PeftModel, InitReport | None]:
-            model = get_peft_model(self._model, config)
+            model = get_peft_model(self._model, lora_config(cell.rank))
             return model, None if cell.method == PLAIN else ours(model, loader, cell, self._cache)
 
         return start
@@ -151,12 +154,7 @@ def _loader(rows: Sequence[Row], batch: int) -> DataLoader[Any]:
     return DataLoader(rows, batch, collate_fn=collate)  # type: ignore[arg-type]
 
 
-def adapter_config(cell: Cell) -> LoraConfig:
-    """The adapter that every start has."""
-    return LoraConfig(r=cell.rank, lora_alpha=2 * cell.rank, target_modules="all-linear", task_type="CAUSAL_LM")
-
-
-def train_cell(model: PeftModel, rows: Rows, heldout: Heldout, cell: Cell) -> Curve:
+def train_cell(model: PeftModel, rows: SeedRows, heldout: Heldout, cell: Cell) -> Curve:
     """Train with TRL, on the rows in their order."""
     observer = _Observer(heldout, max(1, cell.steps // EVALUATIONS))
     with tempfile.TemporaryDirectory() as folder:
@@ -172,7 +170,7 @@ def train_cell(model: PeftModel, rows: Rows, heldout: Heldout, cell: Cell) -> Cu
 
 
 def training_arguments(cell: Cell, folder: str, model: PeftModel) -> SFTConfig:
-    """The recipe that all cells share."""
+    """Write down the recipe that all cells share."""
     on_gpu = model.device.type == "cuda"
     return SFTConfig(
         output_dir=folder,

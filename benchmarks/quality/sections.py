@@ -32,12 +32,12 @@ class Section:
 
     @property
     def conditions(self) -> Conditions:
-        """Those of the first task."""
+        """The first task's."""
         return self.comparisons[0].conditions
 
     @property
     def title(self) -> str:
-        """No other section has it."""
+        """What no other section is called."""
         at = self.conditions
         rows = {(c.conditions.length, c.conditions.heldout_rows) for c in self.comparisons}
         shared = f"up to {at.length} tokens, {at.heldout_rows} rows held out, " if len(rows) == 1 else ""
@@ -72,7 +72,7 @@ class Section:
 
 
 def sections(comparisons: Sequence[Comparison]) -> list[Section]:
-    """By everything but the task; the held-out test first, then development.
+    """Put comparisons together that differ in their task only; the held-out test first, then development.
 
     Where a task is there twice, with other lengths, rows or data, its comparisons get sections of their own: no task
     may count twice in a mean.

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from benchmarks.quality.analysis import PLAIN, Choice, Comparison, Conditions
+from benchmarks.quality.analysis import PLAIN, ChosenRate, Comparison, Conditions
 from benchmarks.quality.pairs import Seeds, own_difference
 
 KNOBS = ("init_samples", "damping", "gamma")  # beside the rank
@@ -18,7 +18,7 @@ class Point:
     """One value of a setting: its best rate, final losses by seed there, paired differences to plain LoRA's best."""
 
     value: Any
-    choice: Choice
+    chosen: ChosenRate
     finals: Seeds
     differences: Seeds
 
@@ -34,7 +34,7 @@ class Line:
 
 
 def lines(comparisons: Sequence[Comparison]) -> list[Line]:
-    """All starts that were run with several ranks, and all sets of starts that differ in one other setting only.
+    """Find all starts run with several ranks, and all sets of starts that differ in one other setting only.
 
     Without those whose points share no seed yet: they cannot be compared.
     """
@@ -76,7 +76,7 @@ def _along(comparison: Comparison, knob: str) -> Iterator[Line]:
 
 def _point(value: Any, comparison: Comparison, label: str) -> Point:
     finals = comparison.finals(label, comparison.rate(label))
-    return Point(value, comparison.choices[label], finals, own_difference(comparison, label))
+    return Point(value, comparison.chosen[label], finals, own_difference(comparison, label))
 
 
 def _of_shared_seeds(points: Sequence[Point]) -> tuple[Point, ...]:

@@ -14,19 +14,21 @@ from peft import PeftModel
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from benchmarks.quality.candidates import tried
+from benchmarks.errors import BenchmarkError
+from benchmarks.quality.candidates import CANDIDATES
+from benchmarks.quality.corpora import DIGEST
 from benchmarks.quality.results import Cell
-from benchmarks.quality.tasks import DIGEST
 from lora_da import InitReport, LoraDAConfig, initialize_lora_da_weights
 from lora_da.adapter import Adapter, find_adapter
 from lora_da.config import METHODS, PRESETS
+from lora_da.methods.method import Method
 
 CONTROLS = ("zero_B", "random_A", "plain_scale")
 OWN_SETTINGS = ("control", "candidate")  # of a start, beside those of `LoraDAConfig`
 
 
 def config_of(method: str, settings: Mapping[str, Any]) -> LoraDAConfig:
-    """The settings of a start; the samples are the cell's.
+    """Resolve the settings of a start; the samples are the cell's.
 
     Args:
         settings: of `LoraDAConfig`, where `preset` may be a mapping, `base` and what is changed of it, and
@@ -40,7 +42,7 @@ def config_of(method: str, settings: Mapping[str, Any]) -> LoraDAConfig:
 
 
 def digest(method: str, settings: Mapping[str, Any]) -> str:
-    """Hash what a start of this project resolves to: a default that has changed is another start. Empty for others."""
+    """Digest what a start of this project's resolves to: a changed default is another start. Empty for others."""
     if method not in METHODS:
         return ""
     found = json.dumps(config_of(method, settings).settings(), sort_keys=True)
@@ -59,13 +61,25 @@ def ours(model: PeftModel, loader: DataLoader[Any], cell: Cell, cache: Path | No
     config = replace(
         config_of(cell.method, cell.settings),
         samples=cell.init_samples,
-        cache_dir=None if cache is None or candidate else str(cache),  # which does not know of candidates
+        cache_dir=None if cache is None or candidate else str(cache),  # a candidate may have changed under its name
     )
-    with tried(candidate):
-        report = initialize_lora_da_weights(model, loader, config, show_progress=False)
+    if candidate is not None:
+        config = replace(config, method=candidate_of(candidate))
+    report = initialize_lora_da_weights(model, loader, config, show_progress=False)
     if kind is not None:
         control(model, kind, cell.seed)
     return report
+
+
+def candidate_of(name: str) -> Method:
+    """What is tried in the place of LoRA-DA's solution.
+
+    Raises:
+        BenchmarkError: there is no such candidate.
+    """
+    if name not in CANDIDATES:
+        raise BenchmarkError(f"candidate is {name!r}; set one of {', '.join(CANDIDATES)}")
+    return CANDIDATES[name]
 
 
 @torch.no_grad()
@@ -76,6 +90,9 @@ def control(model: PeftModel, kind: str, seed: int) -> None:
         kind: `zero_B`, the chosen A alone; `random_A`, a random A of each chosen A's norm, and no B; `plain_scale`, the
             chosen A with the norm that plain LoRA's is expected to have, and no B.
         seed: of the random A.
+
+    Raises:
+        BenchmarkError: there is no such control.
     """
     generator = torch.Generator().manual_seed(seed)
     adapter = find_adapter(model)
@@ -88,6 +105,6 @@ def control(model: PeftModel, kind: str, seed: int) -> None:
         elif kind == "plain_scale":
             a = a * ((layer.plain_variance * a.numel()) ** 0.5 / a.norm())
         elif kind != "zero_B":
-            raise ValueError(f"control is {kind!r}; set one of {', '.join(CONTROLS)}")
+            raise BenchmarkError(f"control is {kind!r}; set one of {', '.join(CONTROLS)}")
         factors[layer.name] = (a, torch.zeros_like(layer.lora_B))
     Adapter(adapter.name, adapter.layers, {}).write(factors)

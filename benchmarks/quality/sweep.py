@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import product
@@ -10,9 +11,11 @@ from typing import Any
 
 import yaml
 
+from benchmarks.errors import BenchmarkError
+from benchmarks.quality.corpora import SPLITS, Corpus
 from benchmarks.quality.results import Cell
 from benchmarks.quality.starts import digest
-from benchmarks.quality.tasks import SPLITS, Task
+from lora_da.errors import LoraDAError
 
 
 @dataclass(frozen=True)
@@ -35,10 +38,11 @@ class Sweep:
     """Tasks × starts × rates × seeds, and what is the same in all of them.
 
     Args:
+        corpora: by the name of their task.
         judged: names of the starts that are held against the goals. controls: those with a `control`.
     """
 
-    tasks: Mapping[str, Task]
+    corpora: Mapping[str, Corpus]
     cells: Sequence[Cell]
     judged: Sequence[str]
     controls: Sequence[str]
@@ -51,26 +55,41 @@ def read_sweep(path: Path) -> Sweep:
     """Read a sweep's YAML. A start may have `rates`, `ranks`, `seeds` and `init_samples` of its own.
 
     Raises:
-        ValueError: it has a key that nothing reads, or lacks one.
+        BenchmarkError: there is no such file, it has a key that nothing reads, lacks one, or sets what nobody knows.
     """
+    if not path.exists():
+        raise BenchmarkError(f"there is no sweep {path}")
     content = yaml.safe_load(path.read_text(encoding="utf-8"))
     expected = {*ONE_OF_EACH, "tasks", "starts", "judged", "rates", "ranks", "seeds", "init_samples"}
     if set(content) != expected:
-        raise ValueError(
+        raise BenchmarkError(
             f"{path}: has {sorted(set(content) - expected)} too many, lacks {sorted(expected - set(content))}"
         )
     if content["split"] not in SPLITS:
-        raise ValueError(f"{path}: split is {content['split']!r}; set one of {', '.join(SPLITS)}")
-    tasks = {
-        name: Task(name, **{**fields, "choices": tuple(fields.get("choices", ()))})
-        for name, fields in content["tasks"].items()
-    }
+        raise BenchmarkError(f"{path}: split is {content['split']!r}; set one of {', '.join(SPLITS)}")
+    with _told_as_of(path):
+        corpora = {
+            name: Corpus(name, **{**fields, "choices": tuple(fields.get("choices", ()))})
+            for name, fields in content["tasks"].items()
+        }
+        cells = list(_cells(content, corpora))
     controls = [name for name, start in content["starts"].items() if "control" in (start.get("settings") or {})]
-    return Sweep(tasks, list(_cells(content, tasks)), content["judged"], controls)
+    return Sweep(corpora, cells, content["judged"], controls)
 
 
-def _cells(content: Mapping[str, Any], tasks: Mapping[str, Task]) -> Iterator[Cell]:
-    """Seed by seed, so that a sweep that is cut short has whole seeds, and rate by rate over the starts."""
+@contextlib.contextmanager
+def _told_as_of(path: Path) -> Iterator[None]:
+    """Name the sweep that a field or a setting is of which nobody knows."""
+    try:
+        yield
+    except KeyError as error:
+        raise BenchmarkError(f"{path}: there is no {error}") from error
+    except (TypeError, LoraDAError) as error:
+        raise BenchmarkError(f"{path}: {error}") from error
+
+
+def _cells(content: Mapping[str, Any], corpora: Mapping[str, Corpus]) -> Iterator[Cell]:
+    """Go seed by seed, so that a sweep that is cut short has whole seeds, and rate by rate over the starts."""
     common = {name: content[name] for name in ONE_OF_EACH}
     starts = {name: dict(fields or {}) for name, fields in content["starts"].items()}
     grids = {
@@ -79,13 +98,13 @@ def _cells(content: Mapping[str, Any], tasks: Mapping[str, Task]) -> Iterator[Ce
     }
     built = [Start(name, **fields) for name, fields in starts.items()]
     numbers = {start.name: digest(start.method, start.settings) for start in built}
-    data = {name: task.digest() for name, task in tasks.items()}
+    data = {name: corpus.digest() for name, corpus in corpora.items()}
 
     def union(axis: str) -> list[Any]:
         return sorted({value for grid in grids.values() for value in _listed(grid[axis])})
 
     for seed, task, rank, samples, rate, start in product(
-        union("seeds"), tasks, union("ranks"), union("init_samples"), union("rates"), built
+        union("seeds"), corpora, union("ranks"), union("init_samples"), union("rates"), built
     ):
         asked = {"seeds": seed, "ranks": rank, "init_samples": samples, "rates": rate}
         if all(value in _listed(grids[start.name][axis]) for axis, value in asked.items()):

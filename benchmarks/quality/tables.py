@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from benchmarks.quality.analysis import DEVELOPMENT, FEWEST_POINTS, PLAIN, Choice, Comparison, Conditions
+from benchmarks.markdown import table
+from benchmarks.quality.analysis import DEVELOPMENT, FEWEST_POINTS, PLAIN, ChosenRate, Comparison, Conditions
+from benchmarks.quality.formatting import NOTHING, average, learning_rate, loss, percent, share
 from benchmarks.quality.goals import GOALS, Verdict, verdicts
 from benchmarks.quality.intervals import interval, mean, spread
-from benchmarks.quality.markdown import NOTHING, average, learning_rate, loss, percent, share, table
 from benchmarks.quality.pairs import diverged, own_difference, same_rate_difference, share_of_steps
 from benchmarks.quality.sections import Section
 from benchmarks.quality.sensitivity import Line
@@ -51,7 +52,7 @@ def finals(comparison: Comparison, labels: Sequence[str]) -> list[str]:
         rows.append(
             [
                 _marked(comparison, label),
-                _chosen(comparison.choices[label], comparison.conditions),
+                _chosen(comparison.chosen[label], comparison.conditions),
                 loss(own.values()),
                 differences[0],
                 loss(plain.values()),
@@ -68,19 +69,19 @@ def _marked(comparison: Comparison, label: str) -> str:
     return label + OWN_BASE * comparison.starts[label].own_base
 
 
-def _chosen(choice: Choice, at: Conditions) -> str:
-    if choice.rate is None:
-        return f"none: NaN at all {choice.points}"
+def _chosen(chosen: ChosenRate, at: Conditions) -> str:
+    if chosen.rate is None:
+        return f"none: NaN at all {chosen.points}"
     remarks = []
-    if choice.at_edge:
+    if chosen.at_edge:
         remarks.append("the grid's end")
-    if choice.points < FEWEST_POINTS:
-        remarks.append(f"of {choice.points}")
-    if at.split != DEVELOPMENT and choice.split == at.split:
+    if chosen.points < FEWEST_POINTS:
+        remarks.append(f"of {chosen.points}")
+    if at.split != DEVELOPMENT and chosen.split == at.split:
         remarks.append("chosen on these rows")
-    if choice.length != at.length:
-        remarks.append(f"chosen on rows of up to {choice.length} tokens")
-    return learning_rate(choice.rate) + (f" ({', '.join(remarks)})" if remarks else "")
+    if chosen.length != at.length:
+        remarks.append(f"chosen on rows of up to {chosen.length} tokens")
+    return learning_rate(chosen.rate) + (f" ({', '.join(remarks)})" if remarks else "")
 
 
 def _accuracy(comparison: Comparison, label: str) -> str:
@@ -186,5 +187,5 @@ def sensitivity(found: Sequence[Line]) -> list[str]:
         for point in line.points:
             against = NOTHING if line.start == PLAIN else percent(interval(point.differences.values()))
             value = f"{line.knob} {point.value}"
-            rows.append([where, line.start, value, _chosen(point.choice, at), loss(point.finals.values()), against])
+            rows.append([where, line.start, value, _chosen(point.chosen, at), loss(point.finals.values()), against])
     return table(["where", "start", "setting", "best rate", "final loss", "to plain, both at their best"], rows)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
+from benchmarks.quality.analysis import Comparison, compare
 from benchmarks.quality.results import Cell, Result, has_diverged
 
 STEPS = 100
@@ -70,3 +72,9 @@ def grid(start: str, finals: dict[float, list[float]], **changes: Any) -> list[R
         for rate, losses in finals.items()
         for seed, final in enumerate(losses)
     ]
+
+
+def compared(results: Sequence[Result]) -> Comparison:
+    """Compare what was run under one set of conditions."""
+    (comparison,) = compare(results)
+    return comparison

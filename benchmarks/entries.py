@@ -1,4 +1,4 @@
-"""The rows of the benchmark: each prepares what it needs, then has its work measured."""
+"""The entries of the table of costs: each prepares what it needs, then has its work measured."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from benchmarks import published
+from benchmarks.errors import BenchmarkError
 from benchmarks.floor import Products, plain_pass, targeted_shapes, training_step
 from benchmarks.measure import Cost, measured
 from benchmarks.neighbours import Eva, LoraGA
@@ -22,18 +23,18 @@ Outcome = tuple[dict[str, Any], Cost]
 
 
 def streamed(segments: int) -> str:
-    """The name of the row of ours in so many segments."""
+    """Name the entry of ours in so many segments."""
     return f"ours, streamed in {segments}"
 
 
 def step(rows: int, length: int) -> str:
-    """The name of the row of one training step."""
+    """Name the entry of one training step."""
     return f"training step {rows} × {length}"
 
 
 @dataclass(frozen=True)
-class Row:
-    """One line of the table. `run` measures it on a prepared model."""
+class Entry:
+    """One line of the table, `row` in the JSON. `run` measures it on a prepared model."""
 
     name: str
     base: str
@@ -41,7 +42,7 @@ class Row:
 
 
 class Prepared:
-    """A freshly built model with its adapter, the samples as each row wants them, and all one-time costs paid."""
+    """A freshly built model with its adapter, the samples as each entry wants them, and all one-time costs paid."""
 
     def __init__(self, subject: Subject, base: str, device: torch.device) -> None:
         self.subject, self.device = subject, device
@@ -51,7 +52,7 @@ class Prepared:
         plain_pass(self.peft_model, self.batches[:1])
 
     def data(self) -> dict[str, Any]:
-        """Counts of what was read."""
+        """Count what was read."""
         tokens = [tokens for _, tokens in self.batches]
         return {
             "samples": sum(t.n_documents for t in tokens),
@@ -62,25 +63,30 @@ class Prepared:
         }
 
 
-def all_rows(subject: Subject, device: torch.device, segments: Sequence[int], judged: str) -> list[Row]:
-    """Every row, in the order they run in on one model; EVA and LoRA-GA leave theirs changed and come last.
+def all_entries(subject: Subject, device: torch.device, segments: Sequence[int], judged: str) -> list[Entry]:
+    """List every entry in the order they run in on one model; EVA and LoRA-GA leave theirs changed and come last.
 
     Args:
-        judged: the row of ours that the targets are judged on; it runs on bf16 too.
+        judged: the entry of ours that the targets are judged on; it runs on bf16 too.
+
+    Raises:
+        BenchmarkError: there is no such entry of ours.
     """
     plans: dict[str, int | None] = {ONE_PASS: None, **{streamed(count): count for count in segments}}
+    if judged not in plans:
+        raise BenchmarkError(f"--judge is {judged!r}; set one of {', '.join(map(repr, plans))}")
     steps = [(1, subject.length), (4, subject.length)]
     if device.type == "cuda" and subject.length < 2048:
         steps.append((1, 2048))
     return [
-        Row(PLAIN_PASS, "nf4", _plain_pass),
-        Row(PRODUCTS, "nf4", _products),
-        *(Row(name, "nf4", _ours(plan)) for name, plan in plans.items()),
-        *(Row(step(*size), "nf4", _training_step(*size)) for size in steps),
-        Row(EVA, "nf4", _eva),
-        Row(judged, "bf16", _ours(plans[judged])),
-        Row(PUBLISHED, "bf16", _published),
-        Row(LORA_GA, "bf16", _lora_ga),
+        Entry(PLAIN_PASS, "nf4", _plain_pass),
+        Entry(PRODUCTS, "nf4", _products),
+        *(Entry(name, "nf4", _ours(plan)) for name, plan in plans.items()),
+        *(Entry(step(*size), "nf4", _training_step(*size)) for size in steps),
+        Entry(EVA, "nf4", _eva),
+        Entry(judged, "bf16", _ours(plans[judged])),
+        Entry(PUBLISHED, "bf16", _published),
+        Entry(LORA_GA, "bf16", _lora_ga),
     ]
 
 

@@ -11,12 +11,12 @@ from pathlib import Path
 import pytest
 from quality_results import BASE_LOSS, cell, result
 
+from benchmarks.errors import BenchmarkError
 from benchmarks.quality.results import append, has_diverged, read
-from lora_da.errors import LoraDAError
 
 pytestmark = pytest.mark.once
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 NAN, INF = math.nan, math.inf
 
 
@@ -122,7 +122,7 @@ def test_json_that_is_no_result_is_refused_by_name(tmp_path: Path, line: str, to
     path = tmp_path / "cells.jsonl"
     append(path, result())
     path.write_text(path.read_text() + line + "\n")
-    with pytest.raises(LoraDAError, match=rf"cells\.jsonl, line 2.*{told}"):
+    with pytest.raises(BenchmarkError, match=rf"cells\.jsonl, line 2.*{told}"):
         read([path])
 
 
@@ -133,9 +133,9 @@ def test_processes_may_share_a_file(tmp_path: Path) -> None:
         "from benchmarks.quality.results import append;"
         "[append(Path(sys.argv[1]), result(rate=float(sys.argv[2]), seed=seed)) for seed in range(50)]"
     )
+    environment = {"PYTHONPATH": f"{ROOT}:{ROOT}/tests/support"}
     processes = [
-        subprocess.Popen([sys.executable, "-c", code, str(path), str(rate)], env={"PYTHONPATH": f"{ROOT}:{ROOT}/tests"})
-        for rate in (1, 2)
+        subprocess.Popen([sys.executable, "-c", code, str(path), str(rate)], env=environment) for rate in (1, 2)
     ]
     assert [process.wait(timeout=60) for process in processes] == [0, 0]
     found = read([path])

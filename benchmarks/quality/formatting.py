@@ -1,21 +1,13 @@
-"""How numbers and tables are written."""
+"""How numbers are written."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
 from benchmarks.quality.intervals import Interval, mean, spread
 
 NOTHING = "–"
-
-
-def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
-    """The lines of a Markdown table and an empty one; no lines at all without rows."""
-    lines = [f"| {' | '.join(cell.replace('|', '/') for cell in row)} |" for row in rows]
-    if not lines:
-        return []
-    return [f"| {' | '.join(header)} |", f"|{'---|' * len(header)}", *lines, ""]
 
 
 def learning_rate(rate: float | None) -> str:
@@ -23,7 +15,7 @@ def learning_rate(rate: float | None) -> str:
 
 
 def loss(values: Iterable[float]) -> str:
-    """Mean ± standard deviation (number of seeds); a dash without any."""
+    """Write mean ± standard deviation (number of seeds); a dash without any."""
     numbers = list(values)
     if not numbers:
         return NOTHING
@@ -33,7 +25,7 @@ def loss(values: Iterable[float]) -> str:
 
 
 def percent(found: Interval | None) -> str:
-    """A relative difference with its interval; what one seed says has none."""
+    """Write a relative difference with its interval; what one seed says has none."""
     if found is None:
         return NOTHING
     if math.isnan(found.mean):
@@ -44,7 +36,7 @@ def percent(found: Interval | None) -> str:
 
 
 def share(found: float | None) -> str:
-    """Steps over plain LoRA's steps."""
+    """Write steps over plain LoRA's steps."""
     if found is None:
         return NOTHING
     return "never" if math.isinf(found) else f"{found:.2f} ×"

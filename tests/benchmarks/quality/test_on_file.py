@@ -16,7 +16,7 @@ from benchmarks.quality.sections import sections
 from benchmarks.quality.starts import digest
 from benchmarks.quality.sweep import read_sweep
 
-BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+BENCHMARKS = Path(__file__).parents[3] / "benchmarks"
 SWEEPS = sorted((BENCHMARKS / "quality" / "sweeps").glob("*.yml"))
 RESULTS = sorted((BENCHMARKS / "results" / "quality").glob("*.jsonl"))
 
@@ -38,7 +38,7 @@ def test_a_whole_sweep_is_judged_over_all_its_tasks(path: Path) -> None:
     found = sections(compare(map(finished, sweep.cells)))
     assert [section.conditions.rank for section in found] == sorted({cell.rank for cell in sweep.cells})
     for section in found:
-        assert section.tasks == sorted(sweep.tasks)
+        assert section.tasks == sorted(sweep.corpora)
         assert set(section.named(sweep.controls)) <= set(section.labels)
         for label in section.named(sweep.judged):
             assert None not in [verdict.met for verdict in verdicts(section, label) if verdict.goal != 5]
@@ -46,7 +46,7 @@ def test_a_whole_sweep_is_judged_over_all_its_tasks(path: Path) -> None:
 
 @pytest.mark.parametrize("path", RESULTS, ids=lambda path: path.stem)
 def test_results_on_file_are_of_todays_methods_and_data(path: Path) -> None:
-    digests = {name: task.digest() for sweep in map(read_sweep, SWEEPS) for name, task in sweep.tasks.items()}
+    digests = {name: c.digest() for sweep in map(read_sweep, SWEEPS) for name, c in sweep.corpora.items()}
     results = read([path]).results
     assert results
     for cell in (one.cell for one in results):

@@ -3,18 +3,28 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
+from collecting import distance
+from models import LENGTHS, PREFIX, documents, pad, tiny_llama, with_lora
+from planning import recorded
+from tolerances import REORDERED
 from torch import Tensor
 
 pytest.importorskip("trl", reason="TRL is not installed")
 
-from benchmarks.quality.candidates import CANDIDATES, tried
-from lora_da import solve
+from solving import solve_lora_da
+
+from benchmarks.errors import BenchmarkError
+from benchmarks.quality.candidates import CANDIDATES
+from benchmarks.quality.starts import candidate_of
+from lora_da import LoraDAConfig, initialize_lora_da_weights
+from lora_da.adapter import find_adapter
+from lora_da.methods import METHODS
 from lora_da.methods.common import LoraFactors
-from lora_da.methods.lora_da import lora_da
 from lora_da.statistics import LayerStatistics
 
 pytestmark = pytest.mark.once
@@ -41,7 +51,7 @@ def layer(i: int = 7, o: int = 5, cov: Tensor | None = None, fisher: Tensor | No
 
 
 def solved(name: str, statistics: LayerStatistics) -> LoraFactors:
-    return CANDIDATES[name](statistics, RANK, **SETTINGS)
+    return solve_lora_da(statistics, RANK, solve=CANDIDATES[name].solve, **SETTINGS)
 
 
 def energy(lora_A: Tensor, statistics: LayerStatistics) -> float:
@@ -66,7 +76,7 @@ def test_another_A_starts_at_the_base_with_plain_loras_input_energy(name: str) -
 @pytest.mark.parametrize("name", ["half_powers", "fisher_metric"])
 def test_where_the_fisher_says_nothing_all_are_the_gradient(name: str) -> None:
     statistics = layer(cov=torch.eye(7), fisher=torch.full((5,), 1e-5))
-    found, default = solved(name, statistics).lora_A, lora_da(statistics, RANK, **SETTINGS).lora_A
+    found, default = solved(name, statistics).lora_A, solve_lora_da(statistics, RANK, **SETTINGS).lora_A
     assert same_span(found, solved("gradient", statistics).lora_A)
     assert same_span(found, default)
 
@@ -79,7 +89,7 @@ def test_half_powers_are_half_way() -> None:
     halved = LayerStatistics(
         statistics.grad.double() @ root, statistics.input_cov, statistics.output_fisher, statistics.n_tokens
     )
-    natural = lora_da(statistics, RANK, **(SETTINGS | {"variance_weight": 0.0})).lora_A
+    natural = solve_lora_da(statistics, RANK, **(SETTINGS | {"variance_weight": 0.0})).lora_A
     assert same_span(solved("half_powers", halved).lora_A, natural)
 
 
@@ -96,7 +106,7 @@ def test_the_fisher_metrics_rows_lower_the_quadratic_model_the_most() -> None:
         return float((reduced @ inner * reduced / fisher[:, None]).sum())
 
     best = decrease(solved("fisher_metric", statistics).lora_A)
-    assert best >= decrease(lora_da(statistics, RANK, **SETTINGS).lora_A)
+    assert best >= decrease(solve_lora_da(statistics, RANK, **SETTINGS).lora_A)
     assert all(best > decrease(torch.randn(RANK, 7, generator=torch.Generator().manual_seed(n))) for n in range(50))
 
 
@@ -108,13 +118,15 @@ def test_a_matched_slope_is_plain_loras() -> None:
     expected = sum(float((statistics.grad @ a.T).abs().sum()) for a in draws) / len(draws)
     factors = solved("slope_matched", statistics)
     assert float((statistics.grad.double() @ factors.lora_A.T).abs().sum()) == pytest.approx(expected, rel=SAMPLING)
-    assert torch.allclose(factors.lora_B @ factors.lora_A, step(lora_da(statistics, RANK, **SETTINGS)), atol=1e-12)
+    assert torch.allclose(
+        factors.lora_B @ factors.lora_A, step(solve_lora_da(statistics, RANK, **SETTINGS)), atol=1e-12
+    )
 
 
 @pytest.mark.parametrize(("name", "factor"), [("half_scale", 0.5), ("double_scale", 2.0)])
 def test_a_scale_changes_how_the_step_is_shared(name: str, factor: float) -> None:
     statistics = layer()
-    default, scaled = lora_da(statistics, RANK, **SETTINGS), solved(name, statistics)
+    default, scaled = solve_lora_da(statistics, RANK, **SETTINGS), solved(name, statistics)
     assert torch.allclose(scaled.lora_A, default.lora_A * factor)
     assert torch.allclose(step(scaled), step(default), atol=1e-12)
 
@@ -123,11 +135,26 @@ def step(factors: LoraFactors) -> Tensor:
     return factors.lora_B @ factors.lora_A
 
 
-def test_a_candidate_is_in_the_place_of_lora_da_while_it_is_tried() -> None:
-    with tried("gradient"):
-        assert solve.lora_da is CANDIDATES["gradient"]
-    with tried(None):
-        assert solve.lora_da is lora_da
-    with pytest.raises(ValueError, match="half_powers"), tried("half"):
-        pass
-    assert solve.lora_da is lora_da
+def test_a_candidate_is_a_method_that_differs_from_lora_da_in_its_function_alone() -> None:
+    for name, candidate in CANDIDATES.items():
+        assert candidate_of(name) is candidate and candidate.name == name
+        assert replace(candidate, name="lora_da", solve=METHODS["lora_da"].solve) == METHODS["lora_da"]
+        assert candidate.solve is not METHODS["lora_da"].solve
+    with pytest.raises(BenchmarkError, match="half_powers"):
+        candidate_of("half")
+
+
+@pytest.mark.parametrize("name", CANDIDATES)
+def test_a_candidate_is_what_solves_a_run(name: str) -> None:
+    """End to end: the adapter of a run that it is the method of, against its function on the same statistics."""
+    model, config = with_lora(tiny_llama()), LoraDAConfig(method=CANDIDATES[name], samples=4)
+    with recorded() as seen:
+        report = initialize_lora_da_weights(model, [pad(documents(LENGTHS))], config, show_progress=False)
+    assert report.initialized == len(seen) and report.settings["method"] == name
+    population = report.population_size * report.loss_tokens / report.samples
+    for layer in find_adapter(model).layers:
+        settings = {**SETTINGS, "population": population, "plain_variance": layer.plain_variance}
+        statistics = seen[layer.name.removeprefix(PREFIX)]
+        expected = solve_lora_da(statistics, layer.rank, solve=CANDIDATES[name].solve, **settings)
+        assert distance(layer.lora_A, expected.lora_A) <= REORDERED
+        assert torch.allclose(layer.lora_B.double(), expected.lora_B, rtol=1e-4, atol=1e-9)

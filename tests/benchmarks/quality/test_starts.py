@@ -1,0 +1,38 @@
+"""A control changes of a start what it says, and nothing else."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+
+pytest.importorskip("trl", reason="TRL is not installed")
+pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+
+from letters import sweep
+
+from benchmarks.quality.corpora import split_rows
+from benchmarks.quality.starts import CONTROLS, control
+from lora_da.adapter import find_adapter
+
+pytestmark = [pytest.mark.once, pytest.mark.slow]
+
+
+@pytest.mark.parametrize("kind", CONTROLS)
+def test_a_control_keeps_what_it_says(data, runner, base, kind):
+    cell = dataclasses.replace(sweep(data).cells[0], method="lora_da")
+    rows = split_rows(sweep(data).corpora["letters"], base[1], "development", 20, 4, 10, seed=0)
+    adapted, _ = runner._start(rows, cell)()
+    try:
+        chosen = {layer.name: layer.lora_A.detach().clone() for layer in find_adapter(adapted).layers}
+        control(adapted, kind, seed=0)
+        for layer in find_adapter(adapted).layers:
+            a, before = layer.lora_A.detach(), chosen[layer.name]
+            assert not layer.lora_B.any()
+            direction = torch.nn.functional.cosine_similarity(a.flatten(), before.flatten(), dim=0)
+            assert (direction > 0.999) == (kind != "random_A")
+            expected = before.norm() if kind != "plain_scale" else (layer.plain_variance * a.numel()) ** 0.5
+            assert a.norm().item() == pytest.approx(float(expected), rel=1e-5)
+    finally:
+        adapted.unload()
