@@ -38,7 +38,7 @@ def trained(runner, folder, cell):
 
 @pytest.fixture(scope="module")
 def finished(folder, runner):
-    """Of the sweep's first seed at the larger rate, by start: results, batches; and whether the base has changed."""
+    """Run the sweep's first seed at the larger rate: results, batches by start, and whether the base is as before."""
     before = {name: value.clone() for name, value in runner._model.state_dict().items()}
     cells = [cell for cell in sweep(folder).cells if cell.seed == 3 and cell.rate == 0.01]
     runs = {cell.start: trained(runner, folder, cell) for cell in cells}
