@@ -90,7 +90,7 @@ class LoraDAConfig:
     def _check_uses(self) -> None:
         """Refuse what the method has no use for."""
         method = self.chosen_method()
-        if self.preset is not None and not method.presets:
+        if self.preset is not None and len(method.presets) == 1:
             raise LoraDAError(
                 f"lora_da.preset is {self.preset!r}, and presets are variants of method lora_da; leave it out with "
                 f"method {method.name}"
@@ -109,15 +109,14 @@ class LoraDAConfig:
 
     def numbers(self) -> Preset | Numbers:
         """What the method, or its preset, is set by, with this config's own numbers in the place of its."""
-        chosen = self.chosen_method()
         if isinstance(self.preset, Preset):
             return self._with_own(self.preset)
-        return self._with_own(chosen.numbers if self.preset is None else chosen.presets[self.preset])
+        return self._with_own(self.chosen_method().presets[self.preset or "default"])
 
     def settings(self) -> dict[str, Any]:
         """All there is to say of a run: these settings with the numbers in use, None where the method has none."""
         chosen = self.chosen_method()
-        preset = self.preset or ("default" if chosen.presets else None)
+        preset = self.preset or ("default" if len(chosen.presets) > 1 else None)
         plain = {"method": chosen.name, "preset": asdict(preset) if isinstance(preset, Preset) else preset}
         return {**vars(self), **plain, **asdict(self.numbers())}
 

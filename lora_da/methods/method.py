@@ -6,7 +6,7 @@ Standard library only: a config is loaded without torch.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, fields, replace
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -51,25 +51,24 @@ class Method:
     Args:
         name: as users write it.
         needs: what it reads; its numbers may ask for more.
-        numbers: what it is set by unless told otherwise.
+        presets: the numbers that it is set by, by the name of a variant; `default` alone where there are no others.
         solve: one layer's factors from its statistics, what else is known of it, and the numbers.
         prepare: what it makes of Z and the numbers, once for all layers that read the same input; nothing if None.
-        presets: named variants of its numbers, the one called `default` those above; none if empty.
         population: whether it asks for the size of the training set.
     """
 
     name: str
     needs: Needs
-    numbers: Preset | Numbers
+    presets: Mapping[str, Preset | Numbers]
     solve: Callable[[LayerStatistics, LayerSpec, Any], LoraFactors]
     prepare: Callable[[Tensor | None, Any], Any] | None = None
-    presets: Mapping[str, Preset] = field(default_factory=dict)
     population: bool = False
 
     @property
     def settable(self) -> list[str]:
         """The names of the numbers that it has a use for."""
-        return [f.name for f in fields(self.numbers) if getattr(self.numbers, f.name) is not None]
+        numbers = self.presets["default"]
+        return [f.name for f in fields(numbers) if getattr(numbers, f.name) is not None]
 
     def needs_with(self, numbers: Preset | Numbers) -> Needs:
         """What it reads where it is set by these numbers."""

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from test_rows import WORDS
+from words import WORDS
 
 from benchmarks.quality.sweep import Sweep, read_sweep
 

@@ -45,7 +45,7 @@ def commands(shown: Iterable[Fence]) -> Iterator[tuple[str, str]]:
     """Page and line of all that is to be typed into a shell, without comments and settings of the environment."""
     for fence in shown:
         if fence.language == "bash":
-            for line in fence.code.splitlines():
+            for line in fence.code.replace("\\\n", " ").splitlines():
                 typed = re.sub(r"^(export )?(\w+=\S* +)*", "", re.sub(r"\s+#.*", "", line)).strip()
                 if typed and not re.fullmatch(r"\w+=\S*", typed):
                     yield fence.page, typed

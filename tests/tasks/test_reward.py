@@ -12,11 +12,15 @@ from picture import differences, picture
 from planning import WAYS, collected_by
 from rewards import CENTER, in_batches, losses, pad, pairs, reward_model
 from task_oracle import statistics_of
-from tolerances import FLOAT32, LOSS
+from tolerances import LOSS
 from torch.utils.data import DataLoader
 
 from lora_da import LoraDAConfig, LoraDAError, initialize_lora_da_weights
 from lora_da.tasks import RewardLoss, find_task
+
+# A float32 model and sums against the float64 oracle: the loss is of a difference of two rewards, in which more is lost
+# than elsewhere; 2.04e-5 with some CPUs' kernels.
+OF_DIFFERENCES = 3e-5
 
 
 def check(kind, found, batches, center=None, way=WAYS["one pass"], averaging="tokens"):
@@ -24,7 +28,7 @@ def check(kind, found, batches, center=None, way=WAYS["one pass"], averaging="to
     ours = collected_by(model, batches, way, averaging, reward=RewardLoss(center))
     oracle = statistics_of(reward_model(kind), found, losses(center or 0), list(ours), averaging)
     assert {name: s.n_tokens for name, s in ours.items()} == {name: s.n_tokens for name, s in oracle.items()}
-    assert worst(ours, oracle) < FLOAT32
+    assert worst(ours, oracle) < OF_DIFFERENCES
 
 
 @pytest.mark.compat("reward-model")
@@ -85,7 +89,7 @@ def test_four_bit_equals_its_dequantised_twin(tmp_path):
     base = four_bit(reward_model(**WIDE), tmp_path, head="score")
     twin, found = dequantized(base, reward_model(**WIDE)), pairs()
     ours = collected_by(adapted(base), in_batches(found, 3), reward=RewardLoss(CENTER))
-    assert worst(ours, statistics_of(twin, found, losses(CENTER), list(ours), "tokens")) < FLOAT32
+    assert worst(ours, statistics_of(twin, found, losses(CENTER), list(ours), "tokens")) < OF_DIFFERENCES
 
 
 def test_only_the_adapter_changes():
