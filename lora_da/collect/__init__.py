@@ -14,10 +14,10 @@ from typing import Generic, TypeVar
 from tqdm import tqdm
 
 from lora_da.adapter import AdapterLayer
+from lora_da.collect.feed import Work
 from lora_da.collect.handover import HandingOver, Observed, SolveLayer
 from lora_da.collect.plan import Plan, Planner, make_plan
 from lora_da.collect.schedule import Schedule
-from lora_da.collect.segment import Work
 from lora_da.collect.sums import SegmentSums
 from lora_da.collect.survey import survey_model
 from lora_da.collect.timing import Stopwatch

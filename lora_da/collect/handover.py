@@ -10,7 +10,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from lora_da.adapter import AdapterLayer
-from lora_da.collect.segment import Work
+from lora_da.collect.feed import Work
 from lora_da.collect.sums import SegmentSums
 from lora_da.errors import LoraDAError
 from lora_da.memory import is_out_of_memory

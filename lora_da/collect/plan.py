@@ -16,32 +16,18 @@ from typing import TypeAlias
 import torch
 
 from lora_da.adapter import AdapterLayer
+from lora_da.collect.forecast import Forecast, Segment, border_bytes
 from lora_da.collect.survey import Survey
 from lora_da.memory import GIB, used_bytes
 from lora_da.model.blocks import BlockSequence
 from lora_da.needs import Needs
 from lora_da.processes import Processes, Run
 from lora_da.samples.batch import Batch, shared
-from lora_da.statistics import gradient_bytes, input_bytes
-from lora_da.tasks.head import CHUNK
 
 # Shares of the free memory that are planned with: allocators leave gaps, and the figures below are estimates.
 DEVICE_SHARE = 0.85
 CPU_SHARE = 0.5  # the user's other processes live there
 BORDER_SHARE = 0.25  # for the hidden states at borders where the model is on the CPU itself
-# Bytes a block keeps for its backward, beyond the inputs and outputs of its linear layers: norms, rotary embeddings,
-# attention, the activation function's own input.
-ACTIVATIONS = 1.5
-LOGIT_BYTES = 14  # a logit in the model's dtype and in float32, with gradients, and its softmax
-
-
-@dataclass(frozen=True)
-class Segment:
-    """Blocks `first` … `stop` − 1 and the targeted layers that are served when they are run."""
-
-    first: int
-    stop: int
-    layers: tuple[AdapterLayer, ...]
 
 
 @dataclass(frozen=True)
@@ -137,9 +123,9 @@ def _planned(
     batches = shares[0]
     most = 1 if survey.sequence is None else survey.n_blocks
     room = (BORDER_SHARE if device.type == "cpu" else CPU_SHARE) * processes.free_bytes(torch.device("cpu"))
-    while most > 1 and _border_bytes(most - 1, batches, survey, device) > room:
+    while most > 1 and border_bytes(most - 1, batches, survey, device) > room:
         most -= 1
-    needed = _Needed(survey, largest, needs)
+    needed = Forecast(survey, largest, needs)
     while segments is None:
         segments = next((s for s in _ways(survey, layers, most) if all(needed.bytes(p) <= budget for p in s)), None)
         if needed.batch_tokens <= longest:
@@ -153,7 +139,7 @@ def _planned(
         segments=tuple(segments),
         device_bytes=max(map(needed.bytes, segments)),
         batch_tokens=needed.batch_tokens,
-        cpu_bytes=_border_bytes(len({s.first for s in segments} - {0}), batches, survey, device),
+        cpu_bytes=border_bytes(len({s.first for s in segments} - {0}), batches, survey, device),
         budget=budget,
         used=used_bytes(device),
         sequence=survey.sequence,
@@ -198,59 +184,6 @@ def split(segment: Segment, survey: Survey, by_layers: bool) -> tuple[Segment, S
         return None
     half = len(segment.layers) // 2
     return replace(segment, layers=segment.layers[:half]), replace(segment, layers=segment.layers[half:])
-
-
-@dataclass(frozen=True)
-class _Needed:
-    """Bytes of the device that running a segment takes."""
-
-    survey: Survey
-    batch_tokens: int
-    needs: Needs
-
-    def bytes(self, segment: Segment) -> int:
-        return self.sums(segment.layers) + max(self.running(segment), self.solving(segment.layers))
-
-    def sums(self, layers: Sequence[AdapterLayer]) -> int:
-        inputs = {}
-        if self.needs.sums.input_cov:
-            inputs = {self.survey.reads_like.get(a.name, a.name): input_bytes(a.in_features) for a in layers}
-        gradients = (gradient_bytes(a.in_features, a.out_features, self.needs) for a in layers)
-        return sum(gradients) + sum(inputs.values())
-
-    def running(self, segment: Segment) -> int:
-        """Activations of one batch, the products' own copies and the logits of a chunk."""
-        features = self.survey.linear_features
-        stop = min(segment.stop, len(features))
-        kept = ACTIVATIONS * self.survey.itemsize * sum(features[segment.first : stop])
-        weights = sum(self.survey.kept_weights[segment.first : stop])
-        if not self.needs.sums.backward:  # nothing is kept beyond the block that runs
-            kept = self.survey.itemsize * max(features)
-            weights = max(self.survey.kept_weights)
-        elif self.survey.sequence is None:  # the model's own checkpointing stays, so that training's memory suffices
-            kept = ACTIVATIONS * self.survey.itemsize * max(features) + self.survey.bytes_per_token * len(features)
-            weights = max(self.survey.kept_weights)
-        borders = 4 * self.survey.bytes_per_token
-        copies = 4 * max((a.in_features + a.out_features for a in segment.layers if not a.is_head), default=0)
-        # A product before it is added to its sum in float32, and a dequantised weight, forward or backward.
-        weight = (4 + self.survey.itemsize) * max((a.in_features * a.out_features for a in segment.layers), default=0)
-        head = LOGIT_BYTES * CHUNK * self.survey.vocabulary if stop == len(features) else 0
-        if any(a.is_head for a in segment.layers):
-            head *= 2  # d, and its copies to be summed
-        tokens = int(self.batch_tokens * (kept + borders + copies))
-        return tokens + weight + self.survey.itemsize * weights + head + self.survey.gathered_bytes
-
-    def solving(self, layers: Sequence[AdapterLayer]) -> int:
-        """What the largest layer takes."""
-        return max((self.needs.solving(a.in_features, a.out_features) for a in layers), default=0)
-
-
-def _border_bytes(borders: int, batches: Sequence[Batch], survey: Survey, device: torch.device) -> int:
-    """Hidden states at the borders; as they are used up from above, gradients take their place, one ahead."""
-    sizes = [b.n_positions * survey.bytes_per_token for b in batches]
-    if device.type == "cuda":  # torch hands out pinned memory in powers of two
-        sizes = [1 << (size - 1).bit_length() for size in sizes]
-    return (borders + 1) * sum(sizes) if borders else 0
 
 
 def _parts(segment: Segment, fits: Callable[[Segment], bool]) -> list[Segment]:

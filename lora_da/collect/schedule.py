@@ -12,10 +12,12 @@ from tqdm import tqdm
 from lora_da.adapter import AdapterLayer
 from lora_da.collect.borders import Borders
 from lora_da.collect.collector import Collector
-from lora_da.collect.plan import Segment, shares_of, split
+from lora_da.collect.feed import Feed, Work, lay
+from lora_da.collect.forecast import Segment
+from lora_da.collect.plan import shares_of, split
 from lora_da.collect.reduction import reduce
 from lora_da.collect.scaling import LossScaling
-from lora_da.collect.segment import Feed, SegmentRun, Work, lay
+from lora_da.collect.segment import SegmentRun
 from lora_da.collect.selection import Selection
 from lora_da.collect.sums import SegmentSums
 from lora_da.errors import LoraDAError

@@ -3,113 +3,22 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lora_da.collect.borders import Borders
 from lora_da.collect.collector import Collector
-from lora_da.collect.plan import Plan, Segment
+from lora_da.collect.feed import Feed
+from lora_da.collect.forecast import Segment
 from lora_da.collect.scaling import LossScaling
-from lora_da.collect.survey import Survey
-from lora_da.collect.timing import Stopwatch
-from lora_da.model.blocks import BlockSequence, NotSequential, check
+from lora_da.model.blocks import NotSequential, check
 from lora_da.model.gradients import outputs_with_gradients
 from lora_da.model.state import reentrant_checkpointing, without_checkpointing
-from lora_da.needs import Needs
-from lora_da.processes import Run
 from lora_da.samples.batch import Batch
-from lora_da.samples.draw import InitData
-from lora_da.tasks import Task
 from lora_da.tasks.head import LossPass
-
-
-@dataclass(frozen=True)
-class Work:
-    """What is to be done, from beginning to end the same.
-
-    Args:
-        task: its model in estimation mode.
-        data: the init samples.
-        needs: what is taken of the layers.
-        survey: of the model.
-        plan: of the segments.
-        run: where.
-        watch: where the time goes.
-    """
-
-    task: Task
-    data: InitData
-    needs: Needs
-    survey: Survey
-    plan: Plan
-    run: Run
-    watch: Stopwatch
-
-    @property
-    def sequence(self) -> BlockSequence | None:
-        """What is cut into segments; None where the model is run whole."""
-        return self.plan.sequence
-
-    def is_top(self, segment: Segment) -> bool:
-        """Whether the head runs with it."""
-        return segment.stop == self.survey.n_blocks
-
-
-class Feed:
-    """This process's batches, and the hidden states that enter the blocks.
-
-    Args:
-        work: to be done.
-        batches: replaced where they are divided.
-        borders: what is kept between the segments.
-    """
-
-    def __init__(self, work: Work, batches: Sequence[Batch], borders: Borders) -> None:
-        self.work, self.batches, self.borders = work, list(batches), borders
-
-    def each(self, do: Callable[[int], object]) -> None:
-        """Do it for the number of each batch; all processes leave each round, or all raise what one of them raised."""
-        processes = self.work.run.processes
-        for number in range(processes.most(len(self.batches))):
-            with processes.together():
-                if number < len(self.batches):
-                    do(number)
-                    self.borders.note_bytes()
-
-    def inputs(self, number: int) -> dict[str, Any]:
-        """What the body takes of a batch."""
-        return self.work.task.inputs(self.batches[number], self.work.run.device)
-
-    def hidden(self, first: int, number: int, differentiable: bool) -> Tensor | None:
-        """What enters a segment; None where the decoder makes it."""
-        if first == 0:
-            return None
-        with self.work.watch("copies"):
-            return self.borders.hidden[first].get(number, number + 1).detach().requires_grad_(differentiable)
-
-
-@torch.no_grad()
-def lay(feed: Feed, sequence: BlockSequence, start: int, borders: Sequence[int]) -> None:
-    """Run the batches forward from block `start`, and keep what enters the blocks of `borders`."""
-    laid = {border: feed.borders.new(len(feed.batches)) for border in borders}
-    watch = feed.work.watch
-
-    def lay_batch(number: int) -> None:
-        inputs, hidden = feed.inputs(number), feed.hidden(start, number, False)
-        with watch("forward"):
-            entered = sequence.run(hidden, borders, **inputs)
-        with watch("copies"):
-            for border in borders:
-                laid[border].put(number, entered[border])
-
-    with without_checkpointing(feed.work.task.model), sequence.only(start, borders[-1]):
-        feed.each(lay_batch)
-    feed.borders.hidden |= laid
 
 
 class SegmentRun:

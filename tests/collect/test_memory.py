@@ -11,7 +11,8 @@ from torch.utils.data import DataLoader
 from lora_da import LoraDAConfig, initialize_lora_da_weights
 from lora_da.collect.borders import Border
 from lora_da.collect.collector import Collector
-from lora_da.collect.plan import Segment, in_segments
+from lora_da.collect.forecast import Segment
+from lora_da.collect.plan import in_segments
 from lora_da.collect.schedule import Schedule
 from lora_da.memory import GIB, PeakMemory
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Any
 
 import pytest
@@ -45,9 +46,15 @@ def initialised(model: PeftModel, way: Way) -> Initialised:
     return Initialised(model, way, BATCHES, CONFIG)
 
 
+@lru_cache
+def undisturbed(way: Way) -> Initialised:
+    """What comes out with enough memory, by the way."""
+    return initialised(tiny(), way)
+
+
 def check_undisturbed(found: Initialised, way: Way) -> None:
     """The same statistics and factors as with enough memory, every layer solved once, nothing else changed."""
-    expected = initialised(tiny(), way)
+    expected = undisturbed(way)
     assert sorted(found.solved) == sorted(expected.solved) and len(set(found.solved)) == len(found.solved)
     assert found.report.initialized == found.report.targeted == 6 * BLOCKS
     assert found.changed == expected.changed
@@ -178,7 +185,7 @@ class OnGpu:
 @ways
 def test_the_solver_goes_on_on_the_cpu(way: str, call: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """A layer that cannot be solved on its GPU is solved on the CPU, the ones after it on the GPU again."""
-    expected, full, asked = initialised(tiny(), WAYS[way]), Full(monkeypatch, call), []
+    expected, full, asked = undisturbed(WAYS[way]), Full(monkeypatch, call), []
     statistics, solve = SegmentSums.take_statistics, lora_da.methods.lora_da.lora_da
 
     def solved(*args: Any) -> Any:

@@ -21,7 +21,8 @@ import lora_da.collect.plan
 import lora_da.processes
 from lora_da.adapter import find_adapter
 from lora_da.collect.borders import Border
-from lora_da.collect.plan import Plan, Segment, cut, make_plan, split
+from lora_da.collect.forecast import Segment
+from lora_da.collect.plan import Plan, cut, make_plan, split
 from lora_da.collect.survey import Survey
 from lora_da.memory import GIB
 from lora_da.methods import METHODS

@@ -11,23 +11,21 @@ from typing import Any
 
 import pytest
 import torch
-from datasets import Dataset
 from mixtures import mixture
 from models import WIDE, adapter_weights, batches, documents, tiny_llama, with_lora
 from peft import PeftModel
 from picture import differences, picture
 from planning import Forced, Way, recorded
 from torch import distributed as dist
-from trainers import FirstStep, plain, sft
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 import lora_da.initialize
 from lora_da import LoraDAConfig, LoraDAError, initialize_lora_da_weights
 from lora_da.adapter import AdapterLayer
-from lora_da.collect.segment import Feed, SegmentRun
+from lora_da.collect.feed import Feed
+from lora_da.collect.segment import SegmentRun
 from lora_da.model.blocks import BlockSequence
 from lora_da.solve import LayerSolver
-from trl_integration import LoraDAInitializer
 
 TIMEOUT = 120  # seconds that a process waits for another before torch gives up
 SAMPLES = 7  # over 2 and over 4 processes unevenly
@@ -190,6 +188,12 @@ def dies(folder: Path) -> None:
 
 def trained(folder: Path) -> dict[str, Any]:
     """The adapter that the first training step finds, and what the last leaves, in both kinds of trainers."""
+    # what the other cases' processes would take half their time to import
+    from datasets import Dataset
+    from trainers import FirstStep, plain, sft
+
+    from trl_integration import LoraDAInitializer
+
     found = {}
     for name in ("Trainer", "SFTTrainer"):
         start, initializer = FirstStep(), LoraDAInitializer(LoraDAConfig(samples=SAMPLES))

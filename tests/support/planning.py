@@ -14,7 +14,8 @@ from models import PREFIX
 from peft import PeftModel
 
 from lora_da.adapter import AdapterLayer, find_adapter
-from lora_da.collect.plan import Plan, Segment, cut, make_plan
+from lora_da.collect.forecast import Segment
+from lora_da.collect.plan import Plan, cut, make_plan
 from lora_da.collect.sums import SegmentSums
 from lora_da.collect.survey import Survey, survey_model
 from lora_da.model.state import estimation_mode

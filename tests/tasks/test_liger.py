@@ -10,7 +10,7 @@ from tolerances import REBATCHED
 pytest.importorskip("axolotl", reason="Axolotl is not installed")
 pytest.importorskip("liger_kernel", reason="Liger is not installed")
 
-from axolotl_runs import ROWS, SAMPLES, STARTED, Project, difference, train
+from axolotl_runs import STARTED, Project, difference, train
 from datasets import Dataset
 from models import documents
 from trainers import base, sft
@@ -22,9 +22,14 @@ from trl_integration import LoraDAInitializer
 pytestmark = [pytest.mark.axolotl, pytest.mark.slow, pytest.mark.filterwarnings("default")]
 
 
+ROWS, SAMPLES = documents(6), 4  # each token is some hundred programs to the interpreter
+
+
 @pytest.fixture(scope="module")
 def project(tmp_path_factory):
-    return Project(tmp_path_factory.mktemp("liger"))
+    found = Project(tmp_path_factory.mktemp("liger"))
+    found.rows("rows", ROWS)
+    return found
 
 
 def interpreted(config: str) -> None:
@@ -46,7 +51,7 @@ def sft_interpreted(config: str) -> None:
     _lend_rsqrt()
     trainer = sft(
         base(folder / "base"),
-        Dataset.from_list(documents(ROWS)),
+        Dataset.from_list(ROWS),
         Path(config).with_suffix(""),
         LoraDAInitializer(LoraDAConfig(samples=SAMPLES)),
         use_liger_kernel=True,
@@ -63,10 +68,11 @@ def test_axolotls_liger_plugin(project, head, monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "1")  # read when Triton is imported
     flags = {"liger_rope": True, "liger_rms_norm": True, "liger_glu_activation": True, head: True}
     plugins = [PLUGIN, "axolotl.integrations.liger.LigerPlugin"]
-    run = project.run(head, interpreted, forked=False, plugins=plugins, **flags)
+    settings = {"plugins": plugins, "lora_da": {"samples": SAMPLES}, **flags}
+    run = project.run(head, interpreted, forked=False, **settings)
     assert run.lines() == [STARTED]
     assert run.steps == 1
-    assert difference(run.adapter(), project.by_hand()) < REBATCHED
+    assert difference(run.adapter(), project.by_hand(ROWS, SAMPLES)) < REBATCHED
 
 
 @pytest.mark.compat("liger")
@@ -75,4 +81,4 @@ def test_trls_use_liger_kernel(project, monkeypatch):
     run = project.run("trl", sft_interpreted, forked=False)
     assert run.lines() == [STARTED]
     assert run.steps == 1
-    assert difference(run.adapter(), project.by_hand()) < REBATCHED
+    assert difference(run.adapter(), project.by_hand(ROWS, SAMPLES)) < REBATCHED

@@ -1,0 +1,90 @@
+"""What running, solving and streaming take, in bytes, before any of it is done."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from lora_da.adapter import AdapterLayer
+from lora_da.collect.survey import Survey
+from lora_da.needs import Needs
+from lora_da.samples.batch import Batch
+from lora_da.statistics import gradient_bytes, input_bytes
+from lora_da.tasks.head import CHUNK
+
+# Bytes a block keeps for its backward, beyond the inputs and outputs of its linear layers: norms, rotary embeddings,
+# attention, the activation function's own input.
+ACTIVATIONS = 1.5
+LOGIT_BYTES = 14  # a logit in the model's dtype and in float32, with gradients, and its softmax
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Blocks `first` … `stop` − 1 and the targeted layers that are served when they are run."""
+
+    first: int
+    stop: int
+    layers: tuple[AdapterLayer, ...]
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """Bytes of the device that a segment takes.
+
+    Args:
+        survey: of the model.
+        batch_tokens: tokens in a batch at most, padding included.
+        needs: what is taken of the layers.
+    """
+
+    survey: Survey
+    batch_tokens: int
+    needs: Needs
+
+    def bytes(self, segment: Segment) -> int:
+        """All that it takes at once: its sums, beside running or solving."""
+        return self.sums(segment.layers) + max(self.running(segment), self.solving(segment.layers))
+
+    def sums(self, layers: Sequence[AdapterLayer]) -> int:
+        """What the layers' sums take; those that share an input have one of it."""
+        inputs = {}
+        if self.needs.sums.input_cov:
+            inputs = {self.survey.reads_like.get(a.name, a.name): input_bytes(a.in_features) for a in layers}
+        gradients = (gradient_bytes(a.in_features, a.out_features, self.needs) for a in layers)
+        return sum(gradients) + sum(inputs.values())
+
+    def running(self, segment: Segment) -> int:
+        """Activations of one batch, the products' own copies and the logits of a chunk."""
+        features = self.survey.linear_features
+        stop = min(segment.stop, len(features))
+        kept = ACTIVATIONS * self.survey.itemsize * sum(features[segment.first : stop])
+        weights = sum(self.survey.kept_weights[segment.first : stop])
+        if not self.needs.sums.backward:  # nothing is kept beyond the block that runs
+            kept = self.survey.itemsize * max(features)
+            weights = max(self.survey.kept_weights)
+        elif self.survey.sequence is None:  # the model's own checkpointing stays, so that training's memory suffices
+            kept = ACTIVATIONS * self.survey.itemsize * max(features) + self.survey.bytes_per_token * len(features)
+            weights = max(self.survey.kept_weights)
+        borders = 4 * self.survey.bytes_per_token
+        copies = 4 * max((a.in_features + a.out_features for a in segment.layers if not a.is_head), default=0)
+        # A product before it is added to its sum in float32, and a dequantised weight, forward or backward.
+        weight = (4 + self.survey.itemsize) * max((a.in_features * a.out_features for a in segment.layers), default=0)
+        head = LOGIT_BYTES * CHUNK * self.survey.vocabulary if stop == len(features) else 0
+        if any(a.is_head for a in segment.layers):
+            head *= 2  # d, and its copies to be summed
+        tokens = int(self.batch_tokens * (kept + borders + copies))
+        return tokens + weight + self.survey.itemsize * weights + head + self.survey.gathered_bytes
+
+    def solving(self, layers: Sequence[AdapterLayer]) -> int:
+        """What the largest layer takes."""
+        return max((self.needs.solving(a.in_features, a.out_features) for a in layers), default=0)
+
+
+def border_bytes(borders: int, batches: Sequence[Batch], survey: Survey, device: torch.device) -> int:
+    """Hidden states at the borders; as they are used up from above, gradients take their place, one ahead."""
+    sizes = [b.n_positions * survey.bytes_per_token for b in batches]
+    if device.type == "cuda":  # torch hands out pinned memory in powers of two
+        sizes = [1 << (size - 1).bit_length() for size in sizes]
+    return (borders + 1) * sum(sizes) if borders else 0
