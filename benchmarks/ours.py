@@ -17,7 +17,7 @@ from lora_da.collect import collect
 from lora_da.collect.plan import in_segments
 from lora_da.methods import METHODS
 from lora_da.model.sharding import compute_device
-from lora_da.model.state import estimation_mode, random_states
+from lora_da.model.state import drawing_mode, estimation_mode
 from lora_da.processes import Processes, Run
 from lora_da.samples.draw import draw, read_causal
 from lora_da.samples.tokens import BatchTokens
@@ -40,10 +40,12 @@ def border_bytes(peft_model: PeftModel, loader: DataLoader[Any], samples: int, s
     """Run what `ours` runs but for the solving; the most bytes that borders hold of hidden states and gradients."""
     task, method = find_task(peft_model.get_base_model()), METHODS["lora_da"]
     run = Run(Processes(), compute_device(task.model.get_input_embeddings().weight), None, False)
-    data = draw(loader, samples, None, None, task.read, method.population)
-    with random_states(), estimation_mode(peft_model):
+    needs = method.needs_with(method.presets["default"])
+    with drawing_mode():
+        data = draw(loader, samples, None, None, task.read, method.population)
+    with estimation_mode(peft_model):
         layers, plan = find_adapter(peft_model).layers, in_segments(segments or 1)
-        return collect(task, layers, data, method.needs, run, lambda layer, observed: None, plan).border_bytes
+        return collect(task, layers, data, needs, run, lambda layer, observed: None, plan).border_bytes
 
 
 def init_batches(loader: DataLoader[Any], samples: int, device: torch.device) -> Batches:

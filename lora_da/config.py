@@ -77,7 +77,8 @@ class LoraDAConfig:
         if isinstance(self.preset, Preset):
             _check_numbers(self.preset)
         elif self.preset is not None:
-            _one_of("preset", self.preset, tuple(PRESETS))
+            named = self.chosen_method().presets
+            _one_of("preset", self.preset, tuple(named if len(named) > 1 else PRESETS))
         _number("samples", self.samples, 1, whole=True)
         _number("seed", self.seed, 0, whole=True)
         _number("population_size", self.population_size, 1, whole=True)
@@ -85,6 +86,11 @@ class LoraDAConfig:
         _number("memory_budget", self.memory_budget, 0, exclusive=True)
         if self.cache_dir is not None and not (isinstance(self.cache_dir, str) and self.cache_dir.strip()):
             raise LoraDAError(f"lora_da.cache_dir is {self.cache_dir!r}; set the path of a folder, as text")
+        if self.cache_dir is not None and self.chosen_method() not in METHODS.values():
+            raise LoraDAError(
+                f"lora_da.cache_dir is {self.cache_dir!r}, and method {self.chosen_method().name} is one of your own, "
+                "which may have changed under its name since a solution was kept; leave cache_dir out"
+            )
         self._check_uses()
 
     def _check_uses(self) -> None:

@@ -89,8 +89,8 @@ def initialize_lora_da_weights(
     if folder is not None:
         with estimation_mode(peft_model):
             key = processes.everywhere(fingerprint, peft_model, adapter, data, config, reward)
-        entry = CacheEntry(folder, processes.common(key))
-        solution = processes.once(entry.load, adapter.layers)
+            entry = CacheEntry(folder, processes.common(key))
+            solution = processes.once(entry.load, adapter.layers)
     if solution is None:
         with random_states(), prepared(peft_model, task.blocks, device), estimation_mode(peft_model):
             solver = LayerSolver(method, numbers, data)

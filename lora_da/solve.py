@@ -80,7 +80,7 @@ class LayerSolver:
         self._prepared: tuple[str, Any] | None = None  # of which input, and what
 
     def solve(self, layer: AdapterLayer, observed: Observed) -> LoraFactors | NotServed:
-        """The layer's factors, or why it has none. Its statistics are used up.
+        """The layer's factors, or why it has none. Its statistics may be used up, but for Z.
 
         Raises:
             LoraDAError: it does not fit in the CPU's memory.

@@ -68,14 +68,14 @@ class InputSums:
     reads it."""
 
     def __init__(self, sums: Sums) -> None:
-        self.taken = sums.input_cov
+        self._taken = sums.input_cov
         self.sigma_xx_: Tensor | None = None  # (i, i); of wide inputs only the blocks on and below the diagonal
         self.n_tokens = 0
         self._mean: Tensor | None = None
 
     def add(self, x: Tensor) -> None:  # x (n, i), in a dtype of `summable`
         self.n_tokens += x.shape[0]
-        if not self.taken:
+        if not self._taken:
             return
         i = x.shape[1]
         if self.sigma_xx_ is None:

@@ -9,6 +9,8 @@ import pytest
 
 from lora_da import LoraDAConfig, LoraDAError
 from lora_da.config import PRESETS
+from lora_da.methods import METHODS
+from lora_da.methods.method import Method
 
 pytestmark = pytest.mark.once
 
@@ -129,3 +131,33 @@ def test_every_number_of_a_preset_can_be_overridden(preset):
             assert dataclasses.asdict(resolved) == {**plain, name: value}
     for averaging in ("samples", "tokens"):
         assert LoraDAConfig(preset=preset, averaging=averaging).numbers().averaging == averaging
+
+
+def own_method(**changes: object) -> Method:
+    return dataclasses.replace(METHODS["lora_da"], **{"name": "own", **changes})
+
+
+def test_a_method_of_ones_own() -> None:
+    """Its numbers, presets and name are its own, and what it has no use for is refused as of the others."""
+    own = own_method(presets={"default": METHODS["lora_ga"].presets["default"]}, population=False)
+    config = LoraDAConfig(method=own, gamma=5.0)
+    assert (
+        config.numbers().gamma == 5.0 and config.settings()["method"] == "own" and config.settings()["preset"] is None
+    )
+    with pytest.raises(LoraDAError, match="variance_weight is 1, which method own has no use for"):
+        LoraDAConfig(method=own, variance_weight=1)
+    two = own_method(presets={"default": PRESETS["default"], "other": PRESETS["paper"]})
+    assert LoraDAConfig(method=two, preset="other").numbers() == PRESETS["paper"]
+    with pytest.raises(LoraDAError, match="preset is 'paper'; set one of default, other"):
+        LoraDAConfig(method=two, preset="paper")
+    with pytest.raises(LoraDAError, match="method own has no preset `default` among other"):
+        own_method(presets={"other": PRESETS["paper"]})
+
+
+@pytest.mark.parametrize("name", ["own", "lora_da"])
+def test_a_method_of_ones_own_is_not_kept(name: str, tmp_path: Path) -> None:
+    """A file in the cache could be of what it was before."""
+    own = own_method(name=name, solve=lambda *args: None)
+    with pytest.raises(LoraDAError, match=f"method {name} is one of your own.*leave cache_dir out"):
+        LoraDAConfig(method=own, cache_dir=str(tmp_path))
+    assert LoraDAConfig(method=METHODS["lora_da"], cache_dir=str(tmp_path)).settings()["method"] == "lora_da"

@@ -18,7 +18,7 @@ BELOW = {
     "samples": ("lora_da.errors",),
     "model": ("lora_da.samples", "lora_da.memory", "lora_da.errors"),
     "tasks": ("lora_da.model", "lora_da.samples", "lora_da.errors"),
-    "methods": ("lora_da.statistics", "lora_da.needs"),
+    "methods": ("lora_da.statistics", "lora_da.needs", "lora_da.errors"),
     "collect": (
         *("lora_da.tasks", "lora_da.model", "lora_da.samples", "lora_da.adapter", "lora_da.processes"),
         *("lora_da.statistics", "lora_da.needs", "lora_da.memory", "lora_da.errors"),

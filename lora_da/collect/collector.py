@@ -117,14 +117,14 @@ class Collector:
             self.sums.misshapen[name] = tuple(x.shape)
             return
         self.look_for_overflow(d)
-        sums = self.sums.of(name)
+        of_layer = self.sums.of(name)
         with self._timed(), torch.autocast(x.device.type, enabled=False):
             x, d = self._selected(x.detach(), d.detach(), chosen, self._computes_in[name])
             if chosen.weights is not None:
                 d = d * chosen.weights.to(d).unsqueeze(1)
             if self.sums.reads_like[name] == name:
-                sums.inputs.add(x)
-            sums.add(x, d)
+                of_layer.inputs.add(x)
+            of_layer.add(x, d)
 
     @torch.no_grad()
     def _add_input(self, call: Call, x: Tensor, o: int) -> None:
@@ -133,12 +133,12 @@ class Collector:
         if chosen is None:
             self.sums.misshapen[name] = tuple(x.shape)
             return
-        sums = self.sums.of(name)
+        of_layer = self.sums.of(name)
         with self._timed(), torch.autocast(x.device.type, enabled=False):
             rows = self._summable_input(x.detach(), chosen, self._computes_in[name])
             if self.sums.reads_like[name] == name:
-                sums.inputs.add(rows)
-            sums.note(rows, o)
+                of_layer.inputs.add(rows)
+            of_layer.note(rows, o)
 
     def _selected(self, x: Tensor, d: Tensor, chosen: Chosen, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """The counted tokens, (n, i) and (n, o), ready to be summed; x only once for layers that share it."""

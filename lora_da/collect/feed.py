@@ -48,7 +48,7 @@ class Work:
     @property
     def sequence(self) -> BlockSequence | None:
         """What is cut into segments; None where the model is run whole."""
-        return self.plan.sequence
+        return None if self.plan.why_not_streamed else self.survey.sequence
 
     def is_top(self, segment: Segment) -> bool:
         """Whether the head runs with it."""

@@ -22,7 +22,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Observed:
-    """What was collected of a layer; its tensors are the receiver's to use up.
+    """What was collected of a layer; its tensors are the receiver's to use up, but for Z, which others read too.
 
     Args:
         statistics: its means.
@@ -64,7 +64,8 @@ class HandingOver(Generic[T]):
         sums, processes = self._sums, self._work.run.processes
         outcomes: dict[str, T | NotServed] = {}
         tokens: dict[str, int] = {}
-        last_reader = {sums.reads_like.get(a.name): a.name for a in layers if a.name not in sums.misshapen}
+        readers = {sums.reads_like.get(a.name): a.name for a in layers if a.name not in sums.misshapen}
+        last_readers = set(readers.values())
         for layer in layers:
             name, passed_by = layer.name, self._was_passed_by(layer.name)
             if sums.owner.get(name, 0) != processes.rank:
@@ -76,7 +77,7 @@ class HandingOver(Generic[T]):
                 outcomes[name] = NotServed("an expert that no token of the samples was routed to", failed=False)
                 continue
             with self._work.watch("solve"):
-                outcomes[name] = self._made_of(layer, name in last_reader.values())
+                outcomes[name] = self._made_of(layer, name in last_readers)
             tokens[name] = sums.n_tokens(name)
         return outcomes, tokens
 

@@ -19,7 +19,6 @@ from lora_da.adapter import AdapterLayer
 from lora_da.collect.forecast import Forecast, Segment, border_bytes
 from lora_da.collect.survey import Survey
 from lora_da.memory import GIB, used_bytes
-from lora_da.model.blocks import BlockSequence
 from lora_da.needs import Needs
 from lora_da.processes import Processes, Run
 from lora_da.samples.batch import Batch, shared
@@ -41,8 +40,7 @@ class Plan:
         cpu_bytes: of the CPU, for the hidden states at the borders.
         budget: bytes of the device there are.
         used: bytes of the device in use before: the model.
-        sequence: what the segments are cut from; None where the model is not cut.
-        why_not_streamed: the reason then.
+        why_not_streamed: the reason where the model is not to be cut; empty where it may be.
     """
 
     segments: tuple[Segment, ...]
@@ -51,7 +49,6 @@ class Plan:
     cpu_bytes: int
     budget: int
     used: int
-    sequence: BlockSequence | None
     why_not_streamed: str
 
     @property
@@ -142,7 +139,6 @@ def _planned(
         cpu_bytes=border_bytes(len({s.first for s in segments} - {0}), batches, survey, device),
         budget=budget,
         used=used_bytes(device),
-        sequence=survey.sequence,
         why_not_streamed=survey.why_not,
     )
 

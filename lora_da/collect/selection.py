@@ -113,10 +113,6 @@ class Selection:
         known = None if stream is None else batch.positions.get(stream)
         return Chosen(known[1]) if known is not None and x.shape[:-1].numel() == known[0] else None
 
-    def passes_by(self, name: str) -> bool:
-        """Whether a layer is inside an expert, which may be given no token."""
-        return name in self._routed
-
     def _stream(self, name: str, x: Tensor, batch: _BatchRows) -> str | None:
         """What x (…, i) of a layer is made of; None if unknown."""
         if any(same_memory(x, hidden) for hidden in batch.handed_over):

@@ -2,7 +2,7 @@
 
 A method is a file here and an entry of `METHODS`; the command, the config, the planner and the solver read the entry.
 What methods share is in `common`, `gradient` and `linalg`. Standard library only, as far as this file goes: a config is
-loaded without torch, and a method's file is imported when its first layer is solved.
+loaded without torch, and a method's file is imported when one of its functions is first called.
 """
 
 from __future__ import annotations

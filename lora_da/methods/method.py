@@ -10,6 +10,7 @@ from dataclasses import dataclass, fields, replace
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from lora_da.errors import LoraDAError
 from lora_da.needs import Averaging, Needs
 
 if TYPE_CHECKING:
@@ -55,6 +56,9 @@ class Method:
         solve: one layer's factors from its statistics, what else is known of it, and the numbers.
         prepare: what it makes of Z and the numbers, once for all layers that read the same input; nothing if None.
         population: whether it asks for the size of the training set.
+
+    Raises:
+        LoraDAError: there is no `default` among the presets.
     """
 
     name: str
@@ -63,6 +67,10 @@ class Method:
     solve: Callable[[LayerStatistics, LayerSpec, Any], LoraFactors]
     prepare: Callable[[Tensor | None, Any], Any] | None = None
     population: bool = False
+
+    def __post_init__(self) -> None:
+        if "default" not in self.presets:
+            raise LoraDAError(f"method {self.name} has no preset `default` among {', '.join(self.presets) or 'none'}")
 
     @property
     def settable(self) -> list[str]:

@@ -79,7 +79,7 @@ def draw(
     Raises:
         LoraDAError: empty data, all labels masked, no length where one is needed.
     """
-    rows, collate, n_rows, unit = _own_rows(dataloader, samples, seed)
+    rows, collate, n_rows, unit = _own_rows(dataloader, seed)
     if needs_population and population is None and n_rows is None:
         raise LoraDAError(
             "the dataset has no length, so the size of the training population is unknown; set "
@@ -149,9 +149,7 @@ def _collated(members: list[_Drawn], collate: Collate, read: Read) -> list[Batch
     return [d.batch for d in members]
 
 
-def _own_rows(
-    dataloader: Iterable[Any], samples: int, seed: int | None
-) -> tuple[Iterable[Any], Collate | None, int | None, str]:
+def _own_rows(dataloader: Iterable[Any], seed: int | None) -> tuple[Iterable[Any], Collate | None, int | None, str]:
     """The rows of the same data with their collator, or ready batches and None; how many the whole dataset has (None:
     unknown), and whether that counts its items or the rows of its batches."""
     dataset = getattr(dataloader, "dataset", None)

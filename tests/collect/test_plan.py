@@ -183,7 +183,7 @@ def test_an_unknown_architecture_is_run_in_passes() -> None:
 def test_the_lines() -> None:
     def line(*segments: tuple[int, int], cpu: float = 0, why: str = "") -> str:
         return Plan(
-            tuple(Segment(a, b, ()) for a, b in segments), 2 * GIB, 64, int(cpu * GIB), 7 * GIB, GIB, None, why
+            tuple(Segment(a, b, ()) for a, b in segments), 2 * GIB, 64, int(cpu * GIB), 7 * GIB, GIB, why
         ).line()
 
     memory = "3.0 of 8.0 GiB"
