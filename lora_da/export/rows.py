@@ -29,6 +29,7 @@ COLUMNS = (
     ("question", "answer"),
     ("text",),
 )
+ONLY_TEXT = ("instruction", "output", "question", "answer", "text")
 ROLES = {"human": "user", "gpt": "assistant"}  # as ShareGPT calls them
 
 
@@ -62,7 +63,7 @@ class TokenizedRows(Dataset):
     def __getitem__(self, number: int) -> dict[str, list[int]]:
         row = _row(self._rows, number)
         try:
-            values = [row[name] for name in self._columns]
+            values = [_checked(name, row[name]) for name in self._columns]
             pieces, is_chat = self._pieces(row, *values)
             text = "".join(piece for piece, _ in pieces)
         except (KeyError, TypeError, AttributeError, TemplateError) as error:
@@ -87,7 +88,7 @@ class TokenizedRows(Dataset):
             messages = [_message(message) for message in first]
             return self._chat(messages, [n for n, m in enumerate(messages) if m["role"] == "assistant"]), True
         if self._columns == ("instruction", "output") and row.get("input"):
-            first = f"{first}\n\n{row['input']}"
+            first = f"{first}\n\n{_text('`input`', row['input'])}"
         if isinstance(first, list):  # prompt and completion in messages
             messages = [_message(message) for message in [*first, *second]]
             return self._chat(messages, list(range(len(first), len(messages)))), True
@@ -104,13 +105,26 @@ class TokenizedRows(Dataset):
                 "the rows hold messages and the tokenizer has no chat template; take the tokenizer of a chat model, or "
                 "give rows with `prompt` and `completion`"
             )
+        if not messages:
+            raise LoraDAError("it holds no messages")
         text, pieces, done = self._written(messages), [], 0
+        self._check_calls(messages, text)
         for answer in answers:
             begins = max(done, self._length(text, messages[:answer], prompt=True))
             ends = self._length(text, messages[: answer + 1])
             pieces += [(text[done:begins], False), (text[begins:ends], True)]
             done = ends
         return [*pieces, (text[done:], False)]
+
+    def _check_calls(self, messages: list[dict[str, Any]], text: str) -> None:
+        """Refuse calls of tools that the template passes over, or prints as Python does."""
+        calls = [message["tool_calls"] for message in messages if message.get("tool_calls")]
+        without = [{"content": "", **{k: v for k, v in m.items() if k != "tool_calls"}} for m in messages]
+        if calls and (text == self._written(without) or any(str(call) in text for call in calls)):
+            raise LoraDAError(
+                "it holds `tool_calls`, which the chat template does not write; take a tokenizer whose template does, "
+                "or give rows with `prompt` and `completion`"
+            )
 
     def _length(self, text: str, messages: list[dict[str, Any]], prompt: bool = False) -> int:
         """How much of a conversation's text its first messages are, with the prompt for an answer if that is there."""
@@ -147,5 +161,33 @@ def _row(rows: Sequence[Mapping[str, Any]], number: int) -> Mapping[str, Any]:
 def _message(message: Mapping[str, Any]) -> dict[str, Any]:
     """Name role and content so, where they are called as in ShareGPT too; leave out what tables fill up with None."""
     if "from" in message:
-        return {"role": ROLES.get(message["from"], message["from"]), "content": message["value"]}
-    return {name: value for name, value in message.items() if value is not None}
+        return {"role": ROLES.get(message["from"], message["from"]), "content": _content(message["value"])}
+    found = {name: value for name, value in message.items() if value is not None}
+    if "content" not in found and found.get("tool_calls"):
+        return found
+    return {**found, "content": _content(found["content"])}
+
+
+def _content(value: Any) -> str:
+    """The text of a message, which may be in parts: a template prints what it is given, whatever that is.
+
+    Raises:
+        TypeError: it is no text.
+    """
+    if not isinstance(value, list):
+        return _text("a message's content", value)
+    others = sorted({str(part.get("type")) for part in value if part.get("type") != "text"})
+    if others:
+        raise TypeError(f"a message's content has parts of type {', '.join(others)}; only text is read")
+    return "".join(_text("a part of a message's content", part["text"]) for part in value)
+
+
+def _checked(name: str, value: Any) -> Any:
+    """A column's value: text, or messages."""
+    return value if isinstance(value, list) and name not in ONLY_TEXT else _text(f"`{name}`", value)
+
+
+def _text(what: str, value: Any) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"{what} is {value!r}, a {type(value).__name__} and not text")
+    return value

@@ -125,6 +125,91 @@ def test_rows_that_cannot_be_read(kind):
         list(map(TokenizedRows(rows, tokenizer(), 10).__getitem__, range(len(rows))))
 
 
+PRINTS = "{% for m in messages %}{{ m['role'] }} {{ m['content'] }} {% endfor %}"  # whatever it is given
+PARTS = [{"type": "text", "text": "a "}, {"type": "text", "text": "b"}]
+
+
+@pytest.mark.parametrize("template", [TEMPLATE, PRINTS])
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"messages": [{"role": "user", "content": PARTS}, {"role": "assistant", "content": PARTS[1:]}]},
+        {"conversations": [{"from": "human", "value": PARTS}, {"from": "gpt", "value": PARTS[1:]}]},
+        {"prompt": [{"role": "user", "content": PARTS}], "completion": [{"role": "assistant", "content": PARTS[1:]}]},
+    ],
+    ids=lambda row: next(iter(row)),
+)
+def test_text_in_parts_is_the_text(row, template):
+    plain = {"messages": chat(("user", "a b"), ("assistant", "b"))}
+    assert TokenizedRows([row], tokenizer(template), 100)[0] == TokenizedRows([plain], tokenizer(template), 100)[0]
+
+
+NO_TEXT = {
+    "number": 3,
+    "fraction": 0.5,
+    "truth": True,
+    "object": {"text": "a"},
+    "null": None,
+    "image": [{"type": "image_url", "image_url": {"url": "a"}}],
+    "image among text": [*PARTS, {"type": "image"}],
+    "part without text": [{"type": "text"}],
+    "part with a number": [{"type": "text", "text": 3}],
+    "list of words": ["a", "b"],
+}
+
+
+@pytest.mark.parametrize("kind", NO_TEXT)
+@pytest.mark.parametrize(
+    "place", ["messages", "answer", "conversations", "prompt", "question", "input", "output", "text"]
+)
+def test_what_is_no_text_is_refused_by_the_row(place, kind):
+    """A template would print it as Python does."""
+    value = NO_TEXT[kind]
+    if place == "input" and value is None:
+        return  # as tables fill it up
+    turn, answer = {"role": "user", "content": value}, {"role": "assistant", "content": "a"}
+    rows = {
+        "messages": {"messages": [turn, answer]},
+        "answer": {"messages": [answer, {**answer, "content": value}]},
+        "conversations": {"conversations": [{"from": "human", "value": value}]},
+        "prompt": {"prompt": [turn], "completion": [answer]},
+        "question": {"question": value, "answer": "a"},
+        "input": {"instruction": "a", "input": value, "output": "a"},
+        "output": {"instruction": "a", "output": value},
+        "text": {"text": value},
+    }
+    good = {name: ONE if name in ("messages", "prompt", "completion") else "a" for name in rows[place]}
+    good |= {"conversations": SHARE_GPT} if place == "conversations" else {}
+    found = TokenizedRows([good, rows[place]], tokenizer(PRINTS), 100)
+    assert found[0]["input_ids"]
+    with pytest.raises(LoraDAError, match="^row 1 cannot be read by "):
+        found[1]
+
+
+@pytest.mark.parametrize("row", [{"messages": []}, {"conversations": []}, {"prompt": [], "completion": []}])
+def test_a_row_without_messages_is_refused(row):
+    with pytest.raises(LoraDAError, match="^row 0: it holds no messages"):
+        TokenizedRows([row], tokenizer(), 100)[0]
+
+
+CALLS = [{"type": "function", "function": {"name": "c", "arguments": {"d": "e"}}}]
+WRITES_CALLS = TEMPLATE.replace(
+    "m['content'] }}",
+    "m['content'] }}{% for c in m['tool_calls'] or [] %}{{ ' ' + c['function']['name'] }}{% endfor %}",
+)
+
+
+@pytest.mark.parametrize("content", ["a", "", None])
+def test_calls_of_tools_are_read_where_the_template_writes_them(content):
+    answer = {"role": "assistant", "content": content, "tool_calls": CALLS}
+    row = {"messages": [*chat(("user", "b")), answer]}
+    if content is not None:
+        assert "C" in read(row, template=WRITES_CALLS).split()
+    for template in (TEMPLATE, PRINTS + "{{ messages[-1]['tool_calls'] }}"):
+        with pytest.raises(LoraDAError, match="^row 0(: it holds `tool_calls`| cannot be read by `messages`)"):
+            read(row, template=template)
+
+
 def test_a_slow_tokenizer_is_refused():
     class Slow:
         is_fast = False
