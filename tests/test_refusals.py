@@ -72,6 +72,17 @@ def question_answering():
 
 
 class DecoderElsewhere(LlamaForCausalLM):
+    """Nothing says what is below its head: no name, and no part that has its embeddings."""
+
+    base_model_prefix = "nowhere"
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+
+    def get_input_embeddings(self):
+        return self.tokens
+
     def get_decoder(self):
         return self
 

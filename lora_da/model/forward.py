@@ -24,6 +24,25 @@ def replaced(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
             module.forward = before
 
 
+def hidden_of(output: Any) -> torch.Tensor | None:
+    """The hidden states in what a body returns: an output of the library, a tuple, or they alone; None if unknown."""
+    hidden = output[0] if isinstance(output, tuple) and output else getattr(output, "last_hidden_state", output)
+    return hidden if isinstance(hidden, torch.Tensor) else None
+
+
+def output_like(output: Any, hidden: torch.Tensor) -> Any:
+    """What a body of that output would return with these hidden states."""
+    if isinstance(output, torch.Tensor):
+        return hidden
+    return (hidden,) if isinstance(output, tuple) else type(output)(last_hidden_state=hidden)
+
+
+def loss_of(output: Any) -> torch.Tensor:
+    """The loss in what a model returns for labels, an output of the library or a tuple."""
+    loss: torch.Tensor = output[0] if isinstance(output, tuple) else output.loss
+    return loss
+
+
 def kept_on_device() -> torch.autograd.graph.saved_tensors_hooks:
     """Activations that are used at once or not at all: an offloading context around them shall not move them.
 

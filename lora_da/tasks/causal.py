@@ -28,11 +28,7 @@ class Causal(Task):
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
-        decoder = model.get_decoder()
-        if decoder is model:
-            raise LoraDAError(
-                f"{type(model).__name__} names no decoder (`get_decoder()`), so its head cannot be run in chunks"
-            )
+        decoder = _body_below_the_head(model)
         self._reads_images = model.config.get_text_config() is not model.config and model.base_model is not model
         super().__init__(model, model.base_model if self._reads_images else decoder, decoder)
         if self._reads_images:
@@ -50,3 +46,23 @@ class Causal(Task):
 
     def backward(self, batch: Batch, inputs: dict[str, Any], how: LossPass) -> Tensor:
         return backward(self.model, self.body, inputs, batch.tokens, how)
+
+
+def _body_below_the_head(model: PreTrainedModel) -> PreTrainedModel:
+    """What makes the hidden states that the head reads.
+
+    `get_decoder()` is the library's best guess: of some models it is another one with a head, of some the head itself,
+    and of some the model. `base_model` goes by a name, which may be wrong too; the embeddings are where they are.
+
+    Raises:
+        LoraDAError: nothing below the head is known.
+    """
+    found, above = model.get_decoder(), model
+    while isinstance(found, PreTrainedModel) and found is not above and found.get_output_embeddings() is not None:
+        found, above = found.get_decoder(), found
+    embeddings = above.get_input_embeddings()
+    beside = (child for child in above.children() if any(module is embeddings for module in child.modules()))
+    for body in (found, above.base_model, *beside):
+        if isinstance(body, PreTrainedModel) and body is not above:
+            return body
+    raise LoraDAError(f"{type(above).__name__} names no decoder (`get_decoder()`), so its head cannot be run in chunks")

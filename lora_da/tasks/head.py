@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lora_da.errors import LoraDAError
-from lora_da.model.forward import kept_on_device, replaced
+from lora_da.model.forward import hidden_of, kept_on_device, loss_of, output_like, replaced
 from lora_da.samples.tokens import IGNORED, BatchTokens
 
 CHUNK = 256  # tokens whose logits exist at once: 0.4 GB in float32, gradient included, at a vocabulary of 128k
@@ -60,19 +60,25 @@ def backward(
 
     Returns:
         The sum without factor and weights, a scalar on the model's device.
+
+    Raises:
+        LoraDAError: the body returns no hidden states.
     """
     with how.timed("forward"):
         output = body(**batch)
+    hidden = hidden_of(output)
+    if hidden is None:
+        seen = type(output).__name__
+        raise LoraDAError(f"{type(body).__name__} returns a {seen} without hidden states; not supported")
 
     def mean_loss(states: Tensor, targets: Tensor) -> Tensor:
         # The model compares the logits of token t with label t + 1, so what it is given is one token longer.
-        answer = type(output)(last_hidden_state=torch.cat([states, states[-1:].detach()]).unsqueeze(0))
+        answer = output_like(output, torch.cat([states, states[-1:].detach()]).unsqueeze(0))
         labels = torch.cat([targets.new_full((1,), IGNORED), targets]).unsqueeze(0)
         with replaced(body, lambda *args, **kwargs: answer):
-            loss: Tensor = model(input_ids=labels.clamp_min(0), labels=labels).loss
-        return loss
+            return loss_of(model(input_ids=labels.clamp_min(0), labels=labels))
 
-    return backward_from_head(mean_loss, output.last_hidden_state, tokens, how)
+    return backward_from_head(mean_loss, hidden, tokens, how)
 
 
 def backward_from_head(

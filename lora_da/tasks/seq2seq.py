@@ -13,7 +13,7 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from lora_da.errors import LoraDAError
 from lora_da.model.blocks import find_blocks
-from lora_da.model.forward import replaced
+from lora_da.model.forward import hidden_of, loss_of, output_like, replaced
 from lora_da.model.streams import Streams
 from lora_da.samples.batch import ENCODER, TOKENS, Batch, selected
 from lora_da.samples.tokens import IGNORED, read_tokens, real_tokens
@@ -125,32 +125,32 @@ class Seq2Seq(Task):
 
     def backward(self, batch: Batch, inputs: dict[str, Any], how: LossPass) -> Tensor:
         with how.timed("forward"):
-            output = self._decoded(inputs)
+            output, hidden = self._decoded(inputs)
 
         def mean_loss(states: Tensor, targets: Tensor) -> Tensor:
-            answer = type(output)(last_hidden_state=states.unsqueeze(0))
+            answer = output_like(output, states.unsqueeze(0))
             encoded = BaseModelOutput(last_hidden_state=states.detach()[None, :1])  # nobody reads it
             ids = targets.unsqueeze(0)
             with replaced(self._decoder, lambda *args, **kwargs: answer):
-                loss: Tensor = self.model(encoder_outputs=encoded, decoder_input_ids=ids, labels=ids).loss
-            return loss
+                return loss_of(self.model(encoder_outputs=encoded, decoder_input_ids=ids, labels=ids))
 
-        return backward_from_head(mean_loss, output.last_hidden_state, batch.tokens, how)
+        return backward_from_head(mean_loss, hidden, batch.tokens, how)
 
-    def _decoded(self, inputs: dict[str, Any]) -> Any:
-        """What the decoder returns; the model's own forward goes on with one token of it, for the head to be cheap."""
-        found: list[Any] = []
+    def _decoded(self, inputs: dict[str, Any]) -> tuple[Any, Tensor]:
+        """What the decoder returns, and the hidden states in it; the model's own forward goes on with one token of it,
+        for the head to be cheap."""
+        found: list[tuple[Any, Tensor]] = []
         original = self._decoder.forward
 
         def forward(*args: Any, **kwargs: Any) -> Any:
             output = original(*args, **kwargs)
-            hidden = getattr(output, "last_hidden_state", None)
-            if not isinstance(hidden, Tensor):
+            hidden = hidden_of(output)
+            if hidden is None:
                 raise LoraDAError(
                     f"{type(self._decoder).__name__} does not return its last hidden state; not supported"
                 )
-            found.append(output)
-            return type(output)(last_hidden_state=hidden[:1, :1].detach())
+            found.append((output, hidden))
+            return output_like(output, hidden[:1, :1].detach())
 
         with replaced(self._decoder, forward):
             self.model(**inputs)

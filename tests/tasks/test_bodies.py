@@ -1,0 +1,162 @@
+"""Bodies that are not where, or not what, the library's names promise: found all the same, or refused in a sentence."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from collecting import worst
+from models import LENGTHS, VOCABULARY, documents, pad, seeded, tiny_llama, with_lora
+from oracle import oracle_statistics
+from planning import Way, collected_by
+from tolerances import FLOAT32, LOSS
+from torch import Tensor
+from transformers import (
+    BloomConfig,
+    BloomForCausalLM,
+    Llama4Config,
+    Llama4ForConditionalGeneration,
+    LlamaForCausalLM,
+    ModernBertDecoderConfig,
+    ModernBertDecoderForCausalLM,
+    PreTrainedModel,
+)
+
+from lora_da import LoraDAConfig, LoraDAError, initialize_lora_da_weights
+from lora_da.tasks import find_task
+
+ROWS = documents(LENGTHS)
+RETURNED: dict[str, Callable[[Any], Any]] = {
+    "tuple": lambda output: (output.last_hidden_state, None),
+    "tuple of one": lambda output: (output.last_hidden_state,),
+    "tensor": lambda output: output.last_hidden_state,
+}
+
+
+def own_code(kind: str) -> LlamaForCausalLM:
+    """A Llama as a checkpoint's own code may have it: its body returns no output of the library, and nor does it."""
+    model = tiny_llama()
+    body, original, head = model.model, model.model.forward, model.lm_head
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        return RETURNED[kind](original(*args, **kwargs))
+
+    def whole(input_ids: Tensor, labels: Tensor | None = None, **kwargs: Any) -> Any:
+        output = body(input_ids, **kwargs)
+        logits = head(output if isinstance(output, Tensor) else output[0])
+        return model.loss_function(logits=logits, labels=labels, vocab_size=VOCABULARY), logits
+
+    body.forward, model.forward = forward, whole
+    return model
+
+
+@pytest.mark.parametrize("way", [Way(), Way(cuts=2), Way(parts=2, cut=False)], ids=["one pass", "streamed", "2 passes"])
+@pytest.mark.parametrize("kind", RETURNED)
+def test_a_body_of_ones_own_gives_the_oracles_statistics(kind: str, way: Way) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    model = get_peft_model(own_code(kind), LoraConfig(r=4, target_modules="all-linear"))
+    ours = collected_by(model, [pad(ROWS)], way)
+    assert worst(ours, oracle_statistics(tiny_llama(), ROWS, list(ours), "tokens")) <= FLOAT32
+
+
+def tiny_bloom(**config: Any) -> BloomForCausalLM:
+    sizes = {"vocab_size": VOCABULARY, "hidden_size": 32, "n_layer": 2, "n_head": 4}
+    return seeded(BloomForCausalLM, BloomConfig(**{**sizes, "hidden_dropout": 0.0, "attention_dropout": 0.0, **config}))
+
+
+def test_a_config_that_asks_for_tuples_changes_nothing() -> None:
+    found = []
+    for config in ({}, {"return_dict": False}):
+        model = with_lora(tiny_bloom(**config), task_type=None)
+        settings = LoraDAConfig(samples=4)
+        report = initialize_lora_da_weights(model, [pad(ROWS)], settings, show_progress=False)
+        found.append((report.loss, {n: p.detach().clone() for n, p in model.named_parameters() if "lora_" in n}))
+    (loss, one), (other_loss, other) = found
+    assert other_loss == pytest.approx(loss, rel=LOSS)
+    assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_a_body_without_hidden_states_is_named() -> None:
+    model = with_lora(tiny_llama())
+    body = model.get_base_model().model
+    original = body.forward
+    body.forward = lambda *args, **kwargs: {"states": original(*args, **kwargs).last_hidden_state}
+    with pytest.raises(LoraDAError, match="LlamaModel returns a dict without hidden states; not supported"):
+        initialize_lora_da_weights(model, [pad(ROWS)], LoraDAConfig(samples=4), show_progress=False)
+
+
+SMALL = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    **{f"{name}_token_id": number for number, name in enumerate(("pad", "bos", "eos", "cls", "sep"))},
+}
+
+
+def modernbert() -> PreTrainedModel:
+    """`get_decoder()` is its head."""
+    return seeded(ModernBertDecoderForCausalLM, ModernBertDecoderConfig(**SMALL, attention_dropout=0.0))
+
+
+def llama4() -> PreTrainedModel:
+    """`get_decoder()` is another model with a head, of which it is that model itself."""
+    text = {**SMALL, "num_key_value_heads": 2, "head_dim": 8, "intermediate_size_mlp": 48, "num_local_experts": 2}
+    vision = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 64}
+    sizes = {"vision_output_dim": 32, "projector_input_dim": 32, "projector_output_dim": 32, "image_size": 28}
+    return seeded(Llama4ForConditionalGeneration, Llama4Config(text_config=text, vision_config={**vision, **sizes}))
+
+
+@pytest.mark.parametrize(("build", "targets"), [(modernbert, ["Wo", "q_proj"]), (llama4, ["q_proj", "o_proj"])])
+def test_models_whose_decoder_is_misnamed(build: Callable[[], PreTrainedModel], targets: list[str]) -> None:
+    """The loss is that of the model's own forward, and so is what its layers are given."""
+    base, batch = build(), pad(ROWS)
+    names = [n for n, m in base.named_modules() if n.split(".")[-1] in targets and "vision" not in n]
+    model = with_lora(base, target_modules=names)
+    with torch.no_grad(), model.disable_adapter():
+        expected = model(**batch, use_cache=False).loss.item()
+    report = initialize_lora_da_weights(model, [batch], LoraDAConfig(samples=4), show_progress=False)
+    assert report.initialized == report.targeted == len(names) > 0
+    assert report.loss == pytest.approx(expected, rel=LOSS)
+
+
+class NamesItsHead(LlamaForCausalLM):
+    """`get_decoder()` is the head, as of ModernBERT's decoders."""
+
+    def get_decoder(self) -> Any:
+        return self.lm_head
+
+
+class NamesItself(LlamaForCausalLM):
+    def get_decoder(self) -> Any:
+        return self
+
+
+class Around(LlamaForCausalLM):
+    """`get_decoder()` is another model with a head, as of Llama 4 for conditional generation."""
+
+    def get_decoder(self) -> Any:
+        return Named(self)
+
+
+class Named(LlamaForCausalLM):
+    """The same model under another name."""
+
+    def __init__(self, model: LlamaForCausalLM) -> None:
+        self.__dict__ = model.__dict__
+
+    def get_decoder(self) -> Any:
+        return self.model
+
+
+@pytest.mark.parametrize("kind", [LlamaForCausalLM, NamesItsHead, NamesItself, Around])
+def test_the_body_is_what_is_below_the_head(kind: type[PreTrainedModel]) -> None:
+    model = seeded(kind, tiny_llama().config)
+    assert find_task(model).body is model.model
+    adapted = with_lora(model)
+    report = initialize_lora_da_weights(adapted, [pad(ROWS)], LoraDAConfig(samples=4), show_progress=False)
+    assert report.initialized == report.targeted == 14
