@@ -24,13 +24,14 @@ from lora_da.collect import Planner, collect, make_plan
 from lora_da.config import LoraDAConfig
 from lora_da.memory import PeakMemory
 from lora_da.model.sharding import compute_device, prepared
-from lora_da.model.state import drawing_mode, estimation_mode, random_states
+from lora_da.model.state import drawing_mode, estimation_mode, left_out_of_the_loss, random_states
 from lora_da.processes import Processes, Run
 from lora_da.report import InitReport
 from lora_da.samples.draw import draw
 from lora_da.solution import describe_kept, solution_of
 from lora_da.solve import LayerSolver, servable
 from lora_da.tasks import RewardLoss, find_task
+from lora_da.tasks.inputs import notes_on
 
 
 def initialize_lora_da_weights(
@@ -98,11 +99,13 @@ def initialize_lora_da_weights(
             solution = processes.everywhere(solution_of, collected, adapter, data, needs)
             if entry is not None:
                 processes.once(entry.store, solution)
-    processes.warn(*describe_kept(solution.report, adapter))
+    notes = [*notes_on(base, data.batches), *left_out_of_the_loss(base)]
+    processes.warn(*describe_kept(solution.report, adapter), *(f"LoRA-DA: {note}" for note in notes))
     adapter.write(solution.factors, processes.together)
 
     report = replace(
         solution.report,
+        notes=notes,
         settings=config.settings(),
         seconds=time.perf_counter() - started,
         peak_memory_gib=memory.gib(),

@@ -57,6 +57,7 @@ class InitReport:
         from_cache: the factors were solved by an earlier run, which loss, plan, forecast and timings are of.
         settings: method, preset and numbers used.
         layers: per initialised layer.
+        notes: sentences on what training does otherwise than the estimate.
     """
 
     initialized: int = 0
@@ -77,6 +78,7 @@ class InitReport:
     timings: dict[str, float] = dataclasses.field(default_factory=dict)
     settings: dict[str, Any] = dataclasses.field(default_factory=dict)
     layers: dict[str, LayerReport] = dataclasses.field(default_factory=dict)
+    notes: list[str] = dataclasses.field(default_factory=list)
     skipped: str | None = None
     from_cache: bool = False
 

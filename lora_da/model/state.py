@@ -51,6 +51,13 @@ def estimation_mode(model: PeftModel) -> Iterator[None]:
         yield
 
 
+def left_out_of_the_loss(model: nn.Module) -> list[str]:
+    """Sentences on what training adds to its loss and the estimate, in estimation mode, does not."""
+    if any(getattr(config, "output_router_logits", False) for config in _configs(model)):
+        return ["the balancing loss of experts (`output_router_logits`) is in training's loss and not in the estimate"]
+    return []
+
+
 @contextlib.contextmanager
 def drawing_mode() -> Iterator[None]:
     """Read the user's data as training reads it; leave with random states as they were."""

@@ -154,11 +154,11 @@ def _document_starts(batch: Mapping[str, Any], labels: Tensor, real: Tensor) -> 
     rows[:, :1] = True  # a row may be empty
     found = []
     for name, starts in (
-        ("position_ids", _starts_by_step(batch.get("position_ids"), labels, step=1)),
+        ("position_ids", _starts_by_positions(batch.get("position_ids"), labels)),
         ("cu_seq_lens_q", _starts_by_offsets(batch.get("cu_seq_lens_q"), labels)),
         ("seq_lengths", _starts_by_lengths(batch.get("seq_lengths"), labels)),
-        ("seq_idx", _starts_by_step(batch.get("seq_idx"), labels, step=0)),
-        ("attention_mask", _starts_by_step(batch.get("attention_mask"), labels, step=0)),
+        ("seq_idx", _starts_by_change(batch.get("seq_idx"), labels)),
+        ("attention_mask", _starts_by_change(batch.get("attention_mask"), labels)),
     ):
         if starts is None:
             continue
@@ -171,13 +171,26 @@ def _document_starts(batch: Mapping[str, Any], labels: Tensor, real: Tensor) -> 
     return rows, found[0] if packed else "row"
 
 
-def _starts_by_step(values: Any, labels: Tensor, step: int) -> Tensor | None:
-    """True where a value is not its left neighbour's plus `step`; the first column is left to the caller."""
+def _starts_by_positions(positions: Any, labels: Tensor) -> Tensor | None:
+    """True where a position is not above its left neighbour. One that jumps goes on with the same document, as it does
+    in the loss that training takes; the first column is left to the caller."""
+    steps = _steps(positions, labels)
+    return None if steps is None else steps <= 0
+
+
+def _starts_by_change(values: Any, labels: Tensor) -> Tensor | None:
+    """True where a value is not its left neighbour's; the first column is left to the caller."""
+    steps = _steps(values, labels)
+    return None if steps is None else steps != 0
+
+
+def _steps(values: Any, labels: Tensor) -> Tensor | None:
+    """(rows, columns) how far each value is above its left neighbour; in the first column what starts nothing."""
     if not isinstance(values, Tensor) or values.shape not in (labels.shape, (1, labels.shape[1])):
         return None
-    starts = torch.zeros_like(labels, dtype=torch.bool)
-    starts[:, 1:] = values.cpu().diff(dim=1) != step
-    return starts
+    steps = torch.zeros_like(labels)
+    steps[:, 1:] = values.cpu().diff(dim=1)
+    return steps
 
 
 def _starts_by_offsets(offsets: Any, labels: Tensor) -> Tensor | None:

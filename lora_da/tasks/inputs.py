@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -25,12 +26,29 @@ def model_inputs(model: PreTrainedModel, batch: Batch, device: torch.device, tex
             "initialise on text rows instead"
         )
     dropped = {"labels", *NOT_FOR_THE_MODEL, *batch.by_row}
-    if batch.tokens.boundaries == "position_ids" and "flash" not in (model.config._attn_implementation or ""):
-        # Given a padding mask, transformers does not look for documents in a row, and they would see each other;
-        # padding starts anew too, and so is a document that nobody sees. Flash attention reads the mask's numbers.
+    if _is_told_apart_by_positions(model, batch):
+        # Padding starts anew too, and so is a document that nobody sees.
         dropped.add("attention_mask")
     return {
         k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v
         for k, v in batch.inputs.items()
         if k not in dropped
     }
+
+
+def notes_on(model: PreTrainedModel, batches: Sequence[Batch]) -> list[str]:
+    """Sentences on what the model in training reads otherwise in these batches."""
+    masks = [batch.inputs.get("attention_mask") for batch in batches if _is_told_apart_by_positions(model, batch)]
+    if any(isinstance(mask, Tensor) and bool((mask <= 1).all()) for mask in masks):
+        return [
+            "documents in a row are estimated on apart, as `position_ids` tell them; the batches' `attention_mask` "
+            "lets them see each other in training; let the collator leave the mask out"
+        ]
+    return []
+
+
+def _is_told_apart_by_positions(model: PreTrainedModel, batch: Batch) -> bool:
+    """Whether documents in a row would see each other for a mask: given one, transformers does not look at positions,
+    but for flash attention, which reads the mask's numbers."""
+    flash = "flash" in (model.config._attn_implementation or "")
+    return batch.tokens.boundaries == "position_ids" and not flash

@@ -165,3 +165,12 @@ def test_checkpointing_stays_on():
     model.get_base_model().model.layers[0].mlp.register_forward_hook(lambda *_: calls.append(torch.is_grad_enabled()))
     statistics(model, estimation_mode(model))
     assert calls == [False, True] * len(DATA)
+
+
+@pytest.mark.parametrize("asked", [False, True])
+def test_a_balancing_loss_that_is_left_out_is_noted(asked):
+    """In the report and by a warning; the config is as it was."""
+    model = with_lora(tiny_mixtral(output_router_logits=asked), target_modules=["q_proj"])
+    report = initialize_lora_da_weights(model, DATA, LoraDAConfig(samples=6), show_progress=False)
+    assert [note for note in report.notes if "`output_router_logits`" in note] == report.notes
+    assert len(report.notes) == asked and model.get_base_model().config.output_router_logits is asked

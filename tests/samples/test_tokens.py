@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import random
+
 import pytest
 import torch
 from counting import MANY, RANDOM_LAYOUTS, check, expected, limits, packed_rows, padded, plain_rows, sides
 from hypothesis import given
 from hypothesis import strategies as st
-from models import IGNORED
+from models import IGNORED, documents, packed, tiny_llama, with_lora
+from tolerances import LOSS
 
+from lora_da import LoraDAConfig, initialize_lora_da_weights
 from lora_da.errors import LoraDAError
 from lora_da.samples.tokens import read_tokens
 
@@ -180,3 +184,51 @@ LABELS = torch.tensor([[IGNORED, 4, 5]])
 def test_batches_that_cannot_be_counted(batch, message):
     with pytest.raises(LoraDAError, match=message):
         read_tokens(batch, MANY)
+
+
+@pytest.mark.parametrize("mask", [True, False])
+@pytest.mark.parametrize("seed", range(6))
+def test_positions_that_jump_go_on_with_the_document(seed, mask):
+    """PoSE makes such; every label but a row's first is in the loss, as the model itself counts."""
+    chance = random.Random(seed)
+    lengths = [chance.randint(3, 12) for _ in range(4)]
+    width = max(lengths)
+    positions = torch.zeros(4, width, dtype=torch.long)
+    for row, length in zip(positions, lengths, strict=True):
+        steps = [chance.choice([1, 1, 1, 2, 50]) for _ in range(length)]
+        row[:length] = torch.tensor(steps).cumsum(0) - steps[0]
+    real = torch.arange(width) < torch.tensor(lengths)[:, None]
+    batch = {"labels": torch.where(real, 5, IGNORED), "position_ids": positions, "attention_mask": real.long()}
+    if not mask:
+        batch = {"labels": batch["labels"][:, : min(lengths)], "position_ids": positions[:, : min(lengths)]}
+        lengths = [min(lengths)] * 4
+    tokens = read_tokens(batch, MANY)
+    assert (tokens.n_documents, tokens.boundaries) == (4, "row")
+    assert tokens.loss_tokens.tolist() == [length - 1 for length in lengths]
+
+
+@pytest.mark.parametrize("jump", [0, 7])
+def test_the_loss_is_that_of_training_where_positions_jump(jump):
+    model = with_lora(tiny_llama())
+    rows = documents((12, 12, 12))
+    batch = {name: torch.tensor([row[name] for row in rows]) for name in ("input_ids", "labels")}
+    batch["position_ids"] = torch.arange(12).expand(3, -1) + jump * (torch.arange(12) >= 5)
+    for mask in ({}, {"attention_mask": torch.ones(3, 12, dtype=torch.long)}):
+        with torch.no_grad(), model.disable_adapter():
+            expected = model(**batch, **mask, use_cache=False).loss.item()
+        fresh = with_lora(tiny_llama())
+        report = initialize_lora_da_weights(fresh, [{**batch, **mask}], LoraDAConfig(samples=3), show_progress=False)
+        assert (report.samples, report.loss_tokens) == (3, int((batch["labels"][:, 1:] != IGNORED).sum()))
+        assert report.loss == pytest.approx(expected, rel=LOSS) and report.notes == []
+
+
+def test_a_mask_that_lets_packed_documents_see_each_other_is_noted(caplog):
+    batch = packed(documents((6, 7)))
+    ones, numbered = torch.ones_like(batch["labels"]), torch.tensor([[1] * 6 + [2] * 7])
+    for mask, notes in (({}, 0), ({"attention_mask": ones}, 1), ({"attention_mask": numbered}, 0)):
+        caplog.clear()
+        model, data = with_lora(tiny_llama()), [{**batch, **mask}]
+        report = initialize_lora_da_weights(model, data, LoraDAConfig(samples=2), show_progress=False)
+        assert report.samples == 2 and len(report.notes) == notes
+        said = [record.getMessage() for record in caplog.records if "see each other" in record.getMessage()]
+        assert said == [f"LoRA-DA: {note}" for note in report.notes]
