@@ -45,7 +45,7 @@ ROWS: dict[str, list[Row]] = {
             "training in Axolotl 0.21 (Python ≥ 3.12)",
             "plugin, config and kernel tests passed by hand against its source; no training run",
         ),
-        Row("newest", "TRL 1.16, PEFT 0.21 and transformers 5.23, the newest when this was written"),
+        Row("newest", "TRL 1.16, PEFT 0.21 and transformers 5.24, the newest when this was written"),
         Row("cuda", "CUDA", "all tests run on CPUs"),
     ],
     "base formats": [
