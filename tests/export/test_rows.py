@@ -158,15 +158,15 @@ NO_TEXT = {
 }
 
 
-@pytest.mark.parametrize("kind", NO_TEXT)
-@pytest.mark.parametrize(
-    "place", ["messages", "answer", "conversations", "prompt", "question", "input", "output", "text"]
-)
+PLACES = "messages answer conversations prompt question input output text".split()
+# An `input` of null is how tables fill one up that is not there.
+REFUSED_VALUES = [(place, kind) for place in PLACES for kind in NO_TEXT if (place, kind) != ("input", "null")]
+
+
+@pytest.mark.parametrize(("place", "kind"), REFUSED_VALUES)
 def test_what_is_no_text_is_refused_by_the_row(place, kind):
     """A template would print it as Python does."""
     value = NO_TEXT[kind]
-    if place == "input" and value is None:
-        return  # as tables fill it up
     turn, answer = {"role": "user", "content": value}, {"role": "assistant", "content": "a"}
     rows = {
         "messages": {"messages": [turn, answer]},

@@ -10,6 +10,7 @@ import torch
 from collecting import worst
 from models import LENGTHS, VOCABULARY, documents, pad, seeded, tiny_llama, with_lora
 from oracle import oracle_statistics
+from peft import LoraConfig, get_peft_model
 from planning import Way, collected_by
 from tolerances import FLOAT32, LOSS
 from torch import Tensor
@@ -55,8 +56,6 @@ def own_code(kind: str) -> LlamaForCausalLM:
 @pytest.mark.parametrize("way", [Way(), Way(cuts=2), Way(parts=2, cut=False)], ids=["one pass", "streamed", "2 passes"])
 @pytest.mark.parametrize("kind", RETURNED)
 def test_a_body_of_ones_own_gives_the_oracles_statistics(kind: str, way: Way) -> None:
-    from peft import LoraConfig, get_peft_model
-
     model = get_peft_model(own_code(kind), LoraConfig(r=4, target_modules="all-linear"))
     ours = collected_by(model, [pad(ROWS)], way)
     assert worst(ours, oracle_statistics(tiny_llama(), ROWS, list(ours), "tokens")) <= FLOAT32
