@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_da.collect.selection import Chosen, Selection, same_memory
+from lora_da.collect.order import Chosen
+from lora_da.collect.selection import Selection, same_memory
 from lora_da.collect.sums import SegmentSums
 from lora_da.errors import LoraDAError
 from lora_da.model.gradients import blocked
@@ -112,7 +113,7 @@ class Collector:
 
     def _add(self, call: Call, x: Tensor, d: Tensor) -> None:
         """Sum one call's tokens: x (…, i), d (…, o)."""
-        name, chosen = call
+        name, chosen = call[0], self.selection.settled(*call, d)
         if chosen is None:
             self.sums.misshapen[name] = tuple(x.shape)
             return
@@ -129,7 +130,7 @@ class Collector:
     @torch.no_grad()
     def _add_input(self, call: Call, x: Tensor, o: int) -> None:
         """Sum one call's tokens x (…, i), of which the layer makes (…, o), where no d is to come."""
-        name, chosen = call
+        name, chosen = call[0], self.selection.settled(*call, None)
         if chosen is None:
             self.sums.misshapen[name] = tuple(x.shape)
             return

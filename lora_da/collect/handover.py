@@ -99,8 +99,9 @@ class HandingOver(Generic[T]):
         weight = self._weight(layer)
         if layer.name in self._sums.misshapen:
             return NotServed(
-                f"its input has shape {self._sums.misshapen[layer.name]}, not one vector per token of the batch (an "
-                "expert or a vision layer?); take such layers out of target_modules (Axolotl: lora_target_modules)"
+                f"its input has shape {self._sums.misshapen[layer.name]}, in which the tokens of the batch cannot be "
+                "found (an expert or a vision layer? rows and tokens in an order that nothing tells?); take such "
+                "layers out of target_modules (Axolotl: lora_target_modules)"
             )
         statistics = self._sums.take_statistics(layer.name, self._n_units, self._scale)
         if statistics is None:

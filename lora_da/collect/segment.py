@@ -74,7 +74,7 @@ class SegmentRun:
     def _collect_batch(self, number: int) -> Tensor | None:
         """Run one batch; the summed loss where that is the topmost segment."""
         segment, batch, loss = self._segment, self._feed.batches[number], None
-        self._collector.reading(batch.tokens.document >= 0, self._work.run.device, batch.others())
+        self._collector.reading(batch.counted(), self._work.run.device, batch.others())
         inputs = self._feed.inputs(number)
         hidden = self._feed.hidden(segment.first, number, self._below is not None or self._reads_inputs)
         if self._work.is_top(segment):

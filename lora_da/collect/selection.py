@@ -4,33 +4,15 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from lora_da.collect.order import Chosen, Orders, Positions
 from lora_da.model.experts import KnownRows, Routed
 from lora_da.model.streams import Streams
 from lora_da.samples.batch import ENCODER, ROWS, TOKENS
-
-
-@dataclass(frozen=True)
-class Chosen:
-    """Rows of an input (…, i), counted through.
-
-    Args:
-        indices: of those that count; all of them if None.
-        weights: (n,) what each one's d is still to be multiplied by; 1 if None.
-    """
-
-    indices: Tensor | None
-    weights: Tensor | None = None
-
-    def of(self, tensor: Tensor) -> Tensor:
-        """The rows (n, k) of a tensor (…, k)."""
-        rows = tensor.flatten(0, -2)
-        return rows if self.indices is None else rows[self.indices.to(rows.device)]
 
 
 class Selection:
@@ -50,6 +32,7 @@ class Selection:
         self._within = streams.within
         self._routed = {name: routed[name] for name in layers if name in routed}
         self._head = head
+        self._orders = Orders()
         self._batch: _BatchRows | None = None
 
     @contextlib.contextmanager
@@ -76,7 +59,7 @@ class Selection:
         """Say which tokens the next forward reads.
 
         Args:
-            counted: (p,) bool, the positions that count; d is zero at the others.
+            counted: (rows, columns) bool, the positions that count; d is zero at the others.
             device: where the samples go.
             others: the same of streams other than `TOKENS`, each with a number of positions of its own.
         """
@@ -93,7 +76,7 @@ class Selection:
         self._batch.head = n, weights
 
     def chosen(self, name: str, x: Tensor) -> Chosen | None:
-        """Which rows of a layer's input x (…, i) count; None where that cannot be told."""
+        """Which rows of a layer's input x (…, i) count, as far as x tells; None where that cannot be told."""
         batch = self._batch
         assert batch is not None, "no batch was announced"
         if name == self._head:
@@ -110,8 +93,12 @@ class Selection:
             if positions is not None and len(positions) == len(rows):
                 return batch.among(positions)
         stream = self._stream(name, x, batch)
-        known = None if stream is None else batch.positions.get(stream)
-        return Chosen(known[1]) if known is not None and x.shape[:-1].numel() == known[0] else None
+        of_stream = None if stream is None else batch.positions.get(stream)
+        return None if of_stream is None else self._orders.chosen(name, of_stream, tuple(x.shape[:-1]))
+
+    def settled(self, name: str, chosen: Chosen | None, d: Tensor | None) -> Chosen | None:
+        """Which do, once d, (…, o), is known too or there is none; None where that cannot be told."""
+        return None if chosen is None else self._orders.settled(name, chosen, d)
 
     def _stream(self, name: str, x: Tensor, batch: _BatchRows) -> str | None:
         """What x (…, i) of a layer is made of; None if unknown."""
@@ -119,7 +106,7 @@ class Selection:
             return ENCODER
         if ROWS in batch.positions and x.dim() == 2 and name not in self._routed:
             # Some layers read all tokens in one list; where a row is one token, that is the same.
-            return TOKENS if len(x) == batch.positions[TOKENS][0] else ROWS
+            return TOKENS if len(x) == len(batch.positions[TOKENS]) else ROWS
         return self._stream_of.get(name)
 
     def _note_encoded(self, _encoder: nn.Module, _args: tuple[Any, ...], output: Any) -> None:
@@ -135,7 +122,8 @@ class Selection:
         hidden = next((v for v in (*args, *kwargs.values()) if isinstance(v, Tensor)), None)
         if self._batch is None or hidden is None:
             return
-        if hidden.shape[:-1].numel() == self._batch.positions[TOKENS][0]:
+        tokens = self._batch.positions[TOKENS]
+        if hidden.shape[:-1] in (tokens.shape, (len(tokens),)):
             self._batch.mixture_inputs[mixture] = KnownRows(hidden.detach().flatten(0, -2))
 
 
@@ -143,7 +131,7 @@ class _BatchRows:
     """What is known of one batch while it runs.
 
     Attributes:
-        positions: how many there are in a stream, and the indices of those that count (None: all of them).
+        positions: of each stream.
         handed_over: an encoder's hidden states, as it returned them and as their reader got them.
         mixture_inputs: what each mixture of experts was called with.
         expert_positions: of the tokens that each expert was given last.
@@ -151,14 +139,10 @@ class _BatchRows:
     """
 
     def __init__(self, counted: Tensor, device: torch.device, others: Mapping[str, Tensor]) -> None:
-        everything = bool(counted.all())
-        self._counts = None if everything else counted.to(device, non_blocking=True)
-        indices = None if everything else counted.nonzero().flatten().to(device, non_blocking=True)
-        self.positions: dict[str, tuple[int, Tensor | None]] = {
-            stream: (counts.numel(), counts.flatten().nonzero().flatten().to(device, non_blocking=True))
-            for stream, counts in others.items()
+        self._counts = None if counted.all() else counted.flatten().to(device, non_blocking=True)
+        self.positions = {
+            stream: Positions.counted(counts, device) for stream, counts in {**others, TOKENS: counted}.items()
         }
-        self.positions[TOKENS] = len(counted), indices
         self.handed_over: list[Tensor] = []
         self.mixture_inputs: dict[nn.Module, KnownRows] = {}
         self.expert_positions: dict[nn.Module, Tensor] = {}

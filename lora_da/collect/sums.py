@@ -19,7 +19,7 @@ class SegmentSums:
         inputs: Σ x xᵀ by layer; of layers that share an input the first one's counts.
         by_layer: the other sums of the layers that were seen with a token.
         reads_like: the layer whose input a layer shares, itself if none, of every layer seen so far.
-        misshapen: shapes of the inputs that are not one vector for each token, by layer.
+        misshapen: shapes of the inputs in which tokens cannot be found, by layer.
         owner: the process that has a layer's sums; missing where there is one process only.
     """
 

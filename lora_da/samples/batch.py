@@ -55,9 +55,17 @@ class Batch:
         """Tokens that count."""
         return int((self.tokens.document >= 0).sum())
 
+    def counted(self) -> Tensor:
+        """Which tokens count, (rows, columns) bool."""
+        return (self.tokens.document >= 0).view(self.tokens.rows, self._columns)
+
+    def is_square(self) -> bool:
+        """Whether it has as many rows as columns, so that a hidden state's shape does not tell one from the other."""
+        return self.tokens.rows > 1 and self.tokens.rows == self._columns
+
     def others(self) -> dict[str, Tensor]:
         """Which of what layers read other than these tokens counts: (n,) bool by stream."""
-        return {ROWS: self._counted().any(1)} if self.by_row else {}
+        return {ROWS: self.counted().any(1)} if self.by_row else {}
 
     def idle(self) -> Batch:
         """The same to run, with nothing in it that counts."""
@@ -78,7 +86,7 @@ class Batch:
     @property
     def length(self) -> int:
         """Columns up to the last token that counts; 1 at least."""
-        counted = self._counted().any(0).nonzero()
+        counted = self.counted().any(0).nonzero()
         return int(counted[-1]) + 1 if len(counted) else 1
 
     def glimpse(self) -> Batch:
@@ -108,7 +116,7 @@ class Batch:
         Raises:
             LoraDAError: it holds others, and inputs of shapes unknown here.
         """
-        counted = self._counted().any(1)
+        counted = self.counted().any(1)
         if bool(counted.all()):
             return self
         if not self._is_known():
@@ -118,10 +126,6 @@ class Batch:
             )
         kept = self._rows(counted.nonzero().flatten())
         return replace(kept, tokens=replace(kept.tokens, n_found=self.tokens.n_found))
-
-    def _counted(self) -> Tensor:
-        """(rows, columns) bool."""
-        return (self.tokens.document >= 0).view(self.tokens.rows, self._columns)
 
     @property
     def _columns(self) -> int:
@@ -172,9 +176,9 @@ class Batch:
 
 
 def divided(batch: Batch, batch_tokens: int) -> Iterator[Batch]:
-    """A batch in parts of at most `batch_tokens`, padding included, where its rows allow it."""
+    """A batch in parts, none square or of more than `batch_tokens` with its padding, where its rows allow it."""
     rows, columns = batch.shape
-    halves = batch.halves() if rows * columns > batch_tokens else None
+    halves = batch.halves() if rows * columns > batch_tokens or batch.is_square() else None
     if halves is None:
         yield batch
         return

@@ -44,6 +44,9 @@ class SourceAndTarget(Batch):
     def length(self) -> int:
         return sum(self._lengths())
 
+    def is_square(self) -> bool:
+        return super().is_square() or self.tokens.rows == self.source.shape[1] > 1
+
     def others(self) -> dict[str, Tensor]:
         return {ENCODER: self.source}
 

@@ -108,7 +108,7 @@ def statistics(model, mode):
     data = draw(DATA, 6, None, None, read_causal, True)
     with mode, collector.observing():
         for batch in data.batches:
-            collector.reading(batch.tokens.document >= 0, torch.device("cpu"), {})
+            collector.reading(batch.counted(), torch.device("cpu"), {})
             inputs = {name: value for name, value in batch.inputs.items() if name != "labels"}
             backward(base, base.get_decoder(), inputs, batch.tokens, PLAIN_PASS)
     found = {name: collector.sums.take_statistics(name, data.n_samples, 1.0) for name in layers}

@@ -113,6 +113,7 @@ ROWS: dict[str, list[Row]] = {
         Row("mixtral", "Mixtral, its attention"),
         Row("qwen-moe", "Qwen2-MoE with its shared expert, Qwen3-MoE's attention"),
         Row("experts", "experts that are ordinary modules; one that no sample is routed to keeps PEFT's init, named"),
+        Row("by-column", "layers that read a batch column by column (Longformer, LED)"),
         Row("unknown-architecture", "an architecture that cannot be cut: in several passes"),
         Row("vision-language", "vision-language models with images (LLaVA, Qwen2-VL), their language layers targeted"),
         Row("vision-tower", "a vision tower as a target (one layer of it among many keeps PEFT's init, named)"),

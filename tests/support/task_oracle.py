@@ -30,10 +30,13 @@ def statistics_of(
     """
     twin = copy.deepcopy(model).double().eval().requires_grad_(True)
     calls: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in layers}
+
+    def remember(name: str, args: tuple[Any, ...], y: Tensor) -> Tensor:
+        calls[name].append((args[0].detach(), y))
+        return y.clone()  # the model may change it in place, as Longformer does
+
     for name in layers:
-        twin.get_submodule(name).register_forward_hook(
-            lambda _module, args, y, name=name: calls[name].append((args[0].detach(), y))
-        )
+        twin.get_submodule(name).register_forward_hook(lambda _module, args, y, name=name: remember(name, args, y))
     weights = [twin.get_submodule(name).weight for name in layers]
     grads = [torch.zeros_like(weight) for weight in weights]
     xs: dict[str, list[Tensor]] = {name: [] for name in layers}
