@@ -152,12 +152,13 @@ def find_adapter(model: PeftModel, adapter_name: str | None = None) -> Adapter:
 
     Raises:
         LoraDAError: no PEFT model or LoRA adapter, an unknown name, an unsupported LoRA variant, no layer to serve,
-            a rank above a layer's size, adapters that are merged.
+            a rank above a layer's size, adapters that are merged, weights that are not in memory.
     """
     if not isinstance(model, PeftModel):
         raise LoraDAError(
             f"expected a PEFT model with a LoRA adapter, got {type(model).__name__}; call get_peft_model first"
         )
+    _check_in_memory(model)
     name = _adapter_name(model, adapter_name)
     config = model.peft_config[name]
     _check_config(config, name)
@@ -190,6 +191,15 @@ def find_adapter(model: PeftModel, adapter_name: str | None = None) -> Adapter:
         kinds = f": {_listed(left)}" if left else ""
         raise LoraDAError(f"adapter {name!r} targets no layer that LoRA-DA can initialise{kinds}; check target_modules")
     return Adapter(name, layers, left)
+
+
+def _check_in_memory(model: nn.Module) -> None:
+    absent = next((name for name, parameter in model.named_parameters() if parameter.is_meta), None)
+    if absent is not None:
+        raise LoraDAError(
+            f"parameter {absent} is on the meta device, so its numbers are not in memory: the model is offloaded to "
+            "CPU or disk by its `device_map`, or was never loaded; load it whole, quantised if need be"
+        )
 
 
 def stored_base(model: PeftModel) -> dict[str, Any]:

@@ -100,7 +100,19 @@ def prompt_tuning():
     return get_peft_model(tiny_llama(), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3))
 
 
+def offloaded():
+    """A model as `device_map` leaves it that puts a layer on the disk."""
+    model = llama()
+    base = model.get_base_model().model.layers[1].mlp.up_proj.base_layer
+    base.weight = nn.Parameter(base.weight.to("meta"), requires_grad=False)
+    return model
+
+
 MODELS = {
+    "offloaded": (
+        offloaded,
+        r"parameter .*layers\.1\.mlp\.up_proj\.base_layer\.weight is on the meta device.*load it whole",
+    ),
     "no PEFT model": (
         tiny_llama,
         "expected a PEFT model with a LoRA adapter, got LlamaForCausalLM; call get_peft_model",

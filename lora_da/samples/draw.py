@@ -6,7 +6,7 @@ import copy
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sized
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from accelerate.data_loader import IterableDatasetShard
@@ -14,10 +14,12 @@ from torch.utils.data import DataLoader, IterableDataset, Subset
 
 from lora_da.errors import LoraDAError
 from lora_da.samples.batch import BATCH_TOKENS, Batch, by_length, divided
+from lora_da.samples.generators import generators_kept
 from lora_da.samples.tokens import read_tokens
 
 logger = logging.getLogger(__name__)
 
+T = TypeVar("T")
 Collate = Callable[[list[Any]], Mapping[str, Any]]
 Read = Callable[[Mapping[str, Any], int], Batch]
 
@@ -50,6 +52,23 @@ class _Drawn:
     whole: bool
 
 
+@dataclass(frozen=True)
+class _OwnRows:
+    """The user's data, read by a loader of our own.
+
+    Args:
+        rows: of the dataset, or ready batches.
+        collate: makes batches of rows; None where they are ready.
+        count: how many the whole dataset has; None where that is unknown.
+        unit: what `count` counts: each `item` of the dataset, or each `row` of its batches.
+    """
+
+    rows: Iterable[Any]
+    collate: Collate | None
+    count: int | None
+    unit: str
+
+
 def read_causal(inputs: Mapping[str, Any], limit: int) -> Batch:
     """Count as causal language modelling does; `Task.read` of others differs."""
     return Batch(inputs, read_tokens(inputs, limit))
@@ -65,9 +84,11 @@ def draw(
 ) -> InitData:
     """Take the first `samples` documents of the data, or random ones if `seed` is given, and batch them by length.
 
-    A `DataLoader` is asked for its dataset and collator: samplers, generators and workers are not touched, and rows of
-    like length are collated together whatever its batch size. Anything else is iterated over as it is. Where a dataset
-    row holds several documents, the population is the number of rows times the documents per row seen.
+    A `DataLoader` is asked for its dataset and collator: samplers and workers are not touched, and rows of like length
+    are collated together whatever its batch size. Its rows are read in this process, or in one worker of our own where
+    its workers begin with a `worker_init_fn`. Anything else is iterated over as it is. Random generators inside the
+    dataset and the collator are left as they were; other state of theirs moves on as in any reading. Where a row of
+    the dataset holds several documents, the population is the number of rows times the documents per row seen.
 
     Args:
         dataloader: the user's.
@@ -79,7 +100,12 @@ def draw(
     Raises:
         LoraDAError: empty data, all labels masked, no length where one is needed.
     """
-    rows, collate, n_rows, unit = _own_rows(dataloader, seed)
+    with generators_kept(dataloader):
+        return _draw(_own_rows(dataloader, seed), samples, population, read, needs_population)
+
+
+def _draw(own: _OwnRows, samples: int, population: int | None, read: Read, needs_population: bool) -> InitData:
+    rows, collate, n_rows, unit = own.rows, own.collate, own.count, own.unit
     if needs_population and population is None and n_rows is None:
         raise LoraDAError(
             "the dataset has no length, so the size of the training population is unknown; set "
@@ -149,9 +175,8 @@ def _collated(members: list[_Drawn], collate: Collate, read: Read) -> list[Batch
     return [d.batch for d in members]
 
 
-def _own_rows(dataloader: Iterable[Any], seed: int | None) -> tuple[Iterable[Any], Collate | None, int | None, str]:
-    """The rows of the same data with their collator, or ready batches and None; how many the whole dataset has (None:
-    unknown), and whether that counts its items or the rows of its batches."""
+def _own_rows(dataloader: Iterable[Any], seed: int | None) -> _OwnRows:
+    """Read the same data with a loader of our own."""
     dataset = getattr(dataloader, "dataset", None)
     while isinstance(dataset, IterableDatasetShard):  # accelerate's, of which each process sees a part
         dataset = dataset.dataset
@@ -163,7 +188,7 @@ def _own_rows(dataloader: Iterable[Any], seed: int | None) -> tuple[Iterable[Any
         )
     if dataset is None or not hasattr(dataloader, "collate_fn"):
         n_rows = sum(map(_rows, dataloader)) if isinstance(dataloader, (list, tuple)) else None
-        return dataloader, None, n_rows, "row"
+        return _OwnRows(dataloader, None, n_rows, "row")
     if n_rows is not None and not isinstance(dataset, IterableDataset):
         if seed is None:
             order: Any = range(n_rows)
@@ -177,10 +202,29 @@ def _own_rows(dataloader: Iterable[Any], seed: int | None) -> tuple[Iterable[Any
         )
     # Rows are copied before they are collated: many collators pad the ones they are given in place.
     collate = dataloader.collate_fn
+    worker = _own_worker(dataloader)
     if getattr(dataloader, "batch_sampler", dataloader) is None:  # the dataset's items are batches already
-        return DataLoader(dataset, None, collate_fn=lambda batch: collate(copy.deepcopy(batch))), None, n_rows, "item"
+        ready = DataLoader(dataset, None, collate_fn=_as_it_is, **worker)
+        return _OwnRows((collate(copy.deepcopy(batch)) for batch in ready), None, n_rows, "item")
     # In batches of one: Axolotl's packing replaces the part of torch that fetches single rows.
-    return DataLoader(dataset, 1, collate_fn=lambda rows: rows[0]), collate, n_rows, "item"
+    return _OwnRows(DataLoader(dataset, 1, collate_fn=_the_only, **worker), collate, n_rows, "item")
+
+
+def _own_worker(dataloader: Any) -> dict[str, Any]:
+    """Arguments for a loader that reads the rows where the user's does, if something is set up there; else in this
+    process."""
+    if not isinstance(dataloader, DataLoader) or not dataloader.num_workers or dataloader.worker_init_fn is None:
+        return {}
+    shared = ("worker_init_fn", "multiprocessing_context", "timeout", "prefetch_factor")
+    return {"num_workers": 1, **{name: getattr(dataloader, name) for name in shared}}
+
+
+def _as_it_is(item: T) -> T:
+    return item
+
+
+def _the_only(rows: list[T]) -> T:
+    return rows[0]
 
 
 def _rows(batch: Any) -> int:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import copy
+import functools
 import logging
+import random
 
+import numpy as np
 import pytest
 import torch
 from models import (
@@ -20,7 +23,15 @@ from models import (
     with_lora,
 )
 from picture import differences, random_picture
-from torch.utils.data import BatchSampler, DataLoader, RandomSampler, SequentialSampler
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    Dataset,
+    RandomSampler,
+    SequentialSampler,
+    Subset,
+    get_worker_info,
+)
 
 from lora_da import LoraDAConfig, LoraDAError, initialize_lora_da_weights
 from lora_da.model.state import estimation_mode
@@ -197,15 +208,137 @@ class Untouchable(SequentialSampler):
         raise AssertionError("the user's sampler was used")
 
 
-def test_samplers_and_workers_are_not_used():
-    def worker(number):
-        raise AssertionError("a worker was started")
+class Here(list):
+    """Rows that are to be read in this process."""
 
-    for options in ({"sampler": Untouchable(DOCUMENTS)}, {"num_workers": 2, "worker_init_fn": worker}):
-        assert seen(take(loader(**options), 5)) == ids(DOCUMENTS[:5])
+    def __getitem__(self, number):
+        assert get_worker_info() is None, "a worker was started"
+        return super().__getitem__(number)
+
+
+def test_samplers_and_workers_are_not_used():
+    for options in ({"sampler": Untouchable(DOCUMENTS)}, {"num_workers": 2}):
+        assert seen(take(loader(Here(DOCUMENTS), **options), 5)) == ids(DOCUMENTS[:5])
     sampler = BatchSampler(Untouchable(DOCUMENTS), 4, drop_last=False)
     data = take(DataLoader(DOCUMENTS, batch_sampler=sampler, collate_fn=pad), 5)
     assert seen(data) == ids(DOCUMENTS[:5]) and data.population_size == 30
+
+
+class OpenedInWorkers(Dataset):
+    """Rows that are there only where a worker's beginning has opened them."""
+
+    def __init__(self, rows):
+        self.closed, self.rows = rows, None
+
+    def __len__(self):
+        return len(self.closed)
+
+    def __getitem__(self, number):
+        return self.rows[number]
+
+
+def open_rows(number):
+    dataset = get_worker_info().dataset
+    dataset = getattr(dataset, "dataset", dataset)
+    dataset.rows = dataset.closed
+
+
+@pytest.mark.parametrize("seed", [None, 3])
+@pytest.mark.parametrize("context", ["fork", "spawn"])
+def test_rows_are_read_where_a_worker_has_opened_them(context, seed):
+    dataset = OpenedInWorkers(DOCUMENTS)
+    options = {"num_workers": 2, "worker_init_fn": open_rows, "multiprocessing_context": context}
+    assert len(next(iter(loader(dataset, **options)))["input_ids"]) == 4, "the user's own loop works"
+    data = take(loader(dataset, **options), 5, seed)
+    assert data.n_samples == 5 and data.population_size == 30 and dataset.rows is None
+    if seed is None:
+        assert seen(data) == ids(DOCUMENTS[:5])
+
+
+def test_so_are_ready_batches():
+    ready = OpenedInWorkers(batches(DOCUMENTS, 2))
+    dataloader = DataLoader(ready, batch_size=None, num_workers=1, worker_init_fn=open_rows)
+    assert seen(take(dataloader, 4)) == ids(DOCUMENTS[:4])
+
+
+GENERATORS = {
+    "random": (lambda: random.Random(0), lambda g: g.random()),
+    "numpy": (lambda: np.random.default_rng(0), lambda g: float(g.random())),
+    "numpy's old": (lambda: np.random.RandomState(0), lambda g: float(g.rand())),
+    "torch": (lambda: torch.Generator().manual_seed(0), lambda g: torch.rand((), generator=g).item()),
+}
+
+
+class Changing(Dataset):
+    """Each row is one of the documents, as a generator decides that `hold` puts somewhere."""
+
+    def __init__(self, kind, hold):
+        make, self.draw = GENERATORS[kind]
+        self.held, self.take_out = hold(make())
+
+    def __len__(self):
+        return len(DOCUMENTS)
+
+    def __getitem__(self, number):
+        return DOCUMENTS[int(self.draw(self.take_out(self.held)) * len(DOCUMENTS))]
+
+
+class Holder:
+    def __init__(self, generator):
+        self.generator = generator
+
+    def get(self):
+        return self.generator
+
+
+def enclosed(generator):
+    return lambda: generator
+
+
+HOLDERS = {
+    "attribute": lambda generator: (generator, lambda held: held),
+    "dictionary": lambda generator: ({"a": [generator]}, lambda held: held["a"][0]),
+    "object": lambda generator: (Holder(generator), lambda held: held.generator),
+    "method": lambda generator: (Holder(generator).get, lambda held: held()),
+    "function": lambda generator: (enclosed(generator), lambda held: held()),
+    "partial": lambda generator: (functools.partial(lambda g: g, generator), lambda held: held()),
+}
+
+
+@pytest.mark.parametrize("wrap", [lambda rows: rows, lambda rows: Subset(rows, range(20))], ids=["whole", "part"])
+@pytest.mark.parametrize("hold", HOLDERS)
+@pytest.mark.parametrize("kind", GENERATORS)
+def test_training_is_handed_the_same_rows_by_a_generator_of_the_datasets_own(kind, hold, wrap):
+    def batches_of(drawn):
+        dataset = wrap(Changing(kind, HOLDERS[hold]))
+        if drawn:
+            take(loader(dataset), 7)
+        return [batch["input_ids"].tolist() for batch in loader(dataset)]
+
+    assert batches_of(drawn=True) == batches_of(drawn=False)
+
+
+def test_and_by_one_of_the_collators():
+    def batches_of(drawn):
+        generator = random.Random(0)
+
+        def collate(rows):
+            return pad(generator.sample(rows, 1) * len(rows))
+
+        dataloader = loader(collate=collate)
+        if drawn:
+            take(dataloader, 7)
+        return [batch["input_ids"].tolist() for batch in dataloader]
+
+    assert batches_of(drawn=True) == batches_of(drawn=False)
+
+
+def test_generators_are_left_where_they_were_by_an_error_too():
+    dataset = Changing("random", HOLDERS["attribute"])
+    before = dataset.held.getstate()
+    with pytest.raises(LoraDAError):
+        take(loader(dataset, collate=lambda rows: {"labels": None}), 3)
+    assert dataset.held.getstate() == before
 
 
 def grabbing(rows):

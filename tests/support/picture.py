@@ -27,8 +27,8 @@ class Same:
 
 
 def content(tensor: Tensor | None) -> str | None:
-    """A hash of every bit."""
-    if tensor is None:
+    """A hash of every bit; None where there are none."""
+    if tensor is None or tensor.is_meta:
         return None
     raw = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
     return hashlib.sha256(raw.numpy().tobytes()).hexdigest()
