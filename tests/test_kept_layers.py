@@ -8,11 +8,13 @@ import pytest
 import torch
 from faults import poison
 from logs import warnings_of
-from models import LAYERS, PREFIX, adapter_weights, batches, documents, tiny_llama, tiny_mixtral, with_lora
+from models import LAYERS, PREFIX, adapter_weights, batches, documents, tiny_llama, tiny_mixtral, tiny_opt, with_lora
+from oracle import oracle_statistics
 from picture import differences, picture
 from torch import nn
 
 from lora_da import LoraDAConfig, LoraDAError, initialize_lora_da_weights
+from lora_da.adapter import find_adapter
 
 DATA = batches(documents(8), 4)
 SMALL = LoraDAConfig(samples=8)
@@ -161,3 +163,47 @@ def test_many_layers_of_other_kinds(caplog):
 @pytest.fixture(autouse=True)
 def listen(caplog):
     caplog.set_level(logging.WARNING, "lora_da")
+
+
+QUERIES_AND_KEYS = {"q_proj", "k_proj"}
+
+
+def pairs_of_tokens():
+    """The first of two tokens has a loss and sees itself alone: no query and no key changes what it sees."""
+    return with_lora(tiny_llama()), documents([2] * 6, prompt=0)
+
+
+def one_token_over_and_over():
+    """All that is looked at is the same, whatever looks where."""
+    model = tiny_opt(dropout=0.0, attention_dropout=0.0)
+    nn.init.zeros_(model.model.decoder.embed_positions.weight)
+    labels = documents([60] * 40, prompt=0)
+    return with_lora(model), [{**row, "input_ids": [5 + number] * 60} for number, row in enumerate(labels)]
+
+
+@pytest.mark.parametrize("method", ["lora_da", "lora_one"])
+@pytest.mark.parametrize("data", [pairs_of_tokens, one_token_over_and_over])
+def test_a_gradient_of_rounding_errors_is_none(data, method):
+    """A solver would make as much of it as of any: it normalises what it is given."""
+    model, rows = data()
+    names = [layer.name.removeprefix(PREFIX) for layer in find_adapter(model).layers]
+    truth = oracle_statistics(model.unload(), rows, names, "samples")
+    largest = max(s.grad.norm() for s in truth.values())
+    assert {n.rsplit(".")[-1] for n, s in truth.items() if s.grad.norm() < 1e-9 * largest} == QUERIES_AND_KEYS
+    model, rows = data()
+    before = picture(model)
+    message = r"4 of \d\d layers have no solution; .*\.(q|k)_proj: its gradient is zero"
+    with pytest.raises(LoraDAError, match=message):
+        initialize_lora_da_weights(
+            model, batches(rows, 3), LoraDAConfig(samples=40, method=method), show_progress=False
+        )
+    assert differences(before, picture(model)) == []
+
+
+@pytest.mark.parametrize("scale", [1e-5, 1e-2])
+def test_a_small_gradient_is_one(scale):
+    """A layer behind a small gate is served: its gradient is small, and all there is to it."""
+    model = tiny_llama()
+    model.model.layers[0].mlp.down_proj.weight.data *= scale
+    report = initialize(with_lora(model))
+    assert report.initialized == report.targeted and report.failed == {}

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from lora_da.adapter import AdapterLayer
 from lora_da.collect.feed import Work
-from lora_da.collect.handover import HandingOver, Observed, SolveLayer
+from lora_da.collect.handover import HandedOver, HandingOver, Observed, SolveLayer
 from lora_da.collect.plan import Plan, Planner, make_plan
 from lora_da.collect.schedule import Schedule
 from lora_da.collect.sums import SegmentSums
@@ -27,10 +27,9 @@ from lora_da.model.experts import Routed
 from lora_da.needs import Needs
 from lora_da.processes import Run
 from lora_da.samples.draw import InitData
-from lora_da.statistics import NotServed
 from lora_da.tasks import Task
 
-__all__ = ["Collected", "Observed", "Plan", "Planner", "collect", "make_plan"]
+__all__ = ["Collected", "HandedOver", "Observed", "Plan", "Planner", "collect", "make_plan"]
 
 logger = logging.getLogger(__name__)
 
@@ -44,8 +43,7 @@ class Collected(Generic[T]):
     Args:
         plan: how the samples were run.
         routed: the layers inside an expert.
-        outcomes: what was made of each layer, in the order in which they were handed over.
-        tokens: that each layer was observed with.
+        layers: what came of them.
         loss: the mean loss per loss token; NaN until the topmost segment has run.
         timings: seconds by what they were spent on.
         border_bytes: the most that hidden states and gradients at the segments' borders have taken at once.
@@ -53,8 +51,7 @@ class Collected(Generic[T]):
 
     plan: Plan
     routed: Mapping[str, Routed]
-    outcomes: dict[str, T | NotServed] = field(default_factory=dict)
-    tokens: dict[str, int] = field(default_factory=dict)
+    layers: HandedOver[T] = field(default_factory=HandedOver)
     loss: float = float("nan")
     timings: dict[str, float] = field(default_factory=dict)
     border_bytes: int = 0
@@ -117,9 +114,8 @@ def _collect(work: Work, solve_layer: SolveLayer[T]) -> Collected[T]:
 
         def hand_over(layers: Sequence[AdapterLayer], sums: SegmentSums, scale: float) -> None:
             own = processes.everywhere(HandingOver(work, sums, scale, bar, solve_layer).hand_over, layers)
-            for outcomes, tokens in processes.gathered(own):
-                collected.outcomes |= outcomes
-                collected.tokens |= tokens
+            for done in processes.gathered(own):
+                collected.layers.add(done)
 
         schedule.run(hand_over, bar)
     collected.loss, collected.timings = schedule.loss, work.watch.seconds()

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Generic, TypeAlias, TypeVar
 
+import torch
 from torch import Tensor
 from tqdm import tqdm
 
@@ -37,6 +38,27 @@ class Observed:
     is_last_reader: bool
 
 
+@dataclass
+class HandedOver(Generic[T]):
+    """What came of some layers, by name.
+
+    Args:
+        outcomes: what was made of each, in the order in which they were handed over.
+        tokens: that each was observed with.
+        gradients: ‖G‖_F of each that was observed, where it is taken.
+    """
+
+    outcomes: dict[str, T | NotServed] = field(default_factory=dict)
+    tokens: dict[str, int] = field(default_factory=dict)
+    gradients: dict[str, float] = field(default_factory=dict)
+
+    def add(self, other: HandedOver[T]) -> None:
+        """Take what came of others."""
+        self.outcomes |= other.outcomes
+        self.tokens |= other.tokens
+        self.gradients |= other.gradients
+
+
 # Takes a layer with what was collected of it.
 SolveLayer: TypeAlias = Callable[[AdapterLayer, Observed], "T | NotServed"]
 
@@ -59,11 +81,10 @@ class HandingOver(Generic[T]):
         data = work.data
         self._n_units = data.n_loss_tokens if work.needs.averaging == "tokens" else data.n_samples
 
-    def hand_over(self, layers: Sequence[AdapterLayer]) -> tuple[dict[str, T | NotServed], dict[str, int]]:
-        """What was made of each, and the tokens that it was observed with."""
+    def hand_over(self, layers: Sequence[AdapterLayer]) -> HandedOver[T]:
+        """Hand those over that are this process's."""
         sums, processes = self._sums, self._work.run.processes
-        outcomes: dict[str, T | NotServed] = {}
-        tokens: dict[str, int] = {}
+        done: HandedOver[T] = HandedOver()
         readers = {sums.reads_like.get(a.name): a.name for a in layers if a.name not in sums.misshapen}
         last_readers = set(readers.values())
         for layer in layers:
@@ -74,16 +95,18 @@ class HandingOver(Generic[T]):
                 continue
             self._bar.update()
             if passed_by:
-                outcomes[name] = NotServed("an expert that no token of the samples was routed to", failed=False)
+                done.outcomes[name] = NotServed("an expert that no token of the samples was routed to", failed=False)
                 continue
             with self._work.watch("solve"):
-                outcomes[name] = self._made_of(layer, name in last_readers)
-            tokens[name] = sums.n_tokens(name)
-        return outcomes, tokens
-
-    def _made_of(self, layer: AdapterLayer, is_last_reader: bool) -> T | NotServed:
-        observed = self._observed(layer, is_last_reader)
-        return observed if isinstance(observed, NotServed) else self._solve_layer(layer, observed)
+                observed = self._observed(layer, name in last_readers)
+                if isinstance(observed, Observed):
+                    if observed.statistics.grad is not None:  # looked at before it is used up
+                        done.gradients[name] = torch.linalg.norm(observed.statistics.grad).item()
+                    done.outcomes[name] = self._solve_layer(layer, observed)
+                else:
+                    done.outcomes[name] = observed
+            done.tokens[name] = sums.n_tokens(name)
+        return done
 
     def _was_passed_by(self, name: str) -> bool:
         """Whether a layer is inside an expert that was given no token that counts."""

@@ -55,9 +55,9 @@ def collected(
     with estimation_mode(model):
         data = draw(batches, 1000, None, 1000, task.read, True)
         found = collect(task, layers, data, needs(averaging, full), run, lambda layer, seen: seen.statistics, plan)
-    assert len(found.outcomes) == len(layers)
-    assert all(isinstance(outcome, LayerStatistics) for outcome in found.outcomes.values())
-    return {name.removeprefix(PREFIX): statistics for name, statistics in found.outcomes.items()}
+    assert len(found.layers.outcomes) == len(layers)
+    assert all(isinstance(outcome, LayerStatistics) for outcome in found.layers.outcomes.values())
+    return {name.removeprefix(PREFIX): statistics for name, statistics in found.layers.outcomes.items()}
 
 
 def distance(a: Tensor, b: Tensor) -> float:
