@@ -44,7 +44,9 @@ class Subject:
         non-reentrant gradient checkpointing, train mode."""
         model = load_model(prepare(), base, device) if self.config is None else random_llama(self.config, base, device)
         model.config.use_cache = False
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        # by the name that this version of transformers has for it
+        checkpoint = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
+        checkpoint({"use_reentrant": False})
         return model.train()
 
     def rows(self) -> list[Row]:

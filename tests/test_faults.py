@@ -11,7 +11,7 @@ import pytest
 import torch
 from faults import NAN, STAGES, Fault, Rows, begin_the_sweep
 from judge import truth, worst_start
-from models import batches, documents, lived_in, pad, tiny_gpt2, tiny_llama, with_lora
+from models import batches, checkpoint, documents, lived_in, pad, tiny_gpt2, tiny_llama, with_lora
 from peft import PeftModel
 from picture import differences, picture
 from planning import ONE, Forced, Way
@@ -61,7 +61,7 @@ class Run:
     def model(self) -> PeftModel:
         model = with_lora(self.build())
         if self.reentrant is not None:
-            model.gradient_checkpointing_enable({"use_reentrant": self.reentrant})
+            checkpoint(model.get_base_model(), self.reentrant)
         return lived_in(model)
 
 

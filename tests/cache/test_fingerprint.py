@@ -7,7 +7,18 @@ import random
 
 import pytest
 import torch
-from models import QUANTISED, VOCABULARY, batches, documents, packed, pad, tiny_llama, tiny_quantized, with_lora
+from models import (
+    QUANTISED,
+    VOCABULARY,
+    batches,
+    checkpoint,
+    documents,
+    packed,
+    pad,
+    tiny_llama,
+    tiny_quantized,
+    with_lora,
+)
 from picture import content, model_picture
 from torch.utils.data import DataLoader
 
@@ -235,7 +246,7 @@ def with_another_adapter():
 
 def checkpointed():
     model = with_lora(tiny_llama())
-    model.gradient_checkpointing_enable()
+    checkpoint(model.get_base_model())
     return model
 
 

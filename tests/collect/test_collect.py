@@ -12,6 +12,7 @@ from models import (
     PADDING,
     Document,
     batches,
+    checkpoint,
     documents,
     packed,
     pad,
@@ -60,7 +61,7 @@ def test_equal_to_the_oracle(build, averaging: str) -> None:
 def checkpointed(base: nn.Module, reentrant: bool | None) -> PeftModel:
     model = with_lora(base)
     if reentrant is not None:
-        model.get_base_model().gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+        checkpoint(model.get_base_model(), reentrant)
     return model
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from collecting import distance
-from models import PREFIX, VOCABULARY, Stream, tiny_llama, with_lora
+from models import PREFIX, VOCABULARY, Stream, checkpoint, tiny_llama, with_lora
 from oracle import projector
 from other_methods import BATCHES, ROWS, TAKEN, WAYS, every_method, factors, start
 from picture import content, differences, picture
@@ -42,7 +42,7 @@ def no_backward(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("no_backward")
 def test_cntlora_runs_no_backward_and_keeps_no_graph(way: str) -> None:
     model = with_lora(tiny_llama())
-    model.get_base_model().gradient_checkpointing_enable()
+    checkpoint(model.get_base_model())
     kept: list[bool] = []
     head = model.get_base_model().get_output_embeddings()
     hook = head.register_forward_hook(lambda module, args, output: kept.append(output.requires_grad))

@@ -12,7 +12,7 @@ import pytest
 import torch
 from architectures import ARCHITECTURES, BLOCKS, LLAMA, Architecture
 from collecting import worst
-from models import PREFIX, WIDE, batches, documents, packed, pad, quantized, with_lora
+from models import PREFIX, WIDE, batches, checkpoint, documents, packed, pad, quantized, with_lora
 from oracle import OracleStatistics, oracle_statistics
 from peft import PeftModel
 from planning import ONE, WAYS, Replanned, Way, collected_by
@@ -65,7 +65,7 @@ def test_every_plan_gives_the_oracles_statistics(way: str, layout: str, reentran
     for averaging in ("samples", "tokens"):
         model = fresh("Llama")
         if reentrant is not None:
-            model.get_base_model().gradient_checkpointing_enable({"use_reentrant": reentrant})
+            checkpoint(model.get_base_model(), reentrant)
         ours = collected_by(model, LAYOUTS[layout](ROWS), WAYS[way], averaging)
         assert worst(ours, truth("Llama", averaging)) <= FLOAT32
         assert {s.n_tokens for s in ours.values()} == {sum(SEVEN_LENGTHS)}

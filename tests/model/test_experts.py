@@ -9,7 +9,7 @@ import pytest
 import torch
 from collecting import collected, distance, worst
 from mixtures import Mixture, mixture
-from models import IGNORED, LENGTHS, Document, batches, documents, packed, pad, with_lora
+from models import IGNORED, LENGTHS, Document, batches, checkpoint, documents, packed, pad, with_lora
 from tolerances import FLOAT32, WRONG
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -62,7 +62,7 @@ def test_an_expert_counts_the_tokens_it_was_given(averaging: str, reentrant: boo
     """Padding goes through experts too, and must not count."""
     rows, model = documents(LENGTHS), with_lora(mixture())
     if reentrant is not None:
-        model.get_base_model().gradient_checkpointing_enable({"use_reentrant": reentrant})
+        checkpoint(model.get_base_model(), reentrant)
     assert off(collected(model, layout(rows), averaging), truth(mixture(), rows, averaging)) <= FLOAT32
 
 

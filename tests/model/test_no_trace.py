@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from models import (
+    checkpoint,
     documents,
     lived_in,
     packed,
@@ -55,7 +56,7 @@ def test_only_the_factors_change(kind, checkpointing):
     """Weights, gradients, flags, hooks, attributes, configs and random states, on a model with a life of its own."""
     model = attention_only(BUILDERS[kind], lora_dropout=0.1)
     if checkpointing is not None:
-        model.gradient_checkpointing_enable({"use_reentrant": checkpointing})
+        checkpoint(model.get_base_model(), checkpointing)
     lived_in(model)
     before = picture(model)
     report = initialize(model)

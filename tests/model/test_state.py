@@ -10,6 +10,7 @@ from collecting import PLAIN_PASS, watching
 from models import (
     VOCABULARY,
     batches,
+    checkpoint,
     documents,
     seeded,
     tiny_gpt2,
@@ -160,7 +161,7 @@ def test_noise_is_on_again(kind):
 def test_checkpointing_stays_on():
     """Also a model that comes in eval mode is in train mode, where checkpointing works: layers are computed twice."""
     model = with_lora(tiny_llama()).eval()
-    model.gradient_checkpointing_enable({"use_reentrant": True})
+    checkpoint(model.get_base_model(), reentrant=True)
     calls = []
     model.get_base_model().model.layers[0].mlp.register_forward_hook(lambda *_: calls.append(torch.is_grad_enabled()))
     statistics(model, estimation_mode(model))

@@ -14,7 +14,7 @@ from architectures import ARCHITECTURES, Architecture
 from datasets import Dataset
 from dequantized import FOUR_BIT, dequantized, four_bit
 from hypothesis import strategies as st
-from models import IGNORED, Document, documents, packed, pad, with_lora
+from models import IGNORED, Document, checkpoint, documents, packed, pad, with_lora
 from peft import PeftModel
 from torch import nn
 from torch.utils.data import DataLoader
@@ -128,16 +128,16 @@ class Configuration:
     def start(self, model: PeftModel, output: Path) -> InitReport:
         """Initialise the adapter as this configuration's trainer does."""
         config = LoraDAConfig(samples=self.samples, population_size=self.count, memory_budget=self.budget)
-        reentrant = {"use_reentrant": self.checkpointing}
         if self.trainer == "peft-call":
             if self.checkpointing is not None:
-                model.gradient_checkpointing_enable(reentrant)
+                checkpoint(model.get_base_model(), self.checkpointing)
             loader = DataLoader(self.documents(), self.batch_size, collate_fn=self.collate)  # type: ignore[arg-type]
             return initialize_lora_da_weights(model, loader, config, show_progress=False)
         initializer = LoraDAInitializer(config)
         args: dict[str, Any] = {"learning_rate": 0.0, "bf16": False, "per_device_train_batch_size": self.batch_size}
         args |= {"gradient_checkpointing": self.checkpointing is not None}
-        args |= {"gradient_checkpointing_kwargs": reentrant} if self.checkpointing is not None else {}
+        if self.checkpointing is not None:
+            args["gradient_checkpointing_kwargs"] = {"use_reentrant": self.checkpointing}
         args |= {"label_smoothing_factor": 0.1} if self.refusal == "label-smoothing" else {}
         if self.trainer == "sft":
             args |= {"packing": True, "max_length": 32} if self.packing else {}

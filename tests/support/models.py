@@ -189,6 +189,12 @@ def adapter_weights(model: nn.Module) -> dict[str, Tensor]:
     return {name: p.detach().clone() for name, p in model.named_parameters() if "lora_" in name}
 
 
+def checkpoint(model: PreTrainedModel, reentrant: bool = False) -> None:
+    """Switch activation checkpointing on, by the name that this version of transformers has for it."""
+    enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
+    enable({"use_reentrant": reentrant})
+
+
 def lived_in(model: PeftModel) -> PeftModel:
     """A model in a state that no default would restore: mixed flags, gradients, hooks and attributes of its user."""
     base = model.get_base_model()

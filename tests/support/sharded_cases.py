@@ -12,7 +12,7 @@ import torch
 from accelerate.utils import FullyShardedDataParallelPlugin
 from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 from many_cases import ROWS, SAMPLES, Broken, fails_in, llama, process_group, rank
-from models import WIDE, batches, tiny_llama, with_lora
+from models import WIDE, batches, checkpoint, tiny_llama, with_lora
 from other_methods import METHODS
 from peft import PeftModel
 from planning import Forced, Way
@@ -88,7 +88,7 @@ def nf4(folder: Path, storage: torch.dtype) -> PeftModel:
 
 def checkpointed() -> PeftModel:
     model = llama()
-    model.get_base_model().gradient_checkpointing_enable({"use_reentrant": False})
+    checkpoint(model.get_base_model())
     model.enable_input_require_grads()
     return model
 

@@ -79,6 +79,13 @@ COMMON = {
 }
 
 
+def in_its_words(args: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of a trainer by the names that this version of transformers has for them."""
+    if "activation_checkpointing" not in TrainingArguments.__dataclass_fields__:
+        return args
+    return {name.replace("gradient_checkpointing", "activation_checkpointing"): value for name, value in args.items()}
+
+
 def sft(
     model: Any,
     rows: Any,
@@ -90,7 +97,7 @@ def sft(
 ) -> SFTTrainer:
     return kind(
         model=model,
-        args=SFTConfig(output_dir=str(output), **{**COMMON, "loss_type": "nll", **args}),
+        args=SFTConfig(output_dir=str(output), **in_its_words({**COMMON, "loss_type": "nll", **args})),
         train_dataset=rows,
         processing_class=tokenizer(),
         peft_config=None if isinstance(model, PeftModel) else lora_config or lora(),
@@ -103,7 +110,7 @@ def plain(
 ) -> Trainer:
     return kind(
         model=model,
-        args=TrainingArguments(output_dir=str(output), **{**COMMON, **args}),
+        args=TrainingArguments(output_dir=str(output), **in_its_words({**COMMON, **args})),
         train_dataset=rows,
         data_collator=pad,
         callbacks=list(callbacks),

@@ -8,7 +8,7 @@ import pytest
 import torch
 from collecting import worst
 from dequantized import dequantized, four_bit
-from models import IGNORED, PREFIX
+from models import IGNORED, PREFIX, checkpoint
 from peft import PeftModel
 from picture import differences, picture
 from planning import ONE, WAYS, collected_by, surveyed_model
@@ -79,7 +79,7 @@ def test_checkpointing_changes_nothing(kind, reentrant):
     rows = of_one_length()
 
     def checkpointed(base):
-        base.gradient_checkpointing_enable({"use_reentrant": reentrant})
+        checkpoint(base, reentrant)
         return base
 
     check(kind, rows, in_batches(rows, 3), prepare=checkpointed)
