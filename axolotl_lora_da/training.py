@@ -14,7 +14,6 @@ OWN_LOSS = f"{SUPERVISED}, and the run would train another loss than its adapter
 REFUSED = {
     "rl": f"{SUPERVISED}, and a start away from zero would make the reference model differ from the policy at step 0; "
     "fine-tune first and go on from that adapter with lora_model_dir",
-    "reward_model": SUPERVISED,
     "process_reward_model": SUPERVISED,
     "tiled_mlp": "it cuts a sequence into pieces that LoRA-DA cannot match to their tokens; unset it",
     "use_eaft": OWN_LOSS,
@@ -31,6 +30,7 @@ REFUSED_ABOVE_ONE = {
 PLAIN_INITS = (None, True, "gaussian")
 # Whose compute_loss leaves the loss to the model. Others (distillation, diffusion) make a loss LoRA-DA never sees.
 PLAIN_LOSS = ("transformers.trainer", "axolotl.core.trainers.base")
+PAIRS_LOSS = "trl.trainer.reward_trainer"  # of `reward_model`, which LoRA-DA estimates too
 
 
 def check_training(cfg: Mapping[str, Any], trainer: Any) -> None:
@@ -63,5 +63,5 @@ def _check_loss(trainer: Any) -> None:
     if getattr(trainer, "compute_loss_func", None) is not None:
         raise LoraDAError(f"the trainer has a compute_loss_func of its own, which LoRA-DA cannot serve: {OWN_LOSS}")
     owner = next((cls for cls in type(trainer).__mro__ if "compute_loss" in vars(cls)), None)
-    if owner is not None and owner.__module__ not in PLAIN_LOSS:
+    if owner is not None and owner.__module__ not in (*PLAIN_LOSS, PAIRS_LOSS):
         raise LoraDAError(f"{owner.__name__} computes a loss of its own, which LoRA-DA cannot serve: {OWN_LOSS}")

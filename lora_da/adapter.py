@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from lora_da.errors import LoraDAError
-from lora_da.model.sharding import copied, is_zero3, shape, shard_of, whole
+from lora_da.model.sharding import NOT_IN_MEMORY, copied, is_zero3, shape, shard_of, whole
 from lora_da.model.weights import is_readable, row_norms, weight_norm
 
 SMALLEST = torch.finfo(torch.float32).tiny  # in the place of the norm of an all-zero weight
@@ -158,7 +158,6 @@ def find_adapter(model: PeftModel, adapter_name: str | None = None) -> Adapter:
         raise LoraDAError(
             f"expected a PEFT model with a LoRA adapter, got {type(model).__name__}; call get_peft_model first"
         )
-    _check_in_memory(model)
     name = _adapter_name(model, adapter_name)
     config = model.peft_config[name]
     _check_config(config, name)
@@ -168,6 +167,9 @@ def find_adapter(model: PeftModel, adapter_name: str | None = None) -> Adapter:
     for path, module in model.named_modules():
         if not isinstance(module, LoraLayer) or name not in module.r:
             continue
+        absent = next((f"{path}.{name}" for name, p in module.named_parameters() if p.is_meta), None)
+        if absent is not None:
+            raise LoraDAError(NOT_IN_MEMORY.format(absent))
         if module.merged:
             raise LoraDAError(f"layer {path} has merged adapters; call `unmerge_adapter()` first")
         is_head = head is not None and head in (module, module.get_base_layer())
@@ -191,15 +193,6 @@ def find_adapter(model: PeftModel, adapter_name: str | None = None) -> Adapter:
         kinds = f": {_listed(left)}" if left else ""
         raise LoraDAError(f"adapter {name!r} targets no layer that LoRA-DA can initialise{kinds}; check target_modules")
     return Adapter(name, layers, left)
-
-
-def _check_in_memory(model: nn.Module) -> None:
-    absent = next((name for name, parameter in model.named_parameters() if parameter.is_meta), None)
-    if absent is not None:
-        raise LoraDAError(
-            f"parameter {absent} is on the meta device, so its numbers are not in memory: the model is offloaded to "
-            "CPU or disk by its `device_map`, or was never loaded; load it whole, quantised if need be"
-        )
 
 
 def stored_base(model: PeftModel) -> dict[str, Any]:

@@ -7,6 +7,7 @@ Letters, here and everywhere: `n` counted tokens, `i` the layer's input width, `
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -37,6 +38,14 @@ class LayerStatistics:
     input_cov: Tensor | None
     output_fisher: Tensor | None
     n_tokens: int
+
+    def gradient_size(self) -> float | None:
+        """‖G‖_F over √tr Z, which large inputs alone do not make large; ‖G‖_F where Z is not taken, None without G."""
+        if self.grad is None:
+            return None
+        norm = torch.linalg.norm(self.grad).item()
+        inputs = 1.0 if self.input_cov is None else self.input_cov.trace().item()
+        return norm / math.sqrt(inputs) if inputs > 0 else norm
 
     @property
     def device(self) -> torch.device:

@@ -108,7 +108,14 @@ def offloaded():
     return model
 
 
+def offloaded_embeddings():
+    model = llama()
+    model.get_base_model().model.embed_tokens.to("meta")
+    return model
+
+
 MODELS = {
+    "offloaded embeddings": (offloaded_embeddings, "parameter of the input embeddings is on the meta device"),
     "offloaded": (
         offloaded,
         r"parameter .*layers\.1\.mlp\.up_proj\.base_layer\.weight is on the meta device.*load it whole",

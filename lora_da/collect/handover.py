@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Generic, TypeAlias, TypeVar
 
-import torch
 from torch import Tensor
 from tqdm import tqdm
 
@@ -45,7 +44,7 @@ class HandedOver(Generic[T]):
     Args:
         outcomes: what was made of each, in the order in which they were handed over.
         tokens: that each was observed with.
-        gradients: ‖G‖_F of each that was observed, where it is taken.
+        gradients: `gradient_size` of each that was observed, where there is one.
     """
 
     outcomes: dict[str, T | NotServed] = field(default_factory=dict)
@@ -100,8 +99,9 @@ class HandingOver(Generic[T]):
             with self._work.watch("solve"):
                 observed = self._observed(layer, name in last_readers)
                 if isinstance(observed, Observed):
-                    if observed.statistics.grad is not None:  # looked at before it is used up
-                        done.gradients[name] = torch.linalg.norm(observed.statistics.grad).item()
+                    size = observed.statistics.gradient_size()  # before it is used up
+                    if size is not None:
+                        done.gradients[name] = size
                     done.outcomes[name] = self._solve_layer(layer, observed)
                 else:
                     done.outcomes[name] = observed

@@ -55,8 +55,20 @@ def held(parameter: Any) -> Any:
     return parameter.to_local() if isinstance(parameter, DTensor) else parameter
 
 
+NOT_IN_MEMORY = (
+    "parameter {} is on the meta device, so its numbers are not in memory: the model is offloaded to CPU or disk by "
+    "its `device_map`, or was never loaded; load it whole, quantised if need be"
+)
+
+
 def compute_device(parameter: Tensor) -> torch.device:
-    """Where a layer with this parameter runs: FSDP2 may keep its shard on the CPU."""
+    """Where a layer with this parameter runs: FSDP2 may keep its shard on the CPU.
+
+    Raises:
+        LoraDAError: it is not in memory.
+    """
+    if parameter.is_meta:
+        raise LoraDAError(NOT_IN_MEMORY.format("of the input embeddings"))
     if isinstance(parameter, DTensor):
         kind = parameter.device_mesh.device_type
         return torch.device(kind, torch.accelerator.current_device_index()) if kind != "cpu" else torch.device(kind)

@@ -57,7 +57,6 @@ def test_the_pass_runs_under_the_trainers_activation_offload():
         ({"adapter": None}, "^adapter is None; LoRA-DA initialises LoRA adapters: set adapter: lora, or qlora"),
         ({"adapter": "llama-adapter"}, "^adapter is 'llama-adapter'"),
         ({"rl": "dpo"}, "^rl is set, .* fine-tune first"),
-        ({"reward_model": True}, "^reward_model is set"),
         ({"process_reward_model": True}, "^process_reward_model is set"),
         ({"peft_init_lora_weights": "pissa"}, "^peft_init_lora_weights is 'pissa'"),
         ({"peft_init_lora_weights": False}, "^peft_init_lora_weights is False"),

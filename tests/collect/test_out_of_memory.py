@@ -176,6 +176,9 @@ class OnGpu:
     def __init__(self, held: LayerStatistics, asked: list[str]) -> None:
         self.held, self.asked = held, asked
 
+    def gradient_size(self) -> float | None:
+        return self.held.gradient_size()
+
     def to(self, device: torch.device) -> LayerStatistics:
         self.asked.append(device.type)
         return self.held

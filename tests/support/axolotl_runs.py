@@ -86,12 +86,13 @@ class Project:
     Args:
         folder: an empty one.
         model: the base; a tiny Llama if None.
+        reader: its tokenizer or processor; the tokenizer of words if None.
     """
 
-    def __init__(self, folder: Path, model: PreTrainedModel | None = None) -> None:
+    def __init__(self, folder: Path, model: PreTrainedModel | None = None, reader: Any = None) -> None:
         self.folder = folder
         (model or tiny_llama(**WIDE)).save_pretrained(folder / "base")
-        tokenizer().save_pretrained(folder / "base")
+        (reader or tokenizer()).save_pretrained(folder / "base")
         self.rows("rows", documents(ROWS))
 
     def rows(self, name: str, rows: list[Document]) -> dict[str, Any]:

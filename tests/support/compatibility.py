@@ -136,7 +136,7 @@ ROWS: dict[str, list[Row]] = {
     "trainers and losses": [
         Row("peft-call", "a training loop of your own"),
         Row("trainer", "transformers' `Trainer`"),
-        Row("trainer-images", "images in `SFTTrainer` or Axolotl", "no test trains on images; the PEFT call is tested"),
+        Row("trainer-images", "images in `SFTTrainer`, some rows without one too"),
         Row("seq2seq-trainer", "transformers' `Seq2SeqTrainer`"),
         Row("sft", "TRL's `SFTTrainer`"),
         Row("reward", "TRL's `RewardTrainer`, margins and `center_rewards_coefficient` too"),
@@ -189,7 +189,9 @@ ROWS: dict[str, list[Row]] = {
         Row("axolotl-find-batch-size", "`auto_find_batch_size`"),
         Row("axolotl-ray", "`use_ray`, one worker: what Ray would run, without Ray"),
         Row("axolotl-ddp", "DDP by its torchrun launcher, 2 CPU processes"),
-        Row("axolotl-rl", "`rl`, `reward_model`, `process_reward_model`"),
+        Row("axolotl-reward", "`reward_model`, with `bradley_terry.chat_template`"),
+        Row("axolotl-images", "images (`processor_type`), some rows without one too"),
+        Row("axolotl-rl", "`rl`, `process_reward_model`"),
         Row(
             "axolotl-losses",
             "`tiled_mlp`, `use_eaft`, `use_dft`, `liger_use_token_scaling`, trainers with a loss of their own",

@@ -1,17 +1,18 @@
 """The trainers of other tasks, each with its users' collator: the adapter they start from is that of the PEFT call.
 
-Reward models on TRL's RewardTrainer; classifiers and translators on transformers' own trainers.
+Reward models and pictures on TRL's trainers; classifiers and translators on transformers' own.
 """
 
 from __future__ import annotations
 
 import classifiers
+import image_models
 import pytest
 import rewards
 import torch
 import translators
 from datasets import Dataset
-from tolerances import LOSS
+from tolerances import LOSS, REBATCHED
 from torch.utils.data import DataLoader
 from transformers import (
     DataCollatorForSeq2Seq,
@@ -25,9 +26,10 @@ from transformers import (
 
 pytest.importorskip("trl", reason="TRL is not installed")
 
+import image_chats
 from models import adapter_weights, lora
-from trainers import COMMON, FirstStep, same_bits, tokenizer
-from trl import RewardConfig, RewardTrainer
+from trainers import COMMON, FirstStep, same_bits, tokenizer, worst_difference
+from trl import RewardConfig, RewardTrainer, SFTConfig, SFTTrainer
 
 from lora_da import LoraDAConfig, initialize_lora_da_weights
 from lora_da.tasks import RewardLoss
@@ -160,3 +162,38 @@ def test_reward(tmp_path, center, margins):
     with model.disable_adapter():
         untouched = trainer.compute_loss(model, rewards.pad(rows))
     assert initializer.report.loss == pytest.approx(untouched.item(), rel=LOSS)
+
+
+@pytest.mark.compat("trainer-images")
+@pytest.mark.parametrize("kind", ["chats", "some without a picture", "prompts and completions"])
+def test_images(tmp_path, kind):
+    """TRL's collator makes them of pictures as it goes; here each row is made by itself and batched by the tests."""
+    rows = image_chats.chats(12)
+    if kind == "some without a picture":
+        for row in rows[::3]:
+            row["images"], row["messages"][0]["content"] = [], row["messages"][0]["content"][1:]
+    if kind == "prompts and completions":
+        rows = [{"images": r["images"], "prompt": r["messages"][:1], "completion": r["messages"][1:]} for r in rows]
+    initializer, first = callbacks()
+    trainer = SFTTrainer(
+        model=image_models.reader("Llava"),
+        args=SFTConfig(str(tmp_path), **{**COMMON, "loss_type": "nll", "bf16": False, "max_length": None}),
+        train_dataset=Dataset.from_list(rows),
+        processing_class=image_chats.processor(),
+        peft_config=lora(target_modules=image_models.LANGUAGE, init_lora_weights=True),
+        callbacks=[initializer, first],
+    )
+    before = adapter_weights(trainer.model)
+    found = trained(trainer, first, initializer)
+    made = []
+    for row in rows:
+        batch = trainer.data_collator([row])
+        assert (batch["input_ids"] == image_models.IMAGE).sum() == 4 * len(row["images"])
+        made.append({**batch, "input_ids": batch["input_ids"][0], "labels": batch["labels"][0]})
+    model = image_models.adapted(image_models.reader("Llava"))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name in before:
+                parameter.copy_(before[name])
+    hand = by_hand(model, made, image_models.pad)
+    assert worst_difference(found, hand) < REBATCHED and not same_bits(found, before)
