@@ -9,6 +9,8 @@ from typing import Any
 
 from torch import nn
 
+from lora_da.model.fused import lifted
+
 # Where the functions of the kernels live. They are told by that and not by the models they serve: Axolotl adds models
 # with every release.
 KERNEL_MODULES = (
@@ -18,25 +20,14 @@ KERNEL_MODULES = (
 )
 
 
-@contextmanager
-def lifted_lora_kernels(model: nn.Module) -> Iterator[None]:
+def lifted_lora_kernels(model: nn.Module) -> AbstractContextManager[None]:
     """Inside, every projection is called as a module again, so that hooks on it fire.
 
     Axolotl binds its kernels to single modules: as `apply_qkv` and `apply_o`, which must stay callable since it has
     rewritten the attention's forward to call them, and else as a `forward` or a linear attention's `apply_…`, without
     which the class's own code runs.
     """
-    lifted: list[tuple[nn.Module, str, MethodType]] = []
-    try:
-        for module in model.modules():
-            for name, method in list(vars(module).items()):
-                if _is_kernel(name, method):
-                    lifted.append((module, name, method))
-                    _put_plain(module, name)
-        yield
-    finally:
-        for module, name, method in lifted:
-            setattr(module, name, method)
+    return lifted(model, _is_kernel, _plain)
 
 
 @contextmanager
@@ -51,14 +42,11 @@ def _is_kernel(name: str, method: Any) -> bool:
     return bound and method.__func__.__module__ in KERNEL_MODULES
 
 
-def _put_plain(module: nn.Module, name: str) -> None:
+def _plain(module: nn.Module, name: str) -> MethodType | None:
     from axolotl.monkeypatch import lora_kernels
 
     if name == "apply_qkv":
         shares_keys = getattr(module, "v_proj", None) is None  # Gemma 4 takes the keys for values
         plain = lora_kernels.original_apply_qkv_optional_v if shares_keys else lora_kernels.original_apply_qkv
-        setattr(module, name, MethodType(plain, module))
-    elif name == "apply_o":
-        setattr(module, name, MethodType(lora_kernels.original_apply_o, module))
-    else:
-        delattr(module, name)
+        return MethodType(plain, module)
+    return MethodType(lora_kernels.original_apply_o, module) if name == "apply_o" else None

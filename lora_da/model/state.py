@@ -1,6 +1,7 @@
 """The state a model is in while its statistics are taken, and nothing of it left behind.
 
-The model is the one the user trains: adapters off, train mode on (checkpointing depends on it), all noise off.
+The model is the one the user trains: adapters off, train mode on (checkpointing depends on it), all noise off, and its
+layers called one by one.
 """
 
 from __future__ import annotations
@@ -16,7 +17,12 @@ import torch
 from peft import PeftModel
 from torch import nn
 
+from lora_da.model.fused import layer_by_layer
+
 NOISE = re.compile(r"drop|jitter|neftune_noise", re.IGNORECASE)
+# What a forward leaves for later ones, and what training's own forward would find: of the last images' positions, for
+# generation; whether the last one had no labels, by Unsloth, which then looks at padding.
+LEFT_BY_A_CALL = {"rope_deltas": None, "_has_no_labels": False}
 RUNNING_STATISTICS = (nn.modules.batchnorm._BatchNorm,)
 
 
@@ -28,6 +34,7 @@ def estimation_mode(model: PeftModel) -> Iterator[None]:
         stack.enter_context(torch.enable_grad())  # a backward pass follows
         stack.enter_context(random_states())
         stack.enter_context(flags_kept(model))
+        stack.enter_context(layer_by_layer(model))
         stack.enter_context(model.disable_adapter())
         model.requires_grad_(False)  # nobody's .grad is touched: only activations carry gradients
         model.train()
@@ -38,8 +45,9 @@ def estimation_mode(model: PeftModel) -> Iterator[None]:
                 stack.enter_context(_attribute(module, name, 0.0))
             if isinstance(module, nn.modules.dropout._DropoutNd):
                 stack.enter_context(_attribute(module, "p", 0.0))
-            if "rope_deltas" in vars(module):  # of the last images' positions, kept for generation
-                stack.enter_context(_attribute(module, "rope_deltas", None))
+            for name, value in LEFT_BY_A_CALL.items():
+                if name in vars(module):
+                    stack.enter_context(_attribute(module, name, value))
         for config in _configs(model):
             for name in _noise_attributes(vars(config)):
                 stack.enter_context(_attribute(config, name, 0.0))
