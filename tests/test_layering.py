@@ -71,6 +71,7 @@ RULES = (
     Attributes("a method sees tensors and numbers only", ("lora_da/methods/*",), r"register_(\w+_)?hook"),
     Imports("one host does not know the other", ("axolotl_lora_da/*",), ("trl", "trl_integration")),
     Imports("one host does not know the other", ("trl_integration/*",), ("axolotl", "axolotl_lora_da")),
+    Imports("Unsloth is told by names, not imported", PRODUCT, ("unsloth", "unsloth_zoo")),
     Imports("the product runs without what surrounds it", PRODUCT, ("tests", "oracle", "examples", "benchmarks")),
     Imports(
         "the oracle does not know what it judges",
@@ -154,6 +155,8 @@ PLANTED = [
     ("axolotl_lora_da/plugin.py", "import trl_integration", "one host does not know the other"),
     ("axolotl_lora_da/plugin.py", "import trl", "one host does not know the other"),
     ("trl_integration/x.py", "from axolotl_lora_da.plugin import LoraDAPlugin", "one host does not know the other"),
+    ("lora_da/model/x.py", "from unsloth.models import llama", "Unsloth is told by names, not imported"),
+    ("trl_integration/x.py", "def f():\n    import unsloth_zoo", "Unsloth is told by names, not imported"),
     ("lora_da/x.py", "from examples import demo", "the product runs without what surrounds it"),
     ("trl_integration/x.py", "import tests.oracle", "the product runs without what surrounds it"),
     (

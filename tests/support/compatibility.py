@@ -46,6 +46,17 @@ ROWS: dict[str, list[Row]] = {
             "plugin, config and kernel tests passed by hand against its source; no training run",
         ),
         Row("newest", "TRL 1.16, PEFT 0.21 and transformers 5.24, the newest when this was written"),
+        Row(
+            "unsloth",
+            "Unsloth 2026.10.9 on its CPU backend, with TRL 1.15, PEFT 0.21 and transformers 5.17: `SFTTrainer`, "
+            "unquantised and 4-bit",
+        ),
+        Row(
+            "unsloth-fused",
+            "Unsloth's fused functions, tiled MLPs and compiled blocks: put aside for the pass; shown on its own "
+            "functions as far as a CPU runs them, else on stand-ins",
+        ),
+        Row("unsloth-gpu", "training with Unsloth on a GPU", "its code for GPUs was read, and runs in tests in part"),
         Row("cuda", "CUDA", "all tests run on CPUs"),
     ],
     "base formats": [
