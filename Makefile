@@ -39,9 +39,12 @@ fuzz: $(NEWEST)/.ready
 unsloth: $(UNSLOTH)/.ready
 	$(call pytest,$(UNSLOTH)) tests/trl_integration/test_unsloth.py tests/model/test_fused.py
 
-# The lowest releases that pyproject.toml admits, but for torch's; the versions and result of the last run are in the table.
+# The lowest releases that pyproject.toml admits, but torch's; the row in the table says how the last run went. Old
+# releases warn of a newer torch. They lack what is left out: the benchmarks' LoRA-GA, adapters of a tied head, sequence
+# parallelism; and DBRX fails in transformers' own forward.
 floors: $(FLOORS)/.ready
-	$(call pytest,$(FLOORS)) $(JOBS) -m "not once and not slow"
+	$(call pytest,$(FLOORS)) $(JOBS) -W default -m "not once and not slow" \
+		--ignore tests/benchmarks -k "not pdrop and not tied_head and not sp_size"
 
 lint: $(AXOLOTL)/.ready
 	$(AXOLOTL)/bin/ruff check .
@@ -72,9 +75,10 @@ $(UNSLOTH)/.ready: pyproject.toml
 	$(UNSLOTH)/bin/python -m pip uninstall -qqy torchvision
 	touch $@
 
+# TRL 1.8 imports aiohttp without asking for it.
 FLOORED := accelerate|bitsandbytes|peft|transformers|trl
 $(FLOORS)/.ready: pyproject.toml
-	$(call install,$(FLOORS),trl$(,)bnb$(,)test,$(shell sed -nE 's/.*"($(FLOORED))>=([0-9.]+)".*/\1==\2/p' $<))
+	$(call install,$(FLOORS),trl$(,)bnb$(,)test,aiohttp $(shell sed -nE 's/.*"($(FLOORED))>=([0-9.]+)".*/\1==\2/p' $<))
 	touch $@
 
 , := ,
