@@ -43,6 +43,12 @@ def loss_of(output: Any) -> torch.Tensor:
     return loss
 
 
+def logits_of(output: Any, with_loss: bool) -> torch.Tensor:
+    """The logits in what a model returns, an output of the library or a tuple, where they are behind the loss."""
+    logits: torch.Tensor = output[int(with_loss)] if isinstance(output, tuple) else output.logits
+    return logits
+
+
 def kept_on_device() -> torch.autograd.graph.saved_tensors_hooks:
     """Activations that are used at once or not at all: an offloading context around them shall not move them.
 

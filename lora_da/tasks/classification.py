@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from lora_da.errors import LoraDAError
+from lora_da.model.forward import logits_of, loss_of
 from lora_da.samples.batch import Batch
 from lora_da.samples.tokens import IGNORED, read_labelled_rows, read_tokens
 from lora_da.tasks.head import LossPass
@@ -38,20 +39,22 @@ class _Classification(Task):
         """Run a batch of `n` labels that count; weights (…, 1), in the place of the pass's own, fit the logits."""
         with how.timed("forward"):
             output = self.model(**inputs, labels=labels if n else None)  # the mean over no label is not a number
-        if n and output.loss is None:
+        loss = loss_of(output) if n else None
+        if n and loss is None:
             raise self._no_loss()
+        logits = logits_of(output, with_loss=n > 0)
         if torch.is_grad_enabled():
             with how.timed("head"):
-                gradient = self._of_logits(output, n * how.scale) if n else torch.zeros_like(output.logits)
-            if output.logits.requires_grad:
+                gradient = torch.zeros_like(logits) if loss is None else self._of_logits(loss * n * how.scale, logits)
+            if logits.requires_grad:
                 with how.timed("backward"):
-                    output.logits.backward(gradient if weights is None else (gradient * weights).to(gradient.dtype))
-        return output.loss.detach().float() * n if n else output.logits.new_zeros((), dtype=torch.float32)
+                    logits.backward(gradient if weights is None else (gradient * weights).to(gradient.dtype))
+        return logits.new_zeros((), dtype=torch.float32) if loss is None else loss.detach().float() * n
 
-    def _of_logits(self, output: Any, factor: float) -> Tensor:
-        """The gradient of `factor` times the loss in the logits. A label's loss depends on its own logits alone: to
-        weigh this gradient is to weigh the loss."""
-        (gradient,) = torch.autograd.grad(output.loss * factor, output.logits, allow_unused=True)
+    def _of_logits(self, loss: Tensor, logits: Tensor) -> Tensor:
+        """The gradient of the loss in the logits. A label's loss depends on its own logits alone: to weigh this
+        gradient is to weigh the loss."""
+        (gradient,) = torch.autograd.grad(loss, logits, allow_unused=True)
         if gradient is None:
             raise self._no_loss()
         return gradient

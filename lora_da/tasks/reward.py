@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from lora_da.errors import LoraDAError
+from lora_da.model.forward import logits_of
 from lora_da.samples.batch import NOT_FOR_THE_MODEL, Batch
 from lora_da.samples.tokens import read_labelled_rows
 from lora_da.tasks.classification import SequenceClassification
@@ -65,7 +66,7 @@ class Reward(SequenceClassification):
 
     def backward(self, batch: Batch, inputs: dict[str, Any], how: LossPass) -> Tensor:
         with how.timed("forward"):
-            rewards = self.model(**inputs).logits.squeeze(-1)  # (rows,)
+            rewards = logits_of(self.model(**inputs), with_loss=False).squeeze(-1)  # (rows,)
         with how.timed("head"):
             chosen, rejected = rewards.float().view(-1, 2).unbind(1)
             ahead = chosen - rejected

@@ -64,6 +64,14 @@ def test_labels_of_tokens(kind, averaging):
     check(kind, "Token", rows, in_batches(rows, 3), averaging=averaging)
 
 
+@pytest.mark.parametrize(("head", "make"), [("Sequence", single), ("Token", tagged)])
+def test_a_config_that_asks_for_tuples_changes_nothing(head, make):
+    rows = make()
+    model = adapted(classifier("Bert", head, return_dict=False))
+    oracle = statistics_of(classifier("Bert", head), rows, losses, targets(model), "tokens")
+    assert worst(collected_by(model, in_batches(rows, 3)), oracle) < FLOAT32
+
+
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize(("kind", "head"), [("Llama", "Sequence"), ("ModernBert", "Sequence"), ("Bert", "Token")])
 def test_every_way_of_running(kind, head, way):

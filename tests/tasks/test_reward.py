@@ -40,6 +40,13 @@ def test_against_autograd(kind, margins, center):
     check(kind, found, in_batches(found, 3), center)
 
 
+def test_a_config_that_asks_for_tuples_changes_nothing():
+    found, model = pairs(), adapted(classifier("Bert", num_labels=1, return_dict=False))
+    ours = collected_by(model, in_batches(found, 3), reward=RewardLoss(None))
+    oracle = statistics_of(classifier("Bert", num_labels=1), found, losses(0), list(ours), "tokens")
+    assert worst(ours, oracle) < OF_DIFFERENCES
+
+
 @pytest.mark.parametrize("way", WAYS)
 def test_every_way_of_running(way):
     found = pairs(margins=True)
