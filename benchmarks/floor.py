@@ -24,7 +24,7 @@ def plain_pass(peft_model: PeftModel, batches: Batches) -> None:
     """One forward and backward over the batches as in training: adapters off, gradients in activations only,
     checkpointing and chunked output layer as ours; nothing is watched."""
     model = peft_model.get_base_model()
-    as_it_is = LossPass(1.0, None, contextlib.nullcontext, lambda n, weights: None)
+    as_it_is = LossPass(1.0, None, contextlib.nullcontext, lambda n, weights: contextlib.nullcontext())
     with estimation_mode(peft_model):
         hook = model.get_input_embeddings().register_forward_hook(require_gradient)
         try:

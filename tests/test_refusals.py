@@ -143,7 +143,10 @@ MODELS = {
         r"layer .*layers\.0\.self_attn\.k_proj is 16 × 32, its rank 17 is above that; set a smaller `r`.*`rank_p",
     ),
     "merged": (merged, "layer .*q_proj has merged adapters; call `unmerge_adapter"),
-    "masked language model": (masked_language_model, "BertForMaskedLM trains with ForMaskedLM"),
+    "masked language model": (
+        masked_language_model,
+        "BertForMaskedLM compares the logits of a token with its own label, where LoRA-DA expects the next one's label",
+    ),
     "question answering": (question_answering, "BertForQuestionAnswering has no language-model head"),
     "unknown decoder": (
         lambda: with_lora(seeded(DecoderElsewhere, llama_config())),

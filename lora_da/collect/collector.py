@@ -74,8 +74,13 @@ class Collector:
             overflow = ~torch.isfinite(gradient).all()
             self.overflowed = overflow if self.overflowed is None else self.overflowed.to(gradient.device) | overflow
 
-    def _hook(self, name: str) -> Callable[..., Tensor]:
-        def observe(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+    def _hook(self, name: str) -> Callable[..., Any]:
+        def observe(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+            if not isinstance(output, Tensor):
+                raise LoraDAError(
+                    f"layer {name} ({type(module).__name__}) returns a {type(output).__name__}, and no adapter can add "
+                    "to one; take it out of target_modules"
+                )
             backward = self.sums.needs.sums.backward
             if backward and not torch.is_grad_enabled():
                 return output  # the first forward of a re-entrant checkpoint

@@ -145,8 +145,7 @@ class Schedule:
 
     def _collector(self, segment: Segment) -> Collector:
         work, bases = self._work, {layer.name: layer.base for layer in segment.layers}
-        head = next((layer.name for layer in segment.layers if layer.is_head), None)
-        selection = Selection(bases, work.task.streams, work.survey.routed, head)
+        selection = Selection(bases, work.task.streams, work.survey.routed)
         return Collector(bases, SegmentSums(bases, work.needs), selection, lambda: work.watch("products"))
 
     def _lay(self, start: int, borders: list[int], progress: Progress) -> None:

@@ -92,8 +92,7 @@ class SegmentRun:
 
     def _run_top(self, batch: Batch, inputs: dict[str, Any]) -> Tensor:
         weights = self._scaling.weights(batch, self._work.run.device)
-        reading_head = self._collector.selection.reading_head
-        how = LossPass(self._scaling.factor, weights, self._work.watch, reading_head)
+        how = LossPass(self._scaling.factor, weights, self._work.watch, self._collector.selection.in_head)
         return self._work.task.backward(batch, inputs, how)
 
     def _run_blocks(self, number: int, hidden: Tensor | None, inputs: dict[str, Any]) -> None:

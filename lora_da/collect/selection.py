@@ -22,16 +22,12 @@ class Selection:
         layers: the base layers, by name.
         streams: where the layers are that read other than the tokens of the loss.
         routed: the layers that are inside an expert and read some of the tokens only.
-        head: the language-model head, which reads what `reading_head` says.
     """
 
-    def __init__(
-        self, layers: Mapping[str, nn.Module], streams: Streams, routed: Mapping[str, Routed], head: str | None
-    ) -> None:
+    def __init__(self, layers: Mapping[str, nn.Module], streams: Streams, routed: Mapping[str, Routed]) -> None:
         self._stream_of = streams.of(layers)
         self._within = streams.within
         self._routed = {name: routed[name] for name in layers if name in routed}
-        self._head = head
         self._orders = Orders()
         self._batch: _BatchRows | None = None
 
@@ -65,8 +61,10 @@ class Selection:
         """
         self._batch = _BatchRows(counted, device, others)
 
-    def reading_head(self, n: int, weights: Tensor | None) -> None:
-        """Say what the head's next call reads: `n` tokens that carry loss, and rows behind them that do not count.
+    @contextlib.contextmanager
+    def in_head(self, n: int, weights: Tensor | None) -> Iterator[None]:
+        """Layers that run inside are the head's: they read `n` tokens that carry loss, and rows behind them that do
+        not count.
 
         Args:
             n: tokens.
@@ -74,12 +72,16 @@ class Selection:
         """
         assert self._batch is not None, "no batch was announced"
         self._batch.head = n, weights
+        try:
+            yield
+        finally:
+            self._batch.head = None
 
     def chosen(self, name: str, x: Tensor) -> Chosen | None:
         """Which rows of a layer's input x (…, i) count, as far as x tells; None where that cannot be told."""
         batch = self._batch
         assert batch is not None, "no batch was announced"
-        if name == self._head:
+        if batch.head is not None:
             n, weights = batch.head
             return Chosen(torch.arange(n, device=x.device), weights)
         routed = self._routed.get(name)
@@ -135,7 +137,7 @@ class _BatchRows:
         handed_over: an encoder's hidden states, as it returned them and as their reader got them.
         mixture_inputs: what each mixture of experts was called with.
         expert_positions: of the tokens that each expert was given last.
-        head: as `Selection.reading_head` is told.
+        head: as `Selection.in_head` is told, while it runs.
     """
 
     def __init__(self, counted: Tensor, device: torch.device, others: Mapping[str, Tensor]) -> None:
@@ -146,7 +148,7 @@ class _BatchRows:
         self.handed_over: list[Tensor] = []
         self.mixture_inputs: dict[nn.Module, KnownRows] = {}
         self.expert_positions: dict[nn.Module, Tensor] = {}
-        self.head: tuple[int, Tensor | None] = 0, None
+        self.head: tuple[int, Tensor | None] | None = None
 
     def among(self, positions: Tensor) -> Chosen:
         """Choose those that count among some tokens, given by their positions."""

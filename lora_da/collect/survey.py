@@ -70,17 +70,20 @@ def survey_model(task: Task, layers: Sequence[AdapterLayer], inputs: Mapping[str
     Args:
         task: its model in estimation mode.
         layers: those to be served.
-        inputs: what its body takes; the beginning of one row will do. It is run three times, block by block at last.
+        inputs: what its body takes; the beginning of one row will do. It is run four times, block by block at last.
         needs: what is to be taken; gradients are looked for where one of its sums needs a backward pass.
 
     Raises:
-        LoraDAError: no gradient passes through a layer of the kinds that are targeted.
+        LoraDAError: the model's loss is not what the task takes it for, or no gradient passes through a layer of the
+            kinds that are targeted.
     """
     model, blocks = task.model, task.blocks
+    with without_checkpointing(model):
+        task.check_loss(inputs)
     block_of = _block_of(blocks, layers)
     bases, backward = {layer.name: layer.base for layer in layers}, needs.sums.backward
     sums = SegmentSums(bases, needs)
-    collector = Collector(bases, sums, Selection(bases, task.streams, {}, None), contextlib.nullcontext)
+    collector = Collector(bases, sums, Selection(bases, task.streams, {}), contextlib.nullcontext)
     must_pass = _like(layers, model, blocks) if backward else {}
     sequence = BlockSequence(task.body, blocks)
     why_not = task.why_not_sequential or _why_not(blocks, layers, block_of)

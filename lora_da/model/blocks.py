@@ -16,8 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_da.memory import is_out_of_memory
-from lora_da.model.forward import kept_on_device, replaced
+from lora_da.model.forward import kept_on_device, replaced, without_its_inputs
 from lora_da.samples.batch import NOT_TEXT
 
 # A block run again in another kernel than the first time is off by rounding, one that lacks an input by its own size.
@@ -81,13 +80,11 @@ class BlockSequence:
         return last
 
     def _check_alone(self, number: int, hidden: Tensor, returned: Tensor, inputs: dict[str, Any]) -> None:
-        try:
-            with self.only(number, number + 1):
-                again = self.run(hidden, (), **inputs)[number + 1]
-        except (RuntimeError, LookupError, TypeError, ValueError, AttributeError) as error:
-            if isinstance(error, torch.AcceleratorError) or is_out_of_memory(error):
-                raise
-            raise NotSequential(f"block {number} cannot be run alone: {error}") from error
+        def refusal(error: Exception) -> Exception:
+            return NotSequential(f"block {number} cannot be run alone: {error}")
+
+        with without_its_inputs(refusal), self.only(number, number + 1):
+            again = self.run(hidden, (), **inputs)[number + 1]
         check(again, returned)
 
     @contextlib.contextmanager
@@ -201,8 +198,11 @@ class _Call:
 
 
 def _other_than(inputs: dict[str, Any]) -> dict[str, Any]:
-    """Inputs of the same shapes: other tokens, or other images, for which the tokens say where they are."""
-    images = {k: v.flip(-1) / 2 for k, v in inputs.items() if NOT_TEXT.match(k) and _is_floating(v)}
+    """Inputs of the same shapes: other tokens, or other images, for which the tokens say where they are, or others in
+    the place of both."""
+    images = {
+        k: v.flip(-1) / 2 for k, v in inputs.items() if (NOT_TEXT.match(k) or k == "inputs_embeds") and _is_floating(v)
+    }
     if images or not isinstance(inputs.get("input_ids"), Tensor):
         return {**inputs, **images}
     return {**inputs, "input_ids": inputs["input_ids"].flip(-1) // 2}

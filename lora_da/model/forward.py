@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import nn
+
+from lora_da.memory import is_out_of_memory
 
 
 @contextlib.contextmanager
@@ -22,6 +25,47 @@ def replaced(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
             del module.forward
         else:
             module.forward = before
+
+
+@contextlib.contextmanager
+def without_its_inputs(refusal: Callable[[Exception], Exception]) -> Iterator[None]:
+    """Run a part of a model on less than the model gives it: where it fails for that, raise what `refusal` makes of it.
+
+    An error of memory, or of an accelerator, is raised as it is.
+    """
+    try:
+        yield
+    except (RuntimeError, LookupError, TypeError, ValueError, AttributeError) as error:
+        if isinstance(error, torch.AcceleratorError) or is_out_of_memory(error):
+            raise
+        raise refusal(error) from error
+
+
+class _HandedOver(Exception):
+    """Leaves a forward where it calls a part of the model, with what it hands that."""
+
+    def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        super().__init__()
+        self.args, self.kwargs = args, kwargs
+
+
+def handed_to(part: nn.Module, model: nn.Module, **inputs: Any) -> dict[str, Any] | None:
+    """What a model's own forward hands one of its parts, by name; None if it never calls it.
+
+    The part does not run, and the forward ends there. It is no call of the model: no hook of it sees this one, nor
+    gathers for it what is sharded.
+    """
+
+    def hand_over(*args: Any, **kwargs: Any) -> Any:
+        raise _HandedOver(args, kwargs)
+
+    try:
+        with replaced(part, hand_over):
+            model.forward(**inputs)
+    except _HandedOver as found:
+        names = list(inspect.signature(type(part).forward).parameters)[1:]  # the first is the part itself
+        return {**dict(zip(names, found.args, strict=False)), **found.kwargs}
+    return None
 
 
 def hidden_of(output: Any) -> torch.Tensor | None:

@@ -48,8 +48,11 @@ def gradients_must_pass(modules: Mapping[str, nn.Module]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def outputs_with_gradients(module: nn.Module) -> Iterator[None]:
-    """What `module` returns requires gradients: re-entrant checkpointing passes none back to inputs that do not."""
-    hook = module.register_forward_hook(lambda _module, _args, output: output.requires_grad_())
+    """What `module` returns requires gradients: re-entrant checkpointing passes none back to inputs that do not.
+
+    It is no leaf: some models go on in place, as CTRL does when it scales its embeddings.
+    """
+    hook = module.register_forward_hook(lambda _module, _args, output: output.requires_grad_().clone())
     try:
         yield
     finally:

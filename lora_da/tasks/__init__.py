@@ -10,15 +10,9 @@ from lora_da.tasks.causal import Causal
 from lora_da.tasks.classification import SequenceClassification, TokenClassification
 from lora_da.tasks.reward import Reward, RewardLoss
 from lora_da.tasks.seq2seq import Seq2Seq
-from lora_da.tasks.task import Task
+from lora_da.tasks.task import SUPPORTED, Task
 
 __all__ = ["RewardLoss", "Task", "find_task"]
-
-LANGUAGE_MODEL_LOSSES = ("ForCausalLM", "ForConditionalGeneration", None)
-SUPPORTED = (
-    "LoRA-DA supports causal and sequence-to-sequence language models, and classifiers of sequences and tokens that "
-    "are no encoder-decoders"
-)
 
 
 def find_task(model: nn.Module, reward: RewardLoss | None = None) -> Task:
@@ -42,7 +36,5 @@ def find_task(model: nn.Module, reward: RewardLoss | None = None) -> Task:
     if model.loss_type == "ForTokenClassification" and not is_encoder_decoder:
         return TokenClassification(model)
     if model.get_output_embeddings() is None:
-        raise LoraDAError(f"{name} has no language-model head; {SUPPORTED}")
-    if model.loss_type not in LANGUAGE_MODEL_LOSSES:
-        raise LoraDAError(f"{name} trains with {model.loss_type}; {SUPPORTED}")
+        raise LoraDAError(f"{name} has no language-model head (`get_output_embeddings()`); {SUPPORTED}")
     return Seq2Seq(model) if is_encoder_decoder else Causal(model)

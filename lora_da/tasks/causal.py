@@ -10,15 +10,16 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from lora_da.errors import LoraDAError
+from lora_da.model.forward import handed_to
 from lora_da.model.streams import Streams
 from lora_da.samples.batch import TOKENS, Batch
 from lora_da.samples.draw import read_causal
-from lora_da.tasks.head import LossPass, backward
+from lora_da.tasks.head import MeanLoss, body_and_head
 from lora_da.tasks.inputs import model_inputs
-from lora_da.tasks.task import Task, head_width
+from lora_da.tasks.task import LanguageModel
 
 
-class Causal(Task):
+class Causal(LanguageModel):
     """A decoder with a language-model head. A document is a row, or a part of a packed one.
 
     Of a model that reads images too, the towers are run as they are, and layers in its decoder alone are served.
@@ -27,25 +28,30 @@ class Causal(Task):
         LoraDAError: the model names no decoder.
     """
 
+    predicts = 1
+
     def __init__(self, model: PreTrainedModel) -> None:
         decoder = _body_below_the_head(model)
-        self._reads_images = model.config.get_text_config() is not model.config and model.base_model is not model
-        super().__init__(model, model.base_model if self._reads_images else decoder, decoder)
-        if self._reads_images:
+        self._text_only = model.config.get_text_config() is model.config
+        whole = model.base_model is not model and not self._text_only
+        super().__init__(model, model.base_model if whole else decoder, decoder)
+        if not self._text_only:
             self.streams = Streams({TOKENS: decoder})
-
-    @property
-    def n_logits(self) -> int:
-        return head_width(self.model.get_output_embeddings())
 
     def read(self, inputs: Mapping[str, Any], limit: int) -> Batch:
         return read_causal(inputs, limit)
 
     def inputs(self, batch: Batch, device: torch.device) -> dict[str, Any]:
-        return model_inputs(self.model, batch, device, text_only=not self._reads_images)
+        inputs = model_inputs(self.model, batch, device, text_only=self._text_only)
+        with torch.no_grad():
+            handed = handed_to(self.body, self.model, **inputs)
+        if handed is None:
+            name, body = type(self.model).__name__, type(self.body).__name__
+            raise LoraDAError(f"{name} does not run its {body}, which is below its head by the names of its parts")
+        return handed
 
-    def backward(self, batch: Batch, inputs: dict[str, Any], how: LossPass) -> Tensor:
-        return backward(self.model, self.body, inputs, batch.tokens, how)
+    def decoded(self, inputs: Mapping[str, Any]) -> tuple[Tensor, MeanLoss]:
+        return body_and_head(self.model, self.body, inputs)
 
 
 def _body_below_the_head(model: PreTrainedModel) -> PreTrainedModel:

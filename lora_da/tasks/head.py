@@ -25,7 +25,8 @@ CHUNK = 256  # tokens whose logits exist at once: 0.4 GB in float32, gradient in
 
 
 Timed = Callable[[str], AbstractContextManager[Any]]
-BeforeHead = Callable[[int, "Tensor | None"], None]
+InHead = Callable[[int, "Tensor | None"], AbstractContextManager[None]]
+MeanLoss = Callable[[Tensor, Tensor], Tensor]  # of hidden states (n, h), each with the label (n,) it is to predict
 
 
 @dataclass(frozen=True)
@@ -36,14 +37,14 @@ class LossPass:
         scale: factor of the loss.
         weights: (p,) factor of the loss at each position, on the model's device; 1 if None.
         timed: a context for each of `forward`, `head` and `backward`.
-        before_head: told before each call of a language-model head how many loss tokens it reads, the first ones, and
-            the (n,) factors of their losses, which are applied behind it.
+        in_head: a context for each call of a language-model head, told how many loss tokens it reads, the first ones,
+            and the (n,) factors of their losses, which are applied behind it.
     """
 
     scale: float
     weights: Tensor | None
     timed: Timed
-    before_head: BeforeHead
+    in_head: InHead
 
 
 def backward(
@@ -65,7 +66,17 @@ def backward(
         LoraDAError: the body returns no hidden states.
     """
     with how.timed("forward"):
-        output = body(**batch)
+        hidden, mean_loss = body_and_head(model, body, batch)
+    return backward_from_head(mean_loss, hidden, tokens, how)
+
+
+def body_and_head(model: PreTrainedModel, body: nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor, MeanLoss]:
+    """Run the body of a causal language model; its hidden states (rows, columns, h), and the head's loss of some.
+
+    Raises:
+        LoraDAError: the body returns no hidden states.
+    """
+    output = body(**batch)
     hidden = hidden_of(output)
     if hidden is None:
         seen = type(output).__name__
@@ -78,16 +89,14 @@ def backward(
         with replaced(body, lambda *args, **kwargs: answer):
             return loss_of(model(input_ids=labels.clamp_min(0), labels=labels))
 
-    return backward_from_head(mean_loss, hidden, tokens, how)
+    return hidden, mean_loss
 
 
-def backward_from_head(
-    mean_loss: Callable[[Tensor, Tensor], Tensor], hidden: Tensor, tokens: BatchTokens, how: LossPass
-) -> Tensor:
+def backward_from_head(mean_loss: MeanLoss, hidden: Tensor, tokens: BatchTokens, how: LossPass) -> Tensor:
     """Run the head over a chunk of the loss tokens after the other, then what is below it backward at once.
 
     Args:
-        mean_loss: of hidden states (n, h), each with the label (n,) it predicts; the mean over them.
+        mean_loss: over those that have a label.
         hidden: (rows, columns, h), what the head reads.
         tokens: the batch's counted tokens.
         how: as for `backward`.
@@ -107,13 +116,13 @@ def backward_from_head(
         for positions in carries_loss.split(CHUNK) if len(carries_loss) else ():
             chunk = flat[positions].requires_grad_()
             own = None if how.weights is None else how.weights[positions]
-            how.before_head(len(positions), own)
-            with kept_on_device():
-                mean = mean_loss(chunk, targets[positions])
-            total += mean.detach().float() * len(positions)
-            if not torch.is_grad_enabled():
-                continue
-            (mean * (len(positions) * how.scale)).backward()
+            with how.in_head(len(positions), own):
+                with kept_on_device():
+                    mean = mean_loss(chunk, targets[positions])
+                total += mean.detach().float() * len(positions)
+                if not torch.is_grad_enabled():
+                    continue
+                (mean * (len(positions) * how.scale)).backward()
             if chunk.grad is None:
                 raise LoraDAError("the model's head does not take its hidden states from its decoder; not supported")
             # A token's loss depends on its own hidden state alone: to weigh this gradient is to weigh the loss.
@@ -123,3 +132,29 @@ def backward_from_head(
         with how.timed("backward"):
             hidden.backward(gradient.view_as(hidden))
     return total
+
+
+def dependence(mean_loss: MeanLoss, hidden: Tensor, n_logits: int) -> list[int] | None:
+    """Where the hidden states are that the loss of one label depends on, counted from the one that is to predict it.
+
+    A hidden state that predicts as it should gives [0]; a loss that is not finite tells nothing, None. Two labels are
+    tried: a loss that is zero has no gradient.
+
+    Args:
+        mean_loss: of a head.
+        hidden: (rows, columns, h), what it reads; the first state is taken.
+        n_logits: how many labels there are to choose from.
+    """
+    middle, found = 2, set()
+    targets = torch.full((2 * middle + 1,), IGNORED, device=hidden.device)
+    for label in (n_logits // 2, n_logits // 2 - 1):
+        states = hidden.detach()[0, :1].repeat(len(targets), 1).requires_grad_()
+        targets[middle] = label
+        with torch.enable_grad(), kept_on_device():
+            loss = mean_loss(states, targets)
+            (gradient,) = torch.autograd.grad(loss, states, allow_unused=True)
+        if not bool(loss.detach().isfinite()):
+            return None
+        if gradient is not None:
+            found |= set(gradient.any(1).nonzero().flatten().tolist())
+    return [position - middle for position in sorted(found)]

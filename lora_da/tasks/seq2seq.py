@@ -9,16 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.modeling_outputs import BaseModelOutput
 
 from lora_da.errors import LoraDAError
 from lora_da.model.blocks import find_blocks
-from lora_da.model.forward import hidden_of, loss_of, output_like, replaced
+from lora_da.model.forward import handed_to, hidden_of, loss_of, output_like, replaced
 from lora_da.model.streams import Streams
 from lora_da.samples.batch import ENCODER, TOKENS, Batch, selected
 from lora_da.samples.tokens import IGNORED, read_tokens, real_tokens
-from lora_da.tasks.head import LossPass, backward_from_head
-from lora_da.tasks.task import Task, head_width
+from lora_da.tasks.head import MeanLoss
+from lora_da.tasks.task import LanguageModel
 
 
 @dataclass(frozen=True)
@@ -81,21 +80,28 @@ class SourceAndTarget(Batch):
         return self._columns if _is_of_target(name) else self.source.shape[1]
 
 
-class Seq2Seq(Task):
+class Seq2Seq(LanguageModel):
     """An encoder-decoder with a language-model head. A document is a row, its loss tokens are its labels.
 
     Raises:
-        LoraDAError: the model names no encoder or decoder.
+        LoraDAError: the model names no encoder or decoder, or its encoder reads other than tokens.
     """
+
+    predicts = 0
 
     why_not_sequential = "it has an encoder and a decoder"
     has_experts = False  # T5 keeps the parts of its blocks in lists, as others keep their experts
 
     def __init__(self, model: PreTrainedModel) -> None:
+        name, read = type(model).__name__, model.main_input_name
+        if read != "input_ids":
+            raise LoraDAError(f"{name} reads `{read}`; LoRA-DA supports encoder-decoders that read token ids")
         self._encoder, self._decoder = model.get_encoder(), model.get_decoder()
-        if self._encoder is model or self._decoder is model:
+        while _holds(self._decoder, self._encoder) and self._decoder is not self._decoder.get_decoder():
+            self._decoder = self._decoder.get_decoder()  # Florence-2 names the whole of what it has inside
+        if _holds(self._decoder, self._encoder) or _holds(self._encoder, self._decoder):
             raise LoraDAError(
-                f"{type(model).__name__} names no encoder and decoder (`get_encoder()`, `get_decoder()`), so their "
+                f"{name} names no encoder and decoder (`get_encoder()`, `get_decoder()`), so their "
                 "tokens cannot be told apart"
             )
         super().__init__(model, model)
@@ -104,11 +110,9 @@ class Seq2Seq(Task):
 
     @property
     def embeddings(self) -> list[nn.Module]:
-        return [self._encoder.get_input_embeddings(), self._decoder.get_input_embeddings()]
-
-    @property
-    def n_logits(self) -> int:
-        return head_width(self.model.get_output_embeddings())
+        parts = (part for part in (self._encoder, self._decoder) if hasattr(part, "get_input_embeddings"))
+        found = [part.get_input_embeddings() for part in parts]
+        return found or super().embeddings
 
     def read(self, inputs: Mapping[str, Any], limit: int) -> Batch:
         ids = inputs.get("input_ids") if isinstance(inputs, Mapping) else None
@@ -121,43 +125,40 @@ class Seq2Seq(Task):
         counted = torch.zeros(tokens.rows, dtype=torch.bool)
         counted[(tokens.document.view(tokens.rows, -1) >= 0).any(1)] = True
         source = real_tokens(inputs, ids, "input_ids") & counted.unsqueeze(1)
-        if inputs.get("decoder_input_ids") is None:
-            made = self.model.prepare_decoder_input_ids_from_labels(labels=inputs["labels"])
-            inputs = {**inputs, "decoder_input_ids": made}
         return SourceAndTarget(inputs, tokens, source=source)
 
-    def backward(self, batch: Batch, inputs: dict[str, Any], how: LossPass) -> Tensor:
-        with how.timed("forward"):
-            output, hidden = self._decoded(inputs)
+    def inputs(self, batch: Batch, device: torch.device) -> dict[str, Any]:
+        """What the model takes, its labels included: its own forward makes of them what the decoder reads."""
+        return {**super().inputs(batch, device), "labels": batch.inputs["labels"].to(device)}
+
+    def decoded(self, inputs: Mapping[str, Any]) -> tuple[Tensor, MeanLoss]:
+        encoded, _ = self._returned_by(self._encoder, inputs)
+        output, hidden = self._returned_by(self._decoder, {**inputs, "encoder_outputs": encoded})
 
         def mean_loss(states: Tensor, targets: Tensor) -> Tensor:
             answer = output_like(output, states.unsqueeze(0))
-            encoded = BaseModelOutput(last_hidden_state=states.detach()[None, :1])  # nobody reads it
+            source = output_like(encoded, states.detach()[None, :1])  # nobody reads it
             ids = targets.unsqueeze(0)
             with replaced(self._decoder, lambda *args, **kwargs: answer):
-                return loss_of(self.model(encoder_outputs=encoded, decoder_input_ids=ids, labels=ids))
+                return loss_of(self.model(encoder_outputs=source, decoder_input_ids=ids, labels=ids))
 
-        return backward_from_head(mean_loss, hidden, batch.tokens, how)
+        return hidden, mean_loss
 
-    def _decoded(self, inputs: dict[str, Any]) -> tuple[Any, Tensor]:
-        """What the decoder returns, and the hidden states in it; the model's own forward goes on with one token of it,
-        for the head to be cheap."""
-        found: list[tuple[Any, Tensor]] = []
-        original = self._decoder.forward
+    def _returned_by(self, part: nn.Module, inputs: Mapping[str, Any]) -> tuple[Any, Tensor]:
+        """What the encoder or the decoder makes of what the model's own forward hands it, and the hidden states in it.
 
-        def forward(*args: Any, **kwargs: Any) -> Any:
-            output = original(*args, **kwargs)
-            hidden = hidden_of(output)
-            if hidden is None:
-                raise LoraDAError(
-                    f"{type(self._decoder).__name__} does not return its last hidden state; not supported"
-                )
-            found.append((output, hidden))
-            return output_like(output, hidden[:1, :1].detach())
-
-        with replaced(self._decoder, forward):
-            self.model(**inputs)
-        return found[0]
+        Raises:
+            LoraDAError: it is not run, or returns none.
+        """
+        model, name = type(self.model).__name__, type(part).__name__
+        handed = handed_to(part, self.model, **inputs)
+        if handed is None:
+            raise LoraDAError(f"{model} does not run its {name}, which it names (`get_encoder()`, `get_decoder()`)")
+        output = part(**handed)
+        hidden = hidden_of(output)
+        if hidden is None:
+            raise LoraDAError(f"{name} does not return its last hidden state; not supported")
+        return output, hidden
 
     @staticmethod
     def _target(inputs: Mapping[str, Any]) -> dict[str, Any]:
@@ -169,6 +170,10 @@ class Seq2Seq(Task):
         if mask is None and isinstance(labels, Tensor) and labels.dim() == 2:
             mask = (labels != IGNORED).flip(1).cumsum(1).flip(1) > 0
         return {**{k: v for k, v in inputs.items() if k == "labels"}, "attention_mask": mask}
+
+
+def _holds(outer: nn.Module, inner: nn.Module) -> bool:
+    return any(module is inner for module in outer.modules())
 
 
 def _is_of_target(name: str) -> bool:

@@ -10,12 +10,19 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from lora_da.errors import LoraDAError
 from lora_da.model.blocks import find_blocks
+from lora_da.model.forward import without_its_inputs
 from lora_da.model.sharding import shape
 from lora_da.model.streams import Streams
 from lora_da.samples.batch import Batch
-from lora_da.tasks.head import LossPass
+from lora_da.tasks.head import LossPass, MeanLoss, backward_from_head, dependence
 from lora_da.tasks.inputs import model_inputs
+
+SUPPORTED = (
+    "LoRA-DA supports causal and sequence-to-sequence language models, and classifiers of sequences and tokens that "
+    "are no encoder-decoders"
+)
 
 
 def head_width(head: Any) -> int:
@@ -73,6 +80,16 @@ class Task(ABC):
         """
         return model_inputs(self.model, batch, device)
 
+    def check_loss(self, inputs: Mapping[str, Any]) -> None:  # noqa: B027 (a model's own loss is what it is)
+        """Refuse a model whose loss is not what this task takes it for.
+
+        Args:
+            inputs: of `inputs`; the beginning of one row will do.
+
+        Raises:
+            LoraDAError: it is another one.
+        """
+
     @abstractmethod
     def backward(self, batch: Batch, inputs: dict[str, Any], how: LossPass) -> Tensor:
         """Backpropagate the weighted sum of the losses of the batch's counted loss tokens.
@@ -85,3 +102,54 @@ class Task(ABC):
         Returns:
             The sum without factor and weights, a scalar on the model's device.
         """
+
+
+class LanguageModel(Task):
+    """Predicts tokens by a head that is run over a few of the hidden states at a time.
+
+    Attributes:
+        predicts: where the label is that the logits of a token are compared with, in tokens behind it.
+    """
+
+    predicts: int
+
+    @property
+    def n_logits(self) -> int:
+        return head_width(self.model.get_output_embeddings())
+
+    @abstractmethod
+    def decoded(self, inputs: Mapping[str, Any]) -> tuple[Tensor, MeanLoss]:
+        """Run what is below the head; its hidden states (rows, columns, h), and the head's loss of some of them.
+
+        Raises:
+            LoraDAError: there are none.
+        """
+
+    def check_loss(self, inputs: Mapping[str, Any]) -> None:
+        name = type(self.model).__name__
+        with torch.no_grad():
+            hidden, mean_loss = self.decoded(inputs)
+
+        def refusal(error: Exception) -> Exception:
+            return LoraDAError(
+                f"the head of {name} cannot be run on its decoder's last hidden states alone ({error}); not supported"
+            )
+
+        with without_its_inputs(refusal):
+            found = dependence(mean_loss, hidden, self.n_logits)
+        if found not in (None, [0]):
+            expected = _label_at(self.predicts)
+            seen = " and ".join(_label_at(self.predicts - place) for place in found) or "no label"
+            raise LoraDAError(
+                f"{name} compares the logits of a token with {seen}, where LoRA-DA expects {expected}; {SUPPORTED}"
+            )
+
+    def backward(self, batch: Batch, inputs: dict[str, Any], how: LossPass) -> Tensor:
+        with how.timed("forward"):
+            hidden, mean_loss = self.decoded(inputs)
+        return backward_from_head(mean_loss, hidden, batch.tokens, how)
+
+
+def _label_at(behind: int) -> str:
+    """The label of a token that is so many behind another, in words."""
+    return {0: "its own label", 1: "the next one's label"}.get(behind, f"the label {behind} behind it")

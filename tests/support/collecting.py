@@ -27,7 +27,7 @@ from lora_da.tasks.head import LossPass
 
 PLENTY = 64.0  # GiB of a budget in which every tiny model is one pass
 # Each batch's loss as it is, and nobody listens.
-PLAIN_PASS = LossPass(1.0, None, contextlib.nullcontext, lambda n, weights: None)
+PLAIN_PASS = LossPass(1.0, None, contextlib.nullcontext, lambda n, weights: contextlib.nullcontext())
 
 
 def needs(averaging: str = "tokens", full: bool = True) -> Needs:
@@ -38,7 +38,7 @@ def needs(averaging: str = "tokens", full: bool = True) -> Needs:
 def watching(layers: Mapping[str, nn.Module], full: bool = False) -> Collector:
     """A collector of layers that all read the same tokens."""
     sums = SegmentSums(layers, needs(full=full))
-    return Collector(layers, sums, Selection(layers, Streams(), {}, None), contextlib.nullcontext)
+    return Collector(layers, sums, Selection(layers, Streams(), {}), contextlib.nullcontext)
 
 
 def collected(

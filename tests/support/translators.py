@@ -11,6 +11,7 @@ from classifiers import texts
 from models import IGNORED, VOCABULARY, seeded, with_lora
 from peft import PeftModel
 from task_oracle import Unit, cross_entropy
+from tiny_configs import tiny_config
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -33,12 +34,15 @@ MODELS: dict[str, dict[str, Any]] = {
     "T5": {**T5, "decoder_start_token_id": 0},
     "T5, gated": {**T5, "decoder_start_token_id": 0, "feed_forward_proj": "gated-gelu", "tie_word_embeddings": False},
     "Bart": BART,
+    "M2M100": {},
+    "Blenderbot": {},
+    "T5Gemma": {"decoder_start_token_id": 1},  # what its own forward begins with
 }
 
 
 def translator(kind: str, **config: Any) -> PreTrainedModel:
     name = kind.partition(",")[0]
-    made = getattr(transformers, f"{name}Config")(**{**MODELS[kind], **config})
+    made = tiny_config(getattr(transformers, f"{name}Config"), **{**MODELS[kind], **config})
     return seeded(getattr(transformers, f"{name}ForConditionalGeneration"), made)
 
 

@@ -8,15 +8,19 @@ from typing import Any
 import pytest
 import torch
 from collecting import worst
+from every_class import built
 from models import LENGTHS, VOCABULARY, documents, pad, seeded, tiny_llama, with_lora
 from oracle import oracle_statistics
 from peft import LoraConfig, get_peft_model
+from picture import differences, picture
 from planning import Way, collected_by
-from tolerances import FLOAT32, LOSS
+from tolerances import FLOAT32, LOSS, WRONG
 from torch import Tensor
 from transformers import (
     BloomConfig,
     BloomForCausalLM,
+    CTRLConfig,
+    CTRLLMHeadModel,
     Llama4Config,
     Llama4ForConditionalGeneration,
     LlamaForCausalLM,
@@ -24,6 +28,7 @@ from transformers import (
     ModernBertDecoderForCausalLM,
     PreTrainedModel,
 )
+from transformers.modeling_outputs import CausalLMOutput
 
 from lora_da import LoraDAConfig, LoraDAError, initialize_lora_da_weights
 from lora_da.tasks import find_task
@@ -53,7 +58,12 @@ def own_code(kind: str) -> LlamaForCausalLM:
     return model
 
 
-@pytest.mark.parametrize("way", [Way(), Way(cuts=2), Way(parts=2, cut=False)], ids=["one pass", "streamed", "2 passes"])
+WAYS = pytest.mark.parametrize(
+    "way", [Way(), Way(cuts=2), Way(parts=2, cut=False)], ids=["one pass", "streamed", "2 passes"]
+)
+
+
+@WAYS
 @pytest.mark.parametrize("kind", RETURNED)
 def test_a_body_of_ones_own_gives_the_oracles_statistics(kind: str, way: Way) -> None:
     model = get_peft_model(own_code(kind), LoraConfig(r=4, target_modules="all-linear"))
@@ -162,3 +172,69 @@ def test_the_body_is_what_is_below_the_head(kind: type[PreTrainedModel]) -> None
     adapted = with_lora(model)
     report = initialize_lora_da_weights(adapted, [pad(ROWS)], LoraDAConfig(samples=4), show_progress=False)
     assert report.initialized == report.targeted == 14
+
+
+class HandsEmbeddings(LlamaForCausalLM):
+    """Its own forward makes more of a batch than its body would: the token ids, in their place, are None."""
+
+    def forward(self, input_ids: Tensor, labels: Tensor | None = None, **kwargs: Any) -> CausalLMOutput:
+        embedded = self.model.embed_tokens(input_ids) * 3
+        logits = self.lm_head(self.model(None, inputs_embeds=embedded, **kwargs).last_hidden_state)
+        loss = None if labels is None else self.loss_function(logits, labels, vocab_size=VOCABULARY)
+        return CausalLMOutput(loss=loss, logits=logits)
+
+
+@WAYS
+def test_the_body_reads_what_the_models_own_forward_hands_it(way: Way) -> None:
+    def build() -> LlamaForCausalLM:
+        return seeded(HandsEmbeddings, tiny_llama().config)
+
+    ours = collected_by(with_lora(build()), [pad(ROWS)], way)
+    assert worst(ours, oracle_statistics(build(), ROWS, list(ours), "tokens")) <= FLOAT32
+    assert worst(ours, oracle_statistics(tiny_llama(), ROWS, list(ours), "tokens")) > WRONG
+
+
+def test_a_body_that_is_not_run_is_named() -> None:
+    base = tiny_llama()
+    other = tiny_llama().model
+    base.forward = lambda input_ids, labels=None, **kwargs: other(input_ids)
+    with pytest.raises(LoraDAError, match="LlamaForCausalLM does not run its LlamaModel"):
+        initialize_lora_da_weights(with_lora(base), [pad(ROWS)], LoraDAConfig(samples=4), show_progress=False)
+
+
+def test_embeddings_may_be_changed_in_place() -> None:
+    """CTRL scales its own."""
+
+    def build() -> CTRLLMHeadModel:
+        sizes = {"vocab_size": VOCABULARY, "n_embd": 32, "dff": 48, "n_layer": 2, "n_head": 4, "n_positions": 64}
+        return seeded(CTRLLMHeadModel, CTRLConfig(**sizes, resid_pdrop=0.0, embd_pdrop=0.0))
+
+    ours = collected_by(with_lora(build()), [pad(ROWS)])
+    assert worst(ours, oracle_statistics(build(), ROWS, list(ours), "tokens")) <= FLOAT32
+
+
+@pytest.mark.refused("unshifted")
+@pytest.mark.parametrize("name", ["BartForCausalLM", "XLMWithLMHeadModel", "XLNetLMHeadModel"])
+def test_a_loss_that_is_not_shifted_is_refused(name: str) -> None:
+    """No name says so: it is seen in the gradient of one label's loss."""
+    model = with_lora(built(name), task_type=None)
+    before = picture(model)
+    message = f"{name} compares the logits of a token with its own label, where LoRA-DA expects the next one's label"
+    with pytest.raises(LoraDAError, match=message):
+        initialize_lora_da_weights(model, [pad(ROWS)], LoraDAConfig(samples=4), show_progress=False)
+    assert differences(before, picture(model)) == []
+
+
+def test_a_head_that_reads_more_than_hidden_states_is_refused() -> None:
+    """ProphetNet predicts several tokens at once."""
+    model = with_lora(built("ProphetNetForCausalLM"), task_type=None)
+    with pytest.raises(LoraDAError, match=r"the head of ProphetNetForCausalLM cannot be run on .* hidden states alone"):
+        initialize_lora_da_weights(model, [pad(ROWS)], LoraDAConfig(samples=4), show_progress=False)
+
+
+def test_a_layer_that_returns_a_tuple_is_named() -> None:
+    base = built("Llama4ForCausalLM")
+    routers = [name for name, _ in base.named_modules() if name.endswith("router")]
+    model = with_lora(base, r=1, target_modules=["q_proj", *routers])
+    with pytest.raises(LoraDAError, match=r"router \(Llama4Router\) returns a tuple, .*take it out of target_modules"):
+        initialize_lora_da_weights(model, [pad(ROWS)], LoraDAConfig(samples=4), show_progress=False)

@@ -7,6 +7,7 @@ import copy
 import pytest
 import torch
 from collecting import PLENTY, distance
+from every_class import built
 from models import (
     IGNORED,
     LENGTHS,
@@ -26,6 +27,7 @@ from peft import PeftModel
 from picture import differences, picture
 from planning import CPU, ONE, WAYS, Forced, Way, collected_by, recorded, surveyed_model
 from tolerances import FLOAT32, TURNED
+from torch import Tensor
 from transformers import PreTrainedModel
 
 import lora_da.tasks.head
@@ -168,6 +170,39 @@ def test_the_plan_counts_its_sums() -> None:
     more, sums = plans[0] - plans[1], 4 * (VOCABULARY * 32 + 32 * 32)
     logits = 4 * 4 * PLANNED_CHUNK * VOCABULARY
     assert sums + logits / 2 <= more <= 10 * sums + logits
+
+
+def beside_the_output_layer(base: PreTrainedModel, rows: list[Document], name: str) -> LayerStatistics:
+    """Do as `expected` does, for a layer between the body and the output layer: x and d where the next label counts."""
+    twin = copy.deepcopy(base).double().eval()
+    seen: list[tuple[Tensor, Tensor]] = []
+    twin.get_submodule(name).register_forward_hook(lambda _module, args, y: seen.append((args[0].detach(), y)))
+    xs, ds = [], []
+    for document in batches(rows, 1):
+        counts = document["labels"][0, 1:] != IGNORED
+        loss = twin(**document, use_cache=False).loss * counts.sum()
+        x, y = seen.pop()
+        xs.append(x[0, :-1][counts])
+        ds.append(torch.autograd.grad(loss, y)[0][0, :-1][counts])
+    x, d = torch.cat(xs), torch.cat(ds)
+    return LayerStatistics(d.T @ x / len(x), x.T @ x / len(x), d.T @ d / len(d), len(x))
+
+
+@pytest.mark.compat("lm-head")
+@pytest.mark.parametrize("way", [ONE, WAYS["3 passes"]], ids=["one pass", "3 passes"])
+@pytest.mark.parametrize(
+    ("name", "layer"),
+    [
+        ("ModernBertDecoderForCausalLM", "lm_head.dense"),
+        ("RobertaForCausalLM", "lm_head.dense"),
+        ("BertLMHeadModel", "cls.predictions.transform.dense"),
+    ],
+)
+def test_layers_beside_the_output_layer_are_served_like_it(name: str, layer: str, way: Way) -> None:
+    rows, base = documents(LENGTHS), built(name)
+    model = with_lora(base, task_type=None)  # all-linear, as people ask for it
+    found = collected_by(model, [pad(rows)], way)
+    check(found[layer], beside_the_output_layer(built(name), rows, layer))
 
 
 def test_it_is_streamed_with_the_last_block() -> None:

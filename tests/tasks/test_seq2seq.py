@@ -8,14 +8,21 @@ import pytest
 import torch
 from collecting import worst
 from dequantized import dequantized, four_bit
-from models import IGNORED, PREFIX, checkpoint
+from every_class import built
+from models import IGNORED, PREFIX, checkpoint, seeded
 from peft import PeftModel
 from picture import differences, picture
 from planning import ONE, WAYS, collected_by, surveyed_model
 from task_oracle import statistics_of
 from tolerances import LOSS
 from torch.utils.data import DataLoader
-from transformers import BertConfig, EncoderDecoderConfig, EncoderDecoderModel, T5ForSequenceClassification
+from transformers import (
+    BartForConditionalGeneration,
+    BertConfig,
+    EncoderDecoderConfig,
+    EncoderDecoderModel,
+    T5ForSequenceClassification,
+)
 from translators import MODELS, adapted, in_batches, losses, of_one_length, pad, pairs, translator
 
 from lora_da import LoraDAConfig, LoraDAError, initialize_lora_da_weights
@@ -203,6 +210,60 @@ def test_a_classifier_that_is_an_encoder_decoder_is_refused():
     base = T5ForSequenceClassification(translator("T5").config)
     with pytest.raises(LoraDAError, match="T5ForSequenceClassification .*no encoder-decoders"):
         find_task(base)
+
+
+@pytest.mark.refused("speech")
+@pytest.mark.parametrize(
+    ("name", "read"),
+    [
+        ("WhisperForConditionalGeneration", "input_features"),
+        ("Pix2StructForConditionalGeneration", "flattened_patches"),
+    ],
+)
+def test_encoders_that_read_no_tokens_are_refused(name, read):
+    with pytest.raises(LoraDAError, match=f"{name} reads `{read}`; LoRA-DA supports encoder-decoders that read token"):
+        find_task(built(name))
+
+
+def test_an_encoders_own_output_is_handed_on():
+    """Switch returns its routers' logits beside the hidden states; its experts are left to PEFT."""
+    base, rows = built("SwitchTransformersForConditionalGeneration"), pairs()
+    model = adapted(base, target_modules=["q", "k", "v", "o"])
+    ours = collected_by(model, in_batches(rows, 3))
+    oracle = statistics_of(built(type(base).__name__), rows, losses, targets(model), "tokens")
+    assert worst(ours, oracle) < STEEP
+
+
+class Elsewhere(BartForConditionalGeneration):
+    """Names as its decoder what it never runs."""
+
+    def get_decoder(self):
+        return self.spare
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.spare = type(self.model.decoder)(config)
+
+
+class Outside(BartForConditionalGeneration):
+    """Names as its decoder what its encoder is in too, as Florence-2 does."""
+
+    def get_decoder(self):
+        return self.model
+
+
+def test_a_decoder_that_holds_the_encoder_is_looked_into():
+    model = seeded(Outside, translator("Bart").config)
+    rows = pairs()
+    adapter = adapted(model)
+    oracle = statistics_of(translator("Bart"), rows, losses, targets(adapter), "tokens")
+    assert worst(collected_by(adapter, in_batches(rows, 3)), oracle) < STEEP
+
+
+def test_a_decoder_that_is_not_run_is_named():
+    model = adapted(seeded(Elsewhere, translator("Bart").config), target_modules=["fc1"])
+    with pytest.raises(LoraDAError, match="Elsewhere does not run its BartDecoder, which it names"):
+        initialize_lora_da_weights(model, in_batches(pairs(3), 3), show_progress=False)
 
 
 @pytest.mark.refused("two-models")
