@@ -14,7 +14,7 @@ export AXOLOTL_DO_NOT_TRACK ?= 1
 # Threads that spin while they wait are several times slower where another process wants a core.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: demo test test-fast fuzz unsloth floors lint table clean
+.PHONY: demo test test-fast fuzz unsloth floors lint table classes clean
 .DELETE_ON_ERROR:
 
 demo: $(AXOLOTL)/.ready
@@ -50,6 +50,11 @@ lint: $(AXOLOTL)/.ready
 	$(AXOLOTL)/bin/ruff check .
 	$(AXOLOTL)/bin/ruff format --check .
 	$(AXOLOTL)/bin/mypy
+
+# Which of transformers' language models are served, refused, or not run and why, in both environments.
+classes: $(AXOLOTL)/.ready $(NEWEST)/.ready
+	HF_HUB_OFFLINE=1 PYTHONPATH=.:tests/support $(AXOLOTL)/bin/python tests/support/every_class.py
+	HF_HUB_OFFLINE=1 PYTHONPATH=.:tests/support $(NEWEST)/bin/python tests/support/every_class.py
 
 # What works with what, as the tests' markers say, into docs/compatibility.md.
 table:

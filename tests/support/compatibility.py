@@ -150,7 +150,14 @@ ROWS: dict[str, list[Row]] = {
         ),
         Row("token-classification", "classifiers of tokens: Llama, GPT-2, BERT, RoBERTa, ModernBERT"),
         Row("reward-model", "reward models, on pairs of rows"),
-        Row("encoder-decoder", "encoder-decoders: T5, BART"),
+        Row(
+            "every-class",
+            "every other causal, image-text and sequence-to-sequence class of transformers, tiny, on text: served, or "
+            "refused in a sentence (`make classes` lists them)",
+        ),
+        Row("unshifted", "causal models whose loss is not shifted: decoders of encoder-decoders alone, XLM, XLNet"),
+        Row("encoder-decoder", "encoder-decoders: T5, BART, M2M100 (NLLB), Blenderbot, T5Gemma"),
+        Row("speech", "encoder-decoders that read sound or images in the place of tokens (Whisper, Pix2Struct)"),
         Row("encoder-decoder-classifier", "classifiers that are encoder-decoders"),
         Row("two-models", "two models made one (`EncoderDecoderModel`)"),
         Row("masked-lm", "masked language models"),

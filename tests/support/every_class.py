@@ -85,7 +85,7 @@ def names() -> list[str]:
     """Names of the classes, found without importing them."""
     listed: set[str] = set()
     for mapping in MAPPINGS:
-        for found in getattr(modeling_auto, f"MODEL_FOR_{mapping}_MAPPING_NAMES").values():
+        for found in getattr(modeling_auto, f"MODEL_FOR_{mapping}_MAPPING_NAMES", {}).values():
             listed.update([found] if isinstance(found, str) else found)
     return sorted(listed | {name for name in dir(transformers) if NAMED.fullmatch(name)})
 
