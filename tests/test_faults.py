@@ -76,8 +76,8 @@ RUNS = {
     "passes, not re-entrant": Run(PASSES, reentrant=False),
 }
 QUICK = ("streamed",)
-# The first block runs twice before it runs alone.
-CALLS = {"survey": (1, 2), "survey, a block alone": (3,)}
+# The first block runs three times before it runs alone: once for the loss to be looked at.
+CALLS = {"survey": (1, 2, 3), "survey, a block alone": (4,)}
 
 
 def cases() -> list[Any]:

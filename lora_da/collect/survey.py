@@ -78,10 +78,11 @@ def survey_model(task: Task, layers: Sequence[AdapterLayer], inputs: Mapping[str
             kinds that are targeted.
     """
     model, blocks = task.model, task.blocks
-    with without_checkpointing(model):
-        task.check_loss(inputs)
     block_of = _block_of(blocks, layers)
     bases, backward = {layer.name: layer.base for layer in layers}, needs.sums.backward
+    if backward:  # else nothing depends on the loss
+        with without_checkpointing(model):
+            task.check_loss(inputs)
     sums = SegmentSums(bases, needs)
     collector = Collector(bases, sums, Selection(bases, task.streams, {}), contextlib.nullcontext)
     must_pass = _like(layers, model, blocks) if backward else {}
