@@ -25,7 +25,6 @@ from benchmarks.entries import EVA, LORA_GA, ONE_PASS, PUBLISHED, Entry, Prepare
 from benchmarks.errors import BenchmarkError
 from benchmarks.measure import environment, release_memory
 from benchmarks.published import profile
-from benchmarks.qlora import BASES
 from benchmarks.report import write_report
 from benchmarks.subjects import SUBJECTS
 
@@ -53,7 +52,7 @@ def main() -> None:
         "measurements": [],
     }
     for repeat in range(arguments.repeats):
-        for base in BASES:
+        for base in dict.fromkeys(entry.base for entry in asked):
             due = [entry for entry in asked if entry.base == base and repeat < _repeats(entry, arguments)]
             if not due:
                 continue

@@ -17,15 +17,15 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
 
-from benchmarks.qlora import lora_config
+from benchmarks.qlora import ALPHA_OVER_R, lora_config
 from benchmarks.subjects import RANK
 
 EVA_PASSES = 5  # EVA goes on over the samples until every component has converged; stopped, and said so, beyond this
 
 
-def eva_adapter(model: PreTrainedModel, rank: int) -> PeftModel:
+def eva_adapter(model: PreTrainedModel, rank: int, alpha_over_r: float = ALPHA_OVER_R) -> PeftModel:
     """Put on an adapter that EVA may fill: without redistribution of ranks, so that it is the same as the others'."""
-    config = lora_config(rank, init_lora_weights="eva", eva_config=EvaConfig(rho=1.0))
+    config = lora_config(rank, alpha_over_r, init_lora_weights="eva", eva_config=EvaConfig(rho=1.0))
     return get_peft_model(model, config, low_cpu_mem_usage=True)
 
 

@@ -51,11 +51,13 @@ def _run(sweep: Sweep, arguments: argparse.Namespace) -> None:
     for position, cell in enumerate(cells):
         if (cell.model, cell.base) not in runners:
             runners = {(cell.model, cell.base): Runner(cell.model, cell.base, device, arguments.cache)}
-        result = runners[cell.model, cell.base].run(cell, sweep.corpora[cell.task], _environment(device))
+        runner, corpus = runners[cell.model, cell.base], sweep.corpora[cell.task]
+        result = runner.run(cell, corpus, _environment(device), sweep.prediction)
         append(arguments.results, result)
         print(
-            f"{position + 1} of {len(cells)}: {cell.task} {cell.start} rank {cell.rank} rate {cell.rate:.2g} seed "
-            f"{cell.seed}: {result.base_loss:.4f} → {result.final:.4f} in {result.train_seconds:.0f} s",
+            f"{position + 1} of {len(cells)}: {cell.task} {cell.start} rank {cell.rank} alpha/r {cell.alpha_over_r:g} "
+            f"rate {cell.rate:.2g} {cell.steps} steps seed {cell.seed}: "
+            f"{result.base_loss:.4f} → {result.final:.4f} in {result.train_seconds:.0f} s",
             flush=True,
         )
 

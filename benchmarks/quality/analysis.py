@@ -26,6 +26,8 @@ class Conditions:
     batch: int
     model: str
     base: str
+    adapters: str
+    alpha_over_r: float
     task: str
     data: str
     length: int

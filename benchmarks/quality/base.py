@@ -18,7 +18,7 @@ def load_base(name: str, base: str, device: torch.device) -> tuple[PreTrainedMod
 
     Args:
         name: `smollm2-135m`, which is made on this machine, or a model's folder.
-        base: `nf4` or `bf16`, see `load_model`.
+        base: `nf4`, `bf16` or `twin`, see `load_model`.
 
     Raises:
         BenchmarkError: there is no such base.

@@ -6,11 +6,13 @@ import json
 import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from benchmarks.errors import BenchmarkError
+
+ADAPTERS = ("float32", "bf16")  # as Axolotl and Unsloth, and as TRL trains them on a 4-bit base
 
 
 @dataclass(frozen=True)
@@ -27,7 +29,12 @@ class Cell:
         length: tokens in a row at most; heldout_rows: rows the final held-out loss is the mean of; curve_rows: those of
             them that are looked at during training.
         init_samples: documents that a data-aware start may look at.
-        model, base: the model's name, and how its weights are stored while training (`nf4`).
+        model, base: the model's name, and how its weights are stored while training (`nf4`, or its dense `twin`).
+        adapters: what they are trained in, `float32` or `bf16`; alpha_over_r: their scaling.
+        full_at: shares of the steps after which the loss on all held-out rows is measured, beside the end.
+        exact_match_rows: held-out rows whose answers are generated at the end.
+
+    The fields with a default are younger than the first results on file, which were run so.
     """
 
     task: str
@@ -48,6 +55,10 @@ class Cell:
     init_samples: int
     model: str
     base: str
+    adapters: str = "bf16"
+    alpha_over_r: float = 2.0
+    full_at: tuple[float, ...] = ()
+    exact_match_rows: int = 0
 
     def __hash__(self) -> int:  # a mapping has none; what equal cells share is enough
         return hash((self.task, self.split, self.start, self.rank, self.rate, self.seed))
@@ -72,6 +83,9 @@ class Result:
         initialized: layers the start was written to; None for a start that is PEFT's own.
         prediction: learning rate that suits the start by `best_first_step`, before training; None without one.
         environment: `versions`, `hardware`, `command` and `commit`.
+        full: (step, loss) on all held-out rows, the last one the end; empty in old results.
+        step_seconds: mean wall time of a step, no evaluation in it; None in old results.
+        exact_match: share of the generated answers that are the true ones; None if not asked for.
     """
 
     cell: Cell
@@ -90,6 +104,9 @@ class Result:
     initialized: int | None
     prediction: float | None
     environment: Mapping[str, Any]
+    full: Sequence[tuple[int, float]] = field(default_factory=list)
+    step_seconds: float | None = None
+    exact_match: float | None = None
 
 
 @dataclass(frozen=True)
@@ -154,9 +171,11 @@ def read(paths: Iterable[Path]) -> Finished:
 
 def _result(fields: Any, where: str) -> Result:
     try:
-        cell = Cell(**fields["cell"])
-        heldout = [(int(step), float(loss)) for step, loss in fields["heldout"]]
-        result = Result(**{**fields, "cell": cell, "heldout": heldout})
+        cell = Cell(**{**fields["cell"], "full_at": tuple(fields["cell"].get("full_at", ()))})
+        heldout, full = (
+            [(int(step), float(loss)) for step, loss in curve] for curve in (fields["heldout"], fields.get("full", ()))
+        )
+        result = Result(**{**fields, "cell": cell, "heldout": heldout, "full": full})
         if not heldout:
             raise ValueError("heldout is empty")
     except (TypeError, KeyError, ValueError) as error:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import tempfile
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -15,21 +17,24 @@ from torch.utils.data import DataLoader
 from transformers import TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
+from benchmarks.errors import BenchmarkError
 from benchmarks.measure import measured
 from benchmarks.qlora import lora_config
-from benchmarks.quality.analysis import PLAIN
+from benchmarks.quality.analysis import PLAIN, Conditions
 from benchmarks.quality.base import load_base
-from benchmarks.quality.corpora import Corpus, SeedRows, split_rows
+from benchmarks.quality.corpora import Corpus, SeedRows, split_rows, spread
+from benchmarks.quality.exact_match import exact_match
 from benchmarks.quality.heldout import Heldout, find_choice
 from benchmarks.quality.neighbours import OWN_BASE, eva, on_its_own_base
 from benchmarks.quality.prediction import best_first_step
-from benchmarks.quality.results import Cell, Result, has_diverged
-from benchmarks.quality.starts import ours
+from benchmarks.quality.results import ADAPTERS, Cell, Result, has_diverged
+from benchmarks.quality.starts import A_TIMES, ours, scale_A
 from benchmarks.tokenized_rows import Row
 from lora_da import InitReport
 from lora_da.export.rows import collate
 from lora_da.memory import GIB
 
+DTYPES = dict(zip(ADAPTERS, (torch.float32, torch.bfloat16), strict=True))
 EVALUATIONS = 20  # over a run, and one before it
 WARMUP = 0.1  # of the steps
 PREDICTED_FROM = 32  # rows that the first step is looked at on
@@ -41,28 +46,47 @@ class Curve:
 
     train_loss: list[float]
     heldout: list[tuple[int, float]]
+    full: list[tuple[int, float]]
+    step_seconds: list[float]
 
 
 class _Observer(TrainerCallback):
-    """Writes the curves down. The model is looked at without a trace: no gradient, no mode, no random number."""
+    """Writes the curves down. The model is looked at without a trace: no gradient, no mode, no random number.
 
-    def __init__(self, heldout: Heldout, every: int) -> None:
-        self.curve = Curve([], [])
-        self._heldout, self._every = heldout, every
+    Args:
+        some: rows that are looked at before the first step and at even distances.
+        all_rows: those that are looked at after the cell's shares of the steps.
+    """
+
+    def __init__(self, some: Heldout, all_rows: Heldout, cell: Cell) -> None:
+        self.curve = Curve([], [], [], [])
+        self._some, self._all, self._cell = some, all_rows, cell
+        self._every = max(1, cell.steps // EVALUATIONS)
+        self._full_at = {round(share * cell.steps) for share in cell.full_at}
+        self._began = 0.0
 
     def on_train_begin(self, args: Any, state: Any, _control: Any, model: PeftModel, **_: Any) -> None:
+        check_adapters(model, self._cell.adapters)
         self._look(0, model)
 
+    def on_step_begin(self, args: Any, state: Any, _control: Any, **_: Any) -> None:
+        self._began = time.perf_counter()
+
     def on_step_end(self, args: Any, state: Any, _control: Any, model: PeftModel, **_: Any) -> None:
+        if model.device.type == "cuda":
+            torch.cuda.synchronize(model.device)
+        self.curve.step_seconds.append(time.perf_counter() - self._began)
         if state.global_step % self._every == 0 or state.global_step == state.max_steps:
             self._look(state.global_step, model)
+        if state.global_step in self._full_at:
+            self.curve.full.append((state.global_step, self._all.measure(model.get_base_model())[0]))
 
     def on_log(self, args: Any, state: Any, _control: Any, logs: dict[str, Any], **_: Any) -> None:
         if "loss" in logs:
             self.curve.train_loss.append(float(logs["loss"]))
 
     def _look(self, step: int, model: PeftModel) -> None:
-        self.curve.heldout.append((step, self._heldout.measure(model.get_base_model())[0]))
+        self.curve.heldout.append((step, self._some.measure(model.get_base_model())[0]))
 
 
 class Runner:
@@ -77,28 +101,33 @@ class Runner:
         self._name, self._base, self._device, self._cache = name, base, device, cache
         self._model, self._tokenizer = load_base(name, base, device)
         self._predictions: dict[Cell, float | None] = {}  # of cells at a rate of zero: they hold at any
+        self._base_losses: dict[Conditions, float] = {}
 
-    def run(self, cell: Cell, corpus: Corpus, environment: Mapping[str, Any]) -> Result:
+    def run(self, cell: Cell, corpus: Corpus, environment: Mapping[str, Any], predict: bool) -> Result:
         """Train one cell.
 
         Args:
             corpus: its task's.
             environment: what it is run on, as `Result` has it.
+            predict: whether the start is asked for its learning rate first.
+
+        Raises:
+            BenchmarkError: the trainer holds the adapters in another dtype than the cell's.
         """
         rows = split_rows(
             corpus, self._tokenizer, cell.split, cell.length, cell.heldout_rows, cell.steps * cell.batch, cell.seed
         )
         heldout = Heldout(rows.heldout, find_choice(corpus, self._tokenizer), self._device)
-        some = [rows.heldout[n * cell.heldout_rows // cell.curve_rows] for n in range(cell.curve_rows)]
-        base_loss, _ = heldout.measure(self._model)
+        base_loss = self._base_loss(heldout, cell)
         start = self._start(rows, cell)
         torch.manual_seed(cell.seed)  # of random factors
         (model, report), init = measured(start, self._device)
         try:
-            prediction = self._prediction(model, rows, cell)
-            looked_at = Heldout(some, None, self._device)
-            curve, train = measured(lambda: train_cell(model, rows, looked_at, cell), self._device)
+            prediction = self._prediction(model, rows, cell) if predict else None
+            some = Heldout(spread(rows.heldout, cell.curve_rows), None, self._device)
+            curve, train = measured(lambda: train_cell(model, rows, some, heldout, cell), self._device)
             final, ranked_right = heldout.measure(model.get_base_model())
+            exact = self._exact_match(model, rows, cell)
         finally:
             model.unload()
         accuracy = None
@@ -121,7 +150,22 @@ class Runner:
             initialized=None if report is None else report.initialized,
             prediction=prediction,
             environment=environment,
+            full=[*curve.full, (cell.steps, final)],
+            step_seconds=fmean(curve.step_seconds),
+            exact_match=exact,
         )
+
+    def _base_loss(self, heldout: Heldout, cell: Cell) -> float:
+        """Measure the untouched base, once for all cells under the same conditions."""
+        conditions = Conditions.of(cell)
+        if conditions not in self._base_losses:
+            self._base_losses[conditions] = heldout.measure(self._model)[0]
+        return self._base_losses[conditions]
+
+    def _exact_match(self, model: PeftModel, rows: SeedRows, cell: Cell) -> float | None:
+        if not cell.exact_match_rows:
+            return None
+        return exact_match(model.get_base_model(), self._tokenizer, spread(rows.heldout, cell.exact_match_rows))
 
     def _prediction(self, model: PeftModel, rows: SeedRows, cell: Cell) -> float | None:
         at_any_rate = replace(cell, rate=0.0)
@@ -136,16 +180,19 @@ class Runner:
         samples = rows.train[: cell.init_samples]
         if cell.method in OWN_BASE:
             dense = load_base(self._name, "bf16", self._device)[0]
-            return lambda: (on_its_own_base(cell.method, dense, cell.rank, _loader(samples, 1), self._device), None)
+            return lambda: (on_its_own_base(dense, cell, _loader(samples, 1), self._device), None)
         if cell.method == "eva":
             fresh = load_base(self._name, self._base, self._device)[0]
-            return lambda: (eva(self._model, fresh, cell.rank, _loader(samples, cell.batch)), None)
+            return lambda: (eva(self._model, fresh, cell, _loader(samples, cell.batch)), None)
 
         loader = _loader(rows.train, cell.batch)
 
         def start() -> tuple[PeftModel, InitReport | None]:
-            model = get_peft_model(self._model, lora_config(cell.rank))
-            return model, None if cell.method == PLAIN else ours(model, loader, cell, self._cache)
+            model = get_peft_model(self._model, lora_config(cell.rank, cell.alpha_over_r))
+            if cell.method != PLAIN:
+                return model, ours(model, loader, cell, self._cache)
+            scale_A(model, cell.settings.get(A_TIMES, 1.0))
+            return model, None
 
         return start
 
@@ -154,9 +201,15 @@ def _loader(rows: Sequence[Row], batch: int) -> DataLoader[Any]:
     return DataLoader(rows, batch, collate_fn=collate)  # type: ignore[arg-type]
 
 
-def train_cell(model: PeftModel, rows: SeedRows, heldout: Heldout, cell: Cell) -> Curve:
-    """Train with TRL, on the rows in their order."""
-    observer = _Observer(heldout, max(1, cell.steps // EVALUATIONS))
+def train_cell(model: PeftModel, rows: SeedRows, some: Heldout, all_rows: Heldout, cell: Cell) -> Curve:
+    """Train with TRL, on the rows in their order, the adapters in the cell's dtype.
+
+    TRL casts the adapters of a 4-bit base to bf16 when the trainer is made, and leaves those of any other base in the
+    float32 that PEFT gives them. So the start is put back then, in the dtype that is asked for.
+    """
+    observer = _Observer(some, all_rows, cell)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    started = [p.detach().clone() for p in trained]
     with tempfile.TemporaryDirectory() as folder:
         trainer = SFTTrainer(
             model=model,
@@ -165,8 +218,22 @@ def train_cell(model: PeftModel, rows: SeedRows, heldout: Heldout, cell: Cell) -
             data_collator=collate,
             callbacks=[observer],
         )
+        for p, start in zip(trained, started, strict=True):
+            p.data = start.to(DTYPES[cell.adapters])
         trainer.train()
+    check_adapters(model, cell.adapters)
     return observer.curve
+
+
+def check_adapters(model: PeftModel, adapters: str) -> None:
+    """Refuse trained parameters of another dtype.
+
+    Raises:
+        BenchmarkError: one is.
+    """
+    found = {p.dtype for p in model.parameters() if p.requires_grad}
+    if found != {DTYPES[adapters]}:
+        raise BenchmarkError(f"adapters are trained in {', '.join(map(str, found))}; the cell asks for {adapters}")
 
 
 def training_arguments(cell: Cell, folder: str, model: PeftModel) -> SFTConfig:

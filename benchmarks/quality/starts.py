@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from benchmarks.errors import BenchmarkError
+from benchmarks.quality.analysis import PLAIN
 from benchmarks.quality.candidates import CANDIDATES
 from benchmarks.quality.corpora import DIGEST
 from benchmarks.quality.results import Cell
@@ -25,6 +26,7 @@ from lora_da.methods.method import Method
 
 CONTROLS = ("zero_B", "random_A", "plain_scale")
 OWN_SETTINGS = ("control", "candidate")  # of a start, beside those of `LoraDAConfig`
+A_TIMES = "A_times"  # of plain LoRA, the only setting there
 
 
 def config_of(method: str, settings: Mapping[str, Any]) -> LoraDAConfig:
@@ -42,8 +44,15 @@ def config_of(method: str, settings: Mapping[str, Any]) -> LoraDAConfig:
 
 
 def digest(method: str, settings: Mapping[str, Any]) -> str:
-    """Digest what a start of this project's resolves to: a changed default is another start. Empty for others."""
+    """Digest what a start of this project's resolves to: a changed default is another start. Empty for others.
+
+    Raises:
+        BenchmarkError: a start that is not this project's has settings that nothing reads.
+    """
     if method not in METHODS:
+        unknown = set(settings) - ({A_TIMES} if method == PLAIN else set())
+        if unknown:
+            raise BenchmarkError(f"{method} has no setting {', '.join(map(repr, sorted(unknown)))}")
         return ""
     found = json.dumps(config_of(method, settings).settings(), sort_keys=True)
     return hashlib.sha256(found.encode()).hexdigest()[:DIGEST]
@@ -69,6 +78,13 @@ def ours(model: PeftModel, loader: DataLoader[Any], cell: Cell, cache: Path | No
     if kind is not None:
         control(model, kind, cell.seed)
     return report
+
+
+@torch.no_grad()
+def scale_A(model: PeftModel, times: float) -> None:
+    """Multiply every lora_A: of a start at B = 0 that changes what its learning rate does, and nothing else."""
+    for layer in find_adapter(model).layers:
+        layer.lora_A.mul_(times)
 
 
 def candidate_of(name: str) -> Method:

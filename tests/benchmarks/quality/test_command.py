@@ -57,7 +57,7 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> list[Cell]:
     class Runner:
         def __init__(self, *_: Any) -> None: ...
 
-        def run(self, cell: Cell, task: Any, environment: dict[str, Any]) -> Any:
+        def run(self, cell: Cell, task: Any, environment: dict[str, Any], predict: bool) -> Any:
             cells.append(cell)
             return result(**vars(cell), environment=environment)
 

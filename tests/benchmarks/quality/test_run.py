@@ -18,7 +18,7 @@ from benchmarks.quality.results import append, read
 pytestmark = [pytest.mark.once, pytest.mark.slow]
 
 
-def trained(runner, folder, cell):
+def trained(runner, folder, cell, predict=True):
     """The result of a cell, and the batches that were trained on."""
     batches: list[list[list[int]]] = []
     original = run.collate
@@ -30,9 +30,8 @@ def trained(runner, folder, cell):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("LORA_DA_DATA", str(folder))
         patch.setattr(run, "collate", noting)
-        result = runner.run(
-            cell, sweep(folder).corpora["letters"], {"versions": {}, "hardware": "", "command": "", "commit": ""}
-        )
+        made = {"versions": {}, "hardware": "", "command": "", "commit": ""}
+        result = runner.run(cell, sweep(folder).corpora["letters"], made, predict)
     return result, batches[-cell.steps :]
 
 
