@@ -37,9 +37,10 @@ SWEEP = {
 
 
 def sweep(folder: Path, **changes: object) -> Sweep:
-    """Read the sweep, with changes, over the model and the files in a folder."""
+    """Read the sweep, with changes, over the model and the files in a folder; without the keys that are None."""
     path = folder / "sweep.yml"
-    path.write_text(yaml.safe_dump({**SWEEP, "model": str(folder / "model"), **changes}, sort_keys=False))
+    content = {**SWEEP, "model": str(folder / "model"), **changes}
+    path.write_text(yaml.safe_dump({k: v for k, v in content.items() if v is not None}, sort_keys=False))
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("LORA_DA_DATA", str(folder))
         return read_sweep(path)

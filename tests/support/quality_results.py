@@ -56,6 +56,9 @@ def result(
         "memory_of": "process",
         "initialized": None,
         "prediction": None,
+        "full": [],
+        "step_seconds": None,
+        "exact_match": None,
         "environment": {"versions": {"torch": "2"}, "hardware": "two cores", "command": "run", "commit": "abc"},
     }
     fields |= {name: changes.pop(name) for name in list(changes) if name in fields}

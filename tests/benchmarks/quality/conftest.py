@@ -34,6 +34,13 @@ def runner(folder):
 
 
 @pytest.fixture(scope="module")
+def twin_runner(folder):
+    from benchmarks.quality.run import Runner
+
+    return Runner(str(folder / "model"), "twin", torch.device("cpu"))
+
+
+@pytest.fixture(scope="module")
 def base(folder):
     from benchmarks.quality.base import load_base
 

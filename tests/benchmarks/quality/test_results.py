@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import subprocess
 import sys
@@ -24,6 +25,7 @@ def test_a_result_comes_back_as_it_was(tmp_path: Path) -> None:
     path = tmp_path / "below" / "cells.jsonl"
     written = [
         result("eva", 1 / 3, 1, settings={"rho": 2.0}, accuracy={"heldout": 0.31, "majority": 0.27}, prediction=0.4),
+        result(full_at=(0.5, 0.9), full=[(50, 1.2), (100, 1.0)], step_seconds=0.7, exact_match=0.05),
         result("default", seed=2, own_base=True, initialized=210),
     ]
     for one in written:
@@ -94,6 +96,10 @@ def test_machines_are_merged_and_the_first_of_a_cell_counts(tmp_path: Path) -> N
         {"split": "test"},
         {"rate": 1.1e-3},
         {"base": "none"},
+        {"adapters": "float32"},
+        {"alpha_over_r": 0.5},
+        {"full_at": (0.5,)},
+        {"exact_match_rows": 100},
     ],
     ids=lambda change: next(iter(change)),
 )
@@ -103,6 +109,19 @@ def test_what_must_be_equal_tells_cells_apart(tmp_path: Path, change: dict[str, 
     found = read([tmp_path / "cells"])
     assert len(found.results) == 2
     assert found.notes == ()
+
+
+def test_results_from_before_a_field_was_there_are_of_what_was_run_then(tmp_path: Path) -> None:
+    append(tmp_path / "cells", result())
+    fields = json.loads((tmp_path / "cells").read_text())
+    for name in ("adapters", "alpha_over_r", "full_at", "exact_match_rows"):
+        del fields["cell"][name]
+    for name in ("full", "step_seconds", "exact_match"):
+        del fields[name]
+    (tmp_path / "cells").write_text(json.dumps(fields))
+    (found,) = read([tmp_path / "cells"]).results
+    assert found == result()
+    assert (found.cell.adapters, found.cell.alpha_over_r) == ("bf16", 2.0)  # TRL's, and alpha twice the rank
 
 
 def test_how_settings_are_written_does_not() -> None:

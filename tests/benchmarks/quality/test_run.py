@@ -11,11 +11,20 @@ pytest.importorskip("trl", reason="TRL is not installed")
 pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
 
 from letters import SWEEP, sweep
+from peft import get_peft_model
+from peft.tuners.lora.layer import LoraLayer
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
+from benchmarks.errors import BenchmarkError
+from benchmarks.qlora import lora_config
 from benchmarks.quality import run
+from benchmarks.quality.corpora import split_rows
 from benchmarks.quality.results import append, read
+from benchmarks.quality.run import DTYPES, check_adapters
 
 pytestmark = [pytest.mark.once, pytest.mark.slow]
+
+BF16 = 2**-7  # rounding of products, relative to their size
 
 
 def trained(runner, folder, cell, predict=True):
@@ -79,10 +88,81 @@ def test_a_result_holds_what_happened(finished, tmp_path):
 
 
 @pytest.mark.parametrize("method", ["eva", "pissa", "olora", "orthogonal", "corda"])
-def test_starts_of_pefts_own_are_trained(folder, runner, method):
-    cell = dataclasses.replace(sweep(folder).cells[0], start=method, method=method)
+@pytest.mark.parametrize("base", ["nf4", "twin"])
+def test_starts_of_pefts_own_are_trained(folder, request, method, base):
+    runner = request.getfixturevalue("runner" if base == "nf4" else "twin_runner")
+    cell = dataclasses.replace(sweep(folder).cells[0], start=method, method=method, base=base)
+    before = {name: value.clone() for name, value in runner._model.state_dict().items()}
     result, _ = trained(runner, folder, cell)
     assert not result.diverged and result.own_base == (method != "eva")
-    again, _ = trained(runner, folder, sweep(folder).cells[0])
-    assert again.base_loss == result.base_loss  # the runner's own base is as it was
+    after = runner._model.state_dict()  # the runner's own base is as it was
+    assert after.keys() == before.keys() and all(torch.equal(after[name], value) for name, value in before.items())
+    again, _ = trained(runner, folder, dataclasses.replace(sweep(folder).cells[0], base=base))
     assert result.heldout[0][1] == pytest.approx(again.heldout[0][1], rel=0.1)  # another rounding of the base at most
+
+
+@pytest.mark.parametrize("base", ["nf4", "twin"])
+@pytest.mark.parametrize("adapters", DTYPES)
+def test_adapters_are_trained_in_the_dtype_that_is_asked_for(folder, request, base, adapters):
+    """Seen from the optimiser: whatever the trainer makes of them, in every step, and with the start's own values."""
+    runner = request.getfixturevalue("runner" if base == "nf4" else "twin_runner")
+    cells = {cell.start: cell for cell in sweep(folder, base=base, adapters=adapters).cells}
+    steps: list[list[torch.Tensor]] = []
+
+    def note(optimizer, _args, _kwargs):
+        steps.append([p.detach().clone() for group in optimizer.param_groups for p in group["params"]])
+
+    hook = register_optimizer_step_pre_hook(note)
+    try:
+        result, _ = trained(runner, folder, cells["ours"], predict=False)
+    finally:
+        hook.remove()
+    assert len(steps) == SWEEP["steps"] and result.prediction is None
+    assert {p.dtype for step in steps for p in step} == {DTYPES[adapters]}
+    rounded = [torch.equal(p.float(), p.bfloat16().float()) for p in steps[0]]
+    assert all(rounded) if adapters == "bf16" else not any(rounded)
+
+
+def test_adapters_of_another_dtype_are_refused(runner):
+    model = get_peft_model(runner._model, lora_config(2))
+    try:
+        check_adapters(model, "float32")
+        next(p for p in model.parameters() if p.requires_grad).data = torch.zeros(2, dtype=torch.bfloat16)
+        for adapters in DTYPES:
+            with pytest.raises(BenchmarkError, match=f"torch.bfloat16.*; the cell asks for {adapters}"):
+                check_adapters(model, adapters)
+    finally:
+        model.unload()
+
+
+def test_a_twin_is_trained_as_its_quantised_base_is(folder, runner, twin_runner):
+    cell = dataclasses.replace(sweep(folder).cells[0], adapters="float32")
+    nf4, _ = trained(runner, folder, cell, predict=False)
+    twin, _ = trained(twin_runner, folder, dataclasses.replace(cell, base="twin"), predict=False)
+    assert twin.base_loss == pytest.approx(nf4.base_loss, rel=BF16)
+    assert twin.train_loss == pytest.approx(nf4.train_loss, rel=BF16)
+    assert twin.final == pytest.approx(nf4.final, rel=BF16)
+
+
+@pytest.mark.parametrize("method", ["plain", "lora_da", "eva", "olora"])
+def test_alpha_is_the_cells(data, runner, method):
+    cell = dataclasses.replace(sweep(data).cells[0], method=method, alpha_over_r=0.5)
+    rows = split_rows(sweep(data).corpora["letters"], runner._tokenizer, "development", 20, 4, 10, seed=0)
+    model, _ = runner._start(rows, cell)()
+    try:
+        layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
+        assert {layer.scaling["default"] for layer in layers} == {0.5}
+    finally:
+        model.unload()
+
+
+def test_all_held_out_rows_are_looked_at_where_it_is_asked_for(folder, runner):
+    cells = sweep(folder, full_at=[0.4, 0.8], curve_rows=SWEEP["heldout_rows"]).cells
+    result, _ = trained(runner, folder, cells[0], predict=False)
+    assert [step for step, _ in result.full] == [2, 4, 5]  # of 5, and the end
+    curve = dict(result.heldout)  # of the same rows here
+    assert [loss for _, loss in result.full] == [curve[step] for step in (2, 4, 5)]
+    assert result.full[-1][1] == result.final
+    assert 0 < result.step_seconds < result.train_seconds / SWEEP["steps"]
+    fewer, _ = trained(runner, folder, sweep(folder).cells[0], predict=False)
+    assert fewer.full == [(5, result.final)] and fewer.heldout != result.heldout

@@ -12,8 +12,9 @@ pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
 
 from letters import sweep
 
+from benchmarks.errors import BenchmarkError
 from benchmarks.quality.corpora import split_rows
-from benchmarks.quality.starts import CONTROLS, control
+from benchmarks.quality.starts import CONTROLS, control, digest
 from lora_da.adapter import find_adapter
 
 pytestmark = [pytest.mark.once, pytest.mark.slow]
@@ -36,3 +37,21 @@ def test_a_control_keeps_what_it_says(data, runner, base, kind):
             assert a.norm().item() == pytest.approx(float(expected), rel=1e-5)
     finally:
         adapted.unload()
+
+
+def test_plain_lora_is_scaled(data, runner, base):
+    rows, found = split_rows(sweep(data).corpora["letters"], base[1], "development", 20, 4, 10, seed=0), []
+    for settings in ({}, {"A_times": 4.0}):
+        torch.manual_seed(1)
+        adapted, _ = runner._start(rows, dataclasses.replace(sweep(data).cells[0], settings=settings))()
+        found.append([layer.lora_A.detach().clone() for layer in find_adapter(adapted).layers])
+        assert not any(layer.lora_B.any() for layer in find_adapter(adapted).layers)
+        adapted.unload()
+    assert all(torch.equal(4 * once, scaled) for once, scaled in zip(*found, strict=True))
+
+
+@pytest.mark.parametrize(("method", "setting"), [("plain", "gamma"), ("eva", "A_times")])
+def test_settings_that_nothing_reads_are_refused(method, setting):
+    assert digest("plain", {"A_times": 2.0}) == ""
+    with pytest.raises(BenchmarkError, match=f"{method} has no setting '{setting}'"):
+        digest(method, {setting: 2.0})
