@@ -1,7 +1,8 @@
 """python -m benchmarks.quality SWEEP.yml --results FILE.jsonl: run what of a sweep is not there yet, then report.
 
-A sweep that was stopped goes on where it was. `--processes 4` divides the cells over processes of this machine; several
-machines take `--share 0/2` and `--share 1/2`, and a report reads all their files (`--merge`).
+Several sweeps are run one after the other. A sweep that was stopped goes on where it was. `--processes 4` divides the
+cells over processes of this machine; several machines take `--share 0/2` and `--share 1/2`, and a report reads all
+their files (`--merge`).
 """
 
 from __future__ import annotations
@@ -25,14 +26,18 @@ from benchmarks.quality.sweep import Sweep, read_sweep
 
 def main() -> None:
     arguments = _parse()
-    sweep = read_sweep(arguments.sweep)
+    sweeps = [read_sweep(path) for path in arguments.sweep]
     if arguments.processes > 1 and not arguments.report_only:
         _in_processes(arguments)
     elif not arguments.report_only:
-        _run(sweep, arguments)
+        for sweep in sweeps:
+            _run(sweep, arguments)
     if arguments.share is None:
         folder = arguments.report or arguments.results.parent
-        report(_finished(arguments), sweep.cells, folder, sweep.judged, sweep.controls)
+        cells = [cell for sweep in sweeps for cell in sweep.cells]
+        judged = dict.fromkeys(name for sweep in sweeps for name in sweep.judged)
+        controls = dict.fromkeys(name for sweep in sweeps for name in sweep.controls)
+        report(_finished(arguments), cells, folder, list(judged), list(controls))
 
 
 def _finished(arguments: argparse.Namespace) -> Finished:
@@ -81,7 +86,14 @@ def _commit() -> str:
 
 
 def _in_processes(arguments: argparse.Namespace) -> None:
-    command = [sys.executable, "-m", "benchmarks.quality", str(arguments.sweep), "--results", str(arguments.results)]
+    command = [
+        sys.executable,
+        "-m",
+        "benchmarks.quality",
+        *map(str, arguments.sweep),
+        "--results",
+        str(arguments.results),
+    ]
     command += itertools.chain.from_iterable(["--merge", str(file)] for file in arguments.merge)
     command += ["--cache", str(arguments.cache)] if arguments.cache else []
     (number, of), n = arguments.share or (0, 1), arguments.processes
@@ -100,7 +112,9 @@ def _share(text: str) -> tuple[int, int]:
 
 def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Train the cells of a sweep that are not finished, then report.")
-    parser.add_argument("sweep", type=Path, help="YAML: tasks, starts, rates, seeds and what is the same in all cells")
+    parser.add_argument(
+        "sweep", type=Path, nargs="+", help="YAML: tasks, starts, rates, seeds and what is the same in all cells"
+    )
     parser.add_argument("--results", type=Path, required=True, help="JSONL, a line for each finished cell")
     parser.add_argument("--merge", type=Path, action="append", default=[], help="another machine's results")
     parser.add_argument("--report", type=Path, help="folder of the report; the results' own unless given")

@@ -14,6 +14,7 @@ from benchmarks.quality.results import Cell, Result
 PLAIN = "plain"  # the start everything is compared with
 DEVELOPMENT = "development"
 FEWEST_POINTS = 5  # of a grid of learning rates
+SHORTER = 0.7  # of the steps: a run with a complete schedule of its own, held against plain LoRA's whole run
 
 
 @dataclass(frozen=True, order=True)
@@ -93,11 +94,13 @@ class ChosenRate:
 
 @dataclass(frozen=True)
 class Comparison:
-    """All starts under one set of conditions, plain LoRA first, and the rate chosen for each."""
+    """All starts under one set of conditions, plain LoRA first, and the rate chosen for each. `shorter`: what was run
+    with `SHORTER` of the steps and under the same conditions otherwise; None without any."""
 
     conditions: Conditions
     starts: Mapping[str, Runs]
     chosen: Mapping[str, ChosenRate]
+    shorter: Comparison | None = None
 
     def rate(self, label: str) -> float | None:
         """Give the start's own best rate; None without one."""
@@ -130,7 +133,13 @@ def compare(results: Iterable[Result]) -> list[Comparison]:
     for conditions, starts in sorted(found.items()):
         ordered = sorted(starts, key=lambda label: label != PLAIN)  # the others as they came
         runs[conditions] = {label: Runs(label, dict(sorted(starts[label].items()))) for label in ordered}
-    return [Comparison(conditions, starts, _chosen_rates(conditions, runs)) for conditions, starts in runs.items()]
+    found_at = {at: Comparison(at, starts, _chosen_rates(at, runs)) for at, starts in runs.items()}
+    return [replace(comparison, shorter=found_at.get(shorter(at))) for at, comparison in found_at.items()]
+
+
+def shorter(conditions: Conditions) -> Conditions:
+    """The same, with `SHORTER` of the steps."""
+    return replace(conditions, steps=round(SHORTER * conditions.steps))
 
 
 def labels(cells: Iterable[Cell]) -> dict[Cell, str]:

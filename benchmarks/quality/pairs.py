@@ -36,9 +36,7 @@ def over_tasks(by_task: Sequence[Seeds]) -> dict[int, float]:
 
 def mean_curve(results: Mapping[int, Result], seeds: Iterable[int]) -> list[tuple[int, float]]:
     """(step, held-out loss), the mean over these seeds at the steps that all of them have."""
-    curves = [dict(results[seed].heldout) for seed in seeds]
-    steps = sorted(set.intersection(*map(set, curves))) if curves else []
-    return [(step, mean(curve[step] for curve in curves)) for step in steps]
+    return _mean_of([results[seed].heldout for seed in seeds])
 
 
 def first_step_at(curve: Sequence[tuple[int, float]], loss: float) -> float | None:
@@ -58,14 +56,35 @@ def share_of_steps(comparison: Comparison, label: str) -> float | None:
 
     Infinite if the start never gets there, None if nothing can be said yet.
     """
-    if label not in comparison.starts or comparison.starts[label].own_base:
+    return _share(comparison, label, comparison.rate(label), comparison.rate(PLAIN))
+
+
+def share_at(comparison: Comparison, label: str, rate: float) -> float | None:
+    """`share_of_steps` with both at one rate."""
+    return _share(comparison, label, rate, rate)
+
+
+def wall_share_at(comparison: Comparison, label: str, rate: float) -> float | None:
+    """Wall time until plain LoRA's final loss, over that of plain LoRA's whole run; both at one rate, the start's
+    initialisation included, no evaluation. None where the time of a step was not measured."""
+    share, own, plain = share_at(comparison, label, rate), init_steps(comparison, label), init_steps(comparison, PLAIN)
+    if share is None or own is None or plain is None:
         return None
-    reference, own = (comparison.results(name, comparison.rate(name)) for name in (PLAIN, label))
-    seeds = sorted(set(reference) & set(own))
-    if not seeds:
-        return None
-    step = first_step_at(mean_curve(own, seeds), mean(reference[seed].heldout[-1][1] for seed in seeds))
-    return math.inf if step is None else step / comparison.conditions.steps
+    return (share * comparison.conditions.steps + own) / (comparison.conditions.steps + plain)
+
+
+def init_steps(comparison: Comparison, label: str) -> float | None:
+    """How many training steps a start takes the time of: the mean over runs that solved it and timed their steps."""
+    runs = comparison.starts[label].all if label in comparison.starts else []
+    found = [run.init_seconds / run.step_seconds for run in runs if run.step_seconds and not run.from_cache]
+    return mean(found) if found else None
+
+
+def shorter_difference(comparison: Comparison, label: str, rate: float) -> dict[int, float]:
+    """Relative difference by seed of a start's final loss after `SHORTER` of the steps to plain LoRA's after all."""
+    if comparison.shorter is None or comparison.starts[label].own_base:
+        return {}
+    return relative(comparison.shorter.finals(label, rate), comparison.finals(PLAIN, rate))
 
 
 def diverged(comparison: Comparison, label: str) -> list[float]:
@@ -80,6 +99,39 @@ def diverged_alone(comparison: Comparison, label: str) -> list[float]:
         return []
     plain = set(comparison.starts[PLAIN].by_rate) - set(diverged(comparison, PLAIN))
     return [rate for rate in diverged(comparison, label) if rate in plain]
+
+
+def _share(comparison: Comparison, label: str, rate: float | None, plain_rate: float | None) -> float | None:
+    if label not in comparison.starts or comparison.starts[label].own_base:
+        return None
+    plain, own = comparison.results(PLAIN, plain_rate), comparison.results(label, rate)
+    seeds = sorted(set(plain) & set(own))
+    if not seeds:
+        return None
+    step = _crossing([own[seed] for seed in seeds], [plain[seed] for seed in seeds])
+    return math.inf if step is None else step / comparison.conditions.steps
+
+
+def _crossing(own: Sequence[Result], plain: Sequence[Result]) -> float | None:
+    """The first step at which the mean loss is down at plain LoRA's final one; None if it never is.
+
+    On all held-out rows from where these were first looked at during training; before that, on the curve's rows.
+    """
+    full = _mean_of([run.full for run in own])
+    end = mean(run.final for run in plain)
+    if len(full) > 1 and full[0][1] > end:
+        return first_step_at(full, end)
+    step = first_step_at(_mean_of([run.heldout for run in own]), mean(run.heldout[-1][1] for run in plain))
+    if len(full) > 1 and full[0][1] <= end:  # by then at the latest
+        return min(full[0][0], math.inf if step is None else step)
+    return step
+
+
+def _mean_of(curves: Sequence[Sequence[tuple[int, float]]]) -> list[tuple[int, float]]:
+    """Average at the steps that all curves have."""
+    by_step = [dict(curve) for curve in curves]
+    steps = sorted(set.intersection(*map(set, by_step))) if by_step else []
+    return [(step, mean(curve[step] for curve in by_step)) for step in steps]
 
 
 def _difference(

@@ -17,11 +17,15 @@ READING = """\
 Losses are on held-out rows, mean ± standard deviation (number of seeds). Differences are (start − plain) ÷ plain of the
 final losses of the same seed, negative is better, with the 95 % interval of their mean (Student's t over seeds). They
 speak of these tasks and this model; the mean over tasks is taken seed by seed. Steps to plain's final loss: where the
-mean curve first gets there, over all steps of the run; each start at its own best rate. Best rates are those of the
+mean curve first gets there, over all steps of the run; each start at its own best rate unless a rate is named; on all
+held-out rows where those were looked at during training, before that on the curve's. Wall time to it: the start's
+initialisation included, evaluations left out, over that of plain LoRA's whole run. Best rates are those of the
 lowest mean loss on the development rows, on the test rows too; on the development rows themselves the loss at a best
 rate is therefore a little too good, for every start. Diverged: a loss that is no number, or an end above the
 untouched base; a rate is listed if one seed did. †: started on the unquantised model, so on a base of its own, and
-left out of the differences."""
+left out of the differences. twin: dense, with the weights that nf4 dequantises to. Adapters: Axolotl and Unsloth train
+them in float32, TRL casts those of a 4-bit base to bf16. Users train at 2e-4 with alpha/r 0.5 or 2 (Axolotl) and at
+1e-4 with alpha/r 2 (LLaMA-Factory)."""
 
 
 def report(
@@ -73,11 +77,13 @@ def _extent(finished: Finished, expected: Sequence[Cell]) -> list[str]:
     if not missing:
         return [*lines, ""]
     rows = [[*kind, f"{count} of {all_cells[kind]}"] for kind, count in missing.items()]
-    return [*lines, "", "**Not finished:**", "", *table(["split", "task", "rank", "start", "cells missing"], rows)]
+    header = ["split", "task", "rank", "start", "steps", "adapters", "alpha/r", "cells missing"]
+    return [*lines, "", "**Not finished:**", "", *table(header, rows)]
 
 
-def _kind(cell: Cell) -> tuple[str, str, str, str]:
-    return cell.split, cell.task, str(cell.rank), cell.start
+def _kind(cell: Cell) -> tuple[str, ...]:
+    how = str(cell.steps), cell.adapters, f"{cell.alpha_over_r:g}"
+    return cell.split, cell.task, str(cell.rank), cell.start, *how
 
 
 def _section(section: Section, controls: Sequence[str], folder: Path) -> list[str]:
@@ -97,6 +103,7 @@ def _section(section: Section, controls: Sequence[str], folder: Path) -> list[st
     lines += [f"![loss against rate]({name}_rates.png)", "", f"![loss against step]({name}_steps.png)", ""]
     for comparison in section.comparisons:
         lines += [f"{comparison.conditions.task}, final loss at every rate:", "", *tables.rates(comparison)]
+        lines += [f"{comparison.conditions.task}, each rate by itself:", "", *tables.settings(comparison)]
         lines += tables.costs(comparison)
     return lines
 

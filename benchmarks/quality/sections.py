@@ -42,7 +42,8 @@ class Section:
         rows = {(c.conditions.length, c.conditions.heldout_rows) for c in self.comparisons}
         shared = f"up to {at.length} tokens, {at.heldout_rows} rows held out, " if len(rows) == 1 else ""
         own = f", {at.task} of data {at.data}, a curve of {at.curve_rows} rows" if self.alone else ""
-        return f"{at.split}, rank {at.rank}: {at.steps} steps of {at.batch}, {shared}{at.model} on {at.base}{own}"
+        how = f"{at.steps} steps of {at.batch}, {at.adapters} adapters, alpha/r {at.alpha_over_r:g}"
+        return f"{at.split}, rank {at.rank}: {how}, {shared}{at.model} on {at.base}{own}"
 
     @property
     def labels(self) -> list[str]:
@@ -78,7 +79,8 @@ def sections(comparisons: Sequence[Comparison]) -> list[Section]:
     may count twice in a mean.
     """
     found: list[Section] = []
-    left = list(comparisons)
+    arms = {comparison.shorter.conditions for comparison in comparisons if comparison.shorter is not None}
+    left = [c for c in comparisons if PLAIN in c.starts or c.conditions not in arms]  # arms stand beside whole runs
     for of_a_task in OF_A_TASK:
         shared: dict[Conditions, list[Comparison]] = {}
         for comparison in left:

@@ -3,13 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import product
 
 from benchmarks.markdown import table
-from benchmarks.quality.analysis import DEVELOPMENT, FEWEST_POINTS, PLAIN, ChosenRate, Comparison, Conditions
+from benchmarks.quality.analysis import (
+    DEVELOPMENT,
+    FEWEST_POINTS,
+    PLAIN,
+    SHORTER,
+    ChosenRate,
+    Comparison,
+    Conditions,
+)
 from benchmarks.quality.formatting import NOTHING, average, learning_rate, loss, percent, share
 from benchmarks.quality.goals import GOALS, Verdict, verdicts
 from benchmarks.quality.intervals import interval, mean, spread
-from benchmarks.quality.pairs import diverged, own_difference, same_rate_difference, share_of_steps
+from benchmarks.quality.pairs import (
+    diverged,
+    own_difference,
+    relative,
+    same_rate_difference,
+    share_at,
+    share_of_steps,
+    shorter_difference,
+    wall_share_at,
+)
 from benchmarks.quality.sections import Section
 from benchmarks.quality.sensitivity import Line
 
@@ -127,6 +145,32 @@ def rates(comparison: Comparison) -> list[str]:
             cells.append((loss(r.final for r in found) + (f", {bad} diverged" if bad else "")) if found else NOTHING)
         rows.append([_marked(comparison, label), *cells])
     return table(["start", *map(learning_rate, grid)], rows)
+
+
+def settings(comparison: Comparison) -> list[str]:
+    """A row for each rate and start, all held against plain LoRA at the same rate."""
+    grid = sorted(comparison.starts[PLAIN].by_rate) if PLAIN in comparison.starts else []
+    header = ["rate", "start", "final loss", "to plain", "steps to plain's final loss", "wall time to it"]
+    header += [f"final loss after {SHORTER} × the steps, to plain's whole run", "exact match"]
+    rows = []
+    for rate, (label, runs) in product(grid, comparison.starts.items()):
+        found = runs.finals(rate)
+        if found:
+            plain = {} if runs.own_base or label == PLAIN else relative(found, comparison.finals(PLAIN, rate))
+            exact = [result.exact_match for result in runs.at(rate).values() if result.exact_match is not None]
+            rows.append(
+                [
+                    learning_rate(rate),
+                    _marked(comparison, label),
+                    loss(found.values()),
+                    percent(interval(plain.values())),
+                    share(share_at(comparison, label, rate)),
+                    share(wall_share_at(comparison, label, rate)),
+                    percent(interval(shorter_difference(comparison, label, rate).values())),
+                    average(exact, 3),
+                ]
+            )
+    return table(header, rows)
 
 
 def costs(comparison: Comparison) -> list[str]:

@@ -84,6 +84,18 @@ def test_what_is_there_is_not_run_again(folder: Path, trained: list[Cell]) -> No
     assert "12 of 12 cells of the sweep are finished" in (folder / "report.md").read_text()
 
 
+def test_several_sweeps_are_run_in_turn_and_reported_together(folder: Path, trained: list[Cell]) -> None:
+    other = SWEEP | {"seeds": [2], "judged": [], "prediction": False, "adapters": "float32"}
+    (folder / "other.yml").write_text(yaml.safe_dump(other, sort_keys=False))
+    with pytest.MonkeyPatch.context() as patch:
+        files = [str(folder / name) for name in ("sweep.yml", "other.yml")]
+        patch.setattr(sys, "argv", ["quality", *files, "--results", str(folder / "results.jsonl")])
+        command.main()
+    assert trained == [*read_sweep(folder / "sweep.yml").cells, *read_sweep(folder / "other.yml").cells]
+    assert "18 of 18 cells of the sweep are finished" in (folder / "report.md").read_text()
+    assert [cell.adapters for cell in trained] == ["bf16"] * 12 + ["float32"] * 6
+
+
 def test_shares_are_parts_of_the_sweep(folder: Path, trained: list[Cell]) -> None:
     for share in ("0/3", "1/3", "2/3"):
         run(folder, "--share", share, results=f"{share[0]}.jsonl")

@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 from quality_results import compared, grid, result
 
+from benchmarks.quality.analysis import compare
 from benchmarks.quality.pairs import (
     diverged,
     diverged_alone,
     first_step_at,
+    init_steps,
     own_difference,
     same_rate_difference,
+    share_at,
     share_of_steps,
+    shorter_difference,
+    wall_share_at,
 )
 
 pytestmark = pytest.mark.once
@@ -70,6 +76,68 @@ def test_steps_to_plains_loss_are_of_the_mean_curve_at_each_ones_best_rate() -> 
     assert share_of_steps(comparison, "ga") == INF
     assert share_of_steps(comparison, "one") is None
     assert share_of_steps(comparison, "plain") == 1
+
+
+def test_at_one_rate_both_are_compared_there() -> None:
+    comparison = compared(
+        [
+            *grid("plain", {1e-3: [1.0], 1e-2: [0.5]}),
+            result("eva", 1e-3, 0, 0.8, [(0, 2.0), (50, 1.2)]),
+            result("eva", 1e-2, 0, 0.4, [(0, 2.0), (20, 0.5)]),
+        ]
+    )
+    assert share_at(comparison, "eva", 1e-3) == pytest.approx(0.75)
+    assert share_at(comparison, "eva", 1e-2) == pytest.approx(0.2)
+    assert share_at(comparison, "eva", 1e-1) is None
+
+
+@pytest.mark.parametrize(
+    ("curve", "full", "expected"),
+    [
+        ([(0, 2.0), (60, 0.1)], [(50, 1.2), (80, 0.9), (100, 0.6)], 0.7),  # crossed between two looks at all rows
+        ([(0, 2.0), (20, 0.6)], [(50, 0.8), (100, 0.6)], 0.13 / 0.7),  # before that on the curve's: plain's end is 0.7
+        ([(0, 2.0), (60, 0.9)], [(50, 0.8), (100, 0.6)], 0.5),  # by then at the latest
+        ([(0, 2.0), (90, 0.1)], [(50, 1.2), (100, 1.1)], INF),
+        ([(0, 2.0), (20, 0.7)], [(100, 1.1)], 0.2),  # all rows at the end only
+    ],
+)
+def test_a_crossing_is_looked_for_on_all_rows(
+    curve: list[tuple[int, float]], full: list[tuple[int, float]], expected: float
+) -> None:
+    plain = replace(result("plain", 1e-3), heldout=[(0, 2.0), (100, 0.7)], full=[(100, 1.0)])
+    own = replace(result("eva", 1e-3), heldout=[*curve, (100, 0.5)], full=full)
+    assert share_at(compared([plain, own]), "eva", 1e-3) == pytest.approx(expected)
+
+
+def test_wall_time_has_the_initialisation_in_it() -> None:
+    """Plain LoRA's start takes the time of 5 of its 100 steps, eva's that of 10 or 15 of its own; one from the cache and
+    one whose steps nobody timed do not count."""
+    timed = {"init_seconds": 10.0, "step_seconds": 2.0}
+    comparison = compared(
+        [
+            result("plain", 1e-3, 0, 1.0, **timed),
+            result("eva", 1e-3, 0, 0.8, [(0, 2.0), (50, 1.0)], init_seconds=40.0, step_seconds=4.0),
+            result("eva", 1e-2, 0, 0.8, init_seconds=60.0, step_seconds=4.0),
+            result("eva", 1e-2, 1, 0.8, init_seconds=4e9, step_seconds=4.0, from_cache=True),
+            result("eva", 1e-2, 2, 0.8, init_seconds=4e9),
+            result("old", 1e-3, 0, 0.8),
+        ]
+    )
+    assert init_steps(comparison, "eva") == pytest.approx(12.5)
+    assert wall_share_at(comparison, "eva", 1e-3) == pytest.approx((50 + 12.5) / 105)
+    assert wall_share_at(comparison, "plain", 1e-3) == pytest.approx(1.0)
+    assert wall_share_at(comparison, "old", 1e-3) is None
+
+
+def test_a_shorter_run_is_held_against_plains_whole_one() -> None:
+    whole = [*grid("plain", {1e-3: [1.0, 0.8], 1e-2: [0.5]}), *grid("eva", {1e-3: [0.9, 0.7]})]
+    shorter = [replace(one, cell=replace(one.cell, steps=70)) for one in grid("eva", {1e-3: [0.95, 0.88]})]
+    others = [replace(one, cell=replace(one.cell, steps=70, rank=32)) for one in grid("eva", {1e-3: [0.1]})]
+    comparison = next(c for c in compare([*whole, *shorter, *others]) if c.conditions.steps == 100)
+    assert shorter_difference(comparison, "eva", 1e-3) == pytest.approx({0: -0.05, 1: 0.1})
+    assert shorter_difference(comparison, "eva", 1e-2) == {}
+    assert shorter_difference(comparison, "plain", 1e-3) == {}
+    assert shorter_difference(compared(whole), "eva", 1e-3) == {}
 
 
 def test_divergence_is_held_against_a_start_only_where_plain_stands() -> None:

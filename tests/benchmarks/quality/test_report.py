@@ -98,8 +98,8 @@ def test_what_is_not_finished_is_listed(tmp_path: Path) -> None:
     markdown = report(finished, expected, tmp_path)
     assert "2 of 7 cells of the sweep are finished." in markdown
     assert "1 more cells are in the files and not in the sweep" in markdown
-    assert row(markdown, "development", "gsm8k", "8", "plain")[4] == "2 of 4"
-    assert row(markdown, "development", "gsm8k", "32", "eva")[4] == "3 of 3"
+    assert row(markdown, "development", "gsm8k", "8", "plain")[4:] == ["100", "bf16", "2", "2 of 4"]
+    assert row(markdown, "development", "gsm8k", "32", "eva")[4:] == ["100", "bf16", "2", "3 of 3"]
     assert "- cells.jsonl, line 7: not whole" in markdown
     assert "No result of a start named `default`" in markdown
 
@@ -111,7 +111,7 @@ def test_a_finished_sweep_has_no_such_list(tmp_path: Path) -> None:
 def test_nothing_finished_is_a_report_too(tmp_path: Path) -> None:
     markdown = report(Finished((), ()), [cell()], tmp_path)
     assert "0 of 1 cells of the sweep are finished." in markdown
-    assert row(markdown, "development", "gsm8k", "8", "plain")[4] == "1 of 1"
+    assert row(markdown, "development", "gsm8k", "8", "plain")[7] == "1 of 1"
 
 
 @pytest.mark.parametrize(("majority", "verdict"), [(0.2, "beats it"), (0.4, "does not beat it")])
@@ -129,6 +129,24 @@ def test_controls_have_a_table_of_their_own(tmp_path: Path) -> None:
     before, after = markdown.split("Controls:")
     assert row(after, "random_a")[3] == "+0.00% [+0.00%, +0.00%]"
     assert "| random_a |" not in before
+
+
+def test_each_rate_is_shown_by_itself(tmp_path: Path) -> None:
+    timed = {"init_seconds": 0.0, "step_seconds": 2.0}
+    results = [
+        *grid("plain", {1e-3: [1.0], 3e-3: [0.9]}, **timed, exact_match=0.04),
+        result("default", 1e-3, 0, 0.8, [(0, 1.5), (50, 1.0)], init_seconds=20.0, step_seconds=2.0, exact_match=0.06),
+        result("default", 1e-3, 0, 1.05, steps=70, train_seconds=1.0),
+        result("alone", 5e-3, 0, 0.8),
+    ]
+    markdown = written(tmp_path, results)
+    _, table = markdown.split("each rate by itself")
+    assert row(table, "0.001", "plain")[2:] == ["1.0000 (1)", "–", "1.00 ×", "1.00 ×", "–", "0.040"]
+    expected = ["0.8000 (1)", "-20.00%, one seed", "0.50 ×", "0.60 ×", "+5.00%, one seed", "0.060"]
+    assert row(table, "0.001", "default")[2:] == expected
+    assert row(table, "0.003", "plain")[2] == "0.9000 (1)"
+    assert "| 0.005 | alone" not in table and "| 0.003 | default" not in table
+    assert markdown.count("each rate by itself") == 1  # the shorter run has no section of its own
 
 
 def test_predicted_rates_stand_beside_those_found(tmp_path: Path) -> None:

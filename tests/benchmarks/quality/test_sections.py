@@ -44,6 +44,17 @@ def test_what_differs_in_its_data_or_its_curve_only_stands_alone() -> None:
         assert len({section.title for section in found}) == len(found) == 2 + len(same_task)
 
 
+def test_shorter_runs_stand_beside_whole_ones_unless_plain_is_among_them() -> None:
+    shorter = [result("eva", steps=70), result("eva", steps=60)]
+    assert [s.conditions.steps for s in sections(compare([result(), *shorter]))] == [60, 100]  # 60 is nobody's
+    assert [s.conditions.steps for s in sections(compare([result(), *shorter, result(steps=70)]))] == [60, 70, 100]
+
+
+def test_runs_that_differ_in_adapters_or_scaling_are_told_apart() -> None:
+    found = sections(compare([result(), result(adapters="float32"), result(alpha_over_r=0.5)]))
+    assert len({section.title for section in found}) == len(found) == 3
+
+
 def test_the_test_comes_first() -> None:
     found = sections(compare([result(), result(rank=32, split="test"), result(split="test")]))
     assert [(s.conditions.split, s.conditions.rank) for s in found] == [("test", 8), ("test", 32), ("development", 8)]
