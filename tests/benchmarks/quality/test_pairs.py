@@ -110,8 +110,8 @@ def test_a_crossing_is_looked_for_on_all_rows(
 
 
 def test_wall_time_has_the_initialisation_in_it() -> None:
-    """Plain LoRA's start takes the time of 5 of its 100 steps, eva's that of 10 or 15 of its own; one from the cache and
-    one whose steps nobody timed do not count."""
+    """Plain LoRA's start takes the time of 5 of its 100 steps, eva's that of 10 or 15 of its own; one from the cache
+    and one whose steps nobody timed do not count."""
     timed = {"init_seconds": 10.0, "step_seconds": 2.0}
     comparison = compared(
         [
