@@ -28,7 +28,7 @@ from benchmarks.quality.heldout import Heldout, find_choice
 from benchmarks.quality.neighbours import OWN_BASE, eva, on_its_own_base
 from benchmarks.quality.prediction import best_first_step
 from benchmarks.quality.results import ADAPTERS, Cell, Result, has_diverged
-from benchmarks.quality.starts import A_TIMES, ours, scale_A
+from benchmarks.quality.starts import A_TIMES, FROZEN_A, freeze_A, ours, scale_A
 from benchmarks.tokenized_rows import Row
 from lora_da import InitReport
 from lora_da.export.rows import collate
@@ -189,10 +189,12 @@ class Runner:
 
         def start() -> tuple[PeftModel, InitReport | None]:
             model = get_peft_model(self._model, lora_config(cell.rank, cell.alpha_over_r))
-            if cell.method != PLAIN:
-                return model, ours(model, loader, cell, self._cache)
-            scale_A(model, cell.settings.get(A_TIMES, 1.0))
-            return model, None
+            report = None if cell.method == PLAIN else ours(model, loader, cell, self._cache)
+            if A_TIMES in cell.settings:
+                scale_A(model, cell.settings[A_TIMES])
+            if cell.settings.get(FROZEN_A):
+                freeze_A(model)
+            return model, report
 
         return start
 
@@ -208,8 +210,8 @@ def train_cell(model: PeftModel, rows: SeedRows, some: Heldout, all_rows: Heldou
     float32 that PEFT gives them. So the start is put back then, in the dtype that is asked for.
     """
     observer = _Observer(some, all_rows, cell)
-    trained = [p for p in model.parameters() if p.requires_grad]
-    started = [p.detach().clone() for p in trained]
+    adapter = adapter_parameters(model)
+    started = [p.detach().clone() for p in adapter]
     with tempfile.TemporaryDirectory() as folder:
         trainer = SFTTrainer(
             model=model,
@@ -218,20 +220,25 @@ def train_cell(model: PeftModel, rows: SeedRows, some: Heldout, all_rows: Heldou
             data_collator=collate,
             callbacks=[observer],
         )
-        for p, start in zip(trained, started, strict=True):
+        for p, start in zip(adapter, started, strict=True):
             p.data = start.to(DTYPES[cell.adapters])
         trainer.train()
     check_adapters(model, cell.adapters)
     return observer.curve
 
 
+def adapter_parameters(model: PeftModel) -> list[torch.nn.Parameter]:
+    """List lora_A and lora_B of every layer, frozen or not."""
+    return [p for name, p in model.named_parameters() if "lora_" in name]
+
+
 def check_adapters(model: PeftModel, adapters: str) -> None:
-    """Refuse trained parameters of another dtype.
+    """Refuse an adapter of another dtype.
 
     Raises:
         BenchmarkError: one is.
     """
-    found = {p.dtype for p in model.parameters() if p.requires_grad}
+    found = {p.dtype for p in adapter_parameters(model)}
     if found != {DTYPES[adapters]}:
         raise BenchmarkError(f"adapters are trained in {', '.join(map(str, found))}; the cell asks for {adapters}")
 

@@ -25,8 +25,9 @@ from lora_da.config import METHODS, PRESETS
 from lora_da.methods.method import Method
 
 CONTROLS = ("zero_B", "random_A", "plain_scale")
-OWN_SETTINGS = ("control", "candidate")  # of a start, beside those of `LoraDAConfig`
-A_TIMES = "A_times"  # of plain LoRA, the only setting there
+A_TIMES, FROZEN_A = "A_times", "frozen_A"
+OWN_SETTINGS = ("control", "candidate", FROZEN_A)  # of a start, beside those of `LoraDAConfig`
+PLAINS_SETTINGS = (A_TIMES, FROZEN_A)  # all that plain LoRA has
 
 
 def config_of(method: str, settings: Mapping[str, Any]) -> LoraDAConfig:
@@ -50,7 +51,7 @@ def digest(method: str, settings: Mapping[str, Any]) -> str:
         BenchmarkError: a start that is not this project's has settings that nothing reads.
     """
     if method not in METHODS:
-        unknown = set(settings) - ({A_TIMES} if method == PLAIN else set())
+        unknown = set(settings) - (set(PLAINS_SETTINGS) if method == PLAIN else set())
         if unknown:
             raise BenchmarkError(f"{method} has no setting {', '.join(map(repr, sorted(unknown)))}")
         return ""
@@ -66,7 +67,7 @@ def ours(model: PeftModel, loader: DataLoader[Any], cell: Cell, cache: Path | No
         cell: with the settings of `config_of`.
         cache: a folder for solutions, so that the rates of a sweep share one.
     """
-    kind, candidate = (cell.settings.get(name) for name in OWN_SETTINGS)
+    kind, candidate = (cell.settings.get(name) for name in ("control", "candidate"))
     config = replace(
         config_of(cell.method, cell.settings),
         samples=cell.init_samples,
@@ -85,6 +86,12 @@ def scale_A(model: PeftModel, times: float) -> None:
     """Multiply every lora_A: of a start at B = 0 that changes what its learning rate does, and nothing else."""
     for layer in find_adapter(model).layers:
         layer.lora_A.mul_(times)
+
+
+def freeze_A(model: PeftModel) -> None:
+    """Train lora_B alone."""
+    for layer in find_adapter(model).layers:
+        layer.lora_A.requires_grad_(False)
 
 
 def candidate_of(name: str) -> Method:

@@ -27,7 +27,7 @@ class Start:
         name: as reports call it.
         method: `plain`; a `method:` of LoRA-DA's; `eva`; or what starts on the unquantised model.
         settings: of `LoraDAConfig`, its preset possibly with changes to it, `control` and `candidate`; of plain LoRA
-            `A_times`; see `starts`.
+            `A_times`; of both `frozen_A`; see `starts`.
     """
 
     name: str

@@ -36,7 +36,9 @@ def finished(cell: Cell) -> Result:
 def test_a_whole_sweep_is_judged_over_all_its_tasks(path: Path) -> None:
     sweep = read_sweep(path)
     found = sections(compare(map(finished, sweep.cells)))
-    assert [section.conditions.rank for section in found] == sorted({cell.rank for cell in sweep.cells})
+    expected = {(cell.rank, cell.alpha_over_r, cell.steps) for cell in sweep.cells if cell.start == "plain"}
+    assert {(at.rank, at.alpha_over_r, at.steps) for at in (section.conditions for section in found)} == expected
+    assert len(found) == len(expected)
     for section in found:
         assert section.tasks == sorted(sweep.corpora)
         assert set(section.named(sweep.controls)) <= set(section.labels)

@@ -166,3 +166,18 @@ def test_all_held_out_rows_are_looked_at_where_it_is_asked_for(folder, runner):
     assert 0 < result.step_seconds < result.train_seconds / SWEEP["steps"]
     fewer, _ = trained(runner, folder, sweep(folder).cells[0], predict=False)
     assert fewer.full == [(5, result.final)] and fewer.heldout != result.heldout
+
+
+@pytest.mark.parametrize("method", ["plain", "lora_da"])
+def test_a_frozen_A_stays_as_it_is_started(folder, twin_runner, method):
+    cell = dataclasses.replace(sweep(folder).cells[0], method=method, base="twin", settings={"frozen_A": True})
+    steps: list[list[torch.Tensor]] = []
+    hook = register_optimizer_step_pre_hook(
+        lambda optimizer, _args, _kwargs: steps.append([p for g in optimizer.param_groups for p in g["params"]])
+    )
+    try:
+        trained(twin_runner, folder, cell, predict=False)
+    finally:
+        hook.remove()
+    assert {p.shape[1] for p in steps[-1]} == {cell.rank}  # the optimiser has every lora_B, (o, r), and nothing else
+    assert len(steps[-1]) == 14
