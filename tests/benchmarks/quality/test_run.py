@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from benchmarks.errors import BenchmarkError
 from benchmarks.qlora import lora_config
 from benchmarks.quality import run
 from benchmarks.quality.corpora import split_rows
+from benchmarks.quality.exact_match import exact_match
 from benchmarks.quality.results import append, read
 from benchmarks.quality.run import DTYPES, check_adapters
 
@@ -181,3 +183,20 @@ def test_a_frozen_A_stays_as_it_is_started(folder, twin_runner, method):
         hook.remove()
     assert {p.shape[1] for p in steps[-1]} == {cell.rank}  # the optimiser has every lora_B, (o, r), and nothing else
     assert len(steps[-1]) == 14
+
+
+def test_answers_are_generated_by_the_trained_model(folder, runner):
+    rows: list[Any] = []
+    cell = dataclasses.replace(sweep(folder).cells[0], exact_match_rows=3)
+
+    def noting(model, tokenizer, asked):
+        rows.extend(asked)
+        assert any(name.endswith("lora_B.default.weight") and p.any() for name, p in model.named_parameters())
+        return exact_match(model, tokenizer, asked)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run, "exact_match", noting)
+        result, _ = trained(runner, folder, cell, predict=False)
+    assert len({tuple(row["input_ids"]) for row in rows}) == 3
+    assert result.exact_match in (0, 1 / 3, 2 / 3, 1)
+    assert trained(runner, folder, sweep(folder).cells[0], predict=False)[0].exact_match is None
