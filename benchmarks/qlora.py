@@ -18,7 +18,7 @@ ALPHA_OVER_R = 2.0  # unless a benchmark says otherwise
 
 def load_model(folder: Path | str, base: str, device: torch.device) -> PreTrainedModel:
     """Load a causal language model, in `nf4` (double quantisation, computing in bf16), `bf16`, or as the `twin` of nf4:
-    dense, with the weights that those dequantise to, which takes a CPU half the time."""
+    dense, with the weights that those dequantise to, so that nothing is dequantised in a step."""
     quantisation = BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=DTYPE
     )
