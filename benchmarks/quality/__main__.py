@@ -26,17 +26,17 @@ from benchmarks.quality.sweep import Sweep, read_sweep
 
 def main() -> None:
     arguments = _parse()
-    sweeps = [read_sweep(path) for path in arguments.sweep]
+    sweeps = {path.stem: read_sweep(path) for path in arguments.sweep}
     if arguments.processes > 1 and not arguments.report_only:
         _in_processes(arguments)
     elif not arguments.report_only:
-        for sweep in sweeps:
+        for sweep in sweeps.values():
             _run(sweep, arguments)
     if arguments.share is None:
         folder = arguments.report or arguments.results.parent
-        cells = [cell for sweep in sweeps for cell in sweep.cells]
-        judged = dict.fromkeys(name for sweep in sweeps for name in sweep.judged)
-        controls = dict.fromkeys(name for sweep in sweeps for name in sweep.controls)
+        cells = {name: sweep.cells for name, sweep in sweeps.items()}
+        judged = dict.fromkeys(name for sweep in sweeps.values() for name in sweep.judged)
+        controls = dict.fromkeys(name for sweep in sweeps.values() for name in sweep.controls)
         report(_finished(arguments), cells, folder, list(judged), list(controls))
 
 
@@ -123,6 +123,9 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--share", type=_share, help="K/N: every N-th cell from the K-th, without a report")
     parser.add_argument("--cache", type=Path, help="folder for solutions, so that the rates of a start share one")
     arguments = parser.parse_args()
+    names = [path.stem for path in arguments.sweep]
+    if len(set(names)) < len(names):
+        parser.error(f"reports name a sweep by its file, and some are called the same: {', '.join(names)}")
     for file in arguments.merge:
         if not file.exists():
             parser.error(f"there is no {file} to merge")

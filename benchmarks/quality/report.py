@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from benchmarks.markdown import table
@@ -30,7 +30,7 @@ them in float32, TRL casts those of a 4-bit base to bf16. Users train at 2e-4 wi
 
 def report(
     finished: Finished,
-    expected: Iterable[Cell],
+    expected: Mapping[str, Sequence[Cell]],
     folder: Path,
     judged: Sequence[str] = ("default",),
     controls: Sequence[str] = (),
@@ -39,7 +39,7 @@ def report(
 
     Args:
         finished: as `results.read` gives it.
-        expected: all cells of the sweep; those without a result are listed as not finished.
+        expected: all cells of each sweep by its name; those without a result are listed as not finished.
         judged: names of the starts that are held against the goals.
         controls: names of the starts that get a table of their own.
     """
@@ -47,7 +47,7 @@ def report(
     comparisons = compare(finished.results)
     found = sections(comparisons)
     settings = sensitivity.lines(comparisons)
-    lines = ["# Data-aware starts against plain LoRA", "", *_extent(finished, list(expected)), READING, ""]
+    lines = ["# Data-aware starts against plain LoRA", "", *_extent(finished, expected), READING, ""]
     lines += ["## Goals", "", *tables.goals(found, judged)]
     for section in found:
         lines += _section(section, controls, folder)
@@ -65,25 +65,32 @@ def report(
     return markdown
 
 
-def _extent(finished: Finished, expected: Sequence[Cell]) -> list[str]:
-    """How much of the sweep there is, and by start what is missing."""
+def _extent(finished: Finished, expected: Mapping[str, Sequence[Cell]]) -> list[str]:
+    """How much of the sweeps there is; of those that were begun, by start what is missing."""
     there = {result.cell for result in finished.results}
-    wanted = dict.fromkeys(expected)
-    lines = [f"{len(wanted.keys() & there)} of {len(wanted)} cells of the sweep are finished."]
-    beside = len(there - wanted.keys())
+    wanted = {cell for cells in expected.values() for cell in cells}
+    sweeps = "the sweep" if len(expected) == 1 else f"{len(expected)} sweeps"
+    lines = [f"{len(wanted & there)} of {len(wanted)} cells of {sweeps} are finished."]
+    beside = len(there - wanted)
     if beside:
-        lines += [f"{beside} more cells are in the files and not in the sweep; they are in the tables too."]
-    all_cells, missing = Counter(map(_kind, wanted)), Counter(_kind(cell) for cell in wanted if cell not in there)
-    if not missing:
-        return [*lines, ""]
-    rows = [[*kind, f"{count} of {all_cells[kind]}"] for kind, count in missing.items()]
-    header = ["split", "task", "rank", "start", "steps", "adapters", "alpha/r", "cells missing"]
-    return [*lines, "", "**Not finished:**", "", *table(header, rows)]
+        lines += [f"{beside} more cells are in the files and in no sweep; they are in the tables too."]
+    not_run = [f"`{name}` ({len(set(cells))})" for name, cells in expected.items() if not there & set(cells)]
+    if not_run:
+        lines += ["", f"**Not run**, with their cells: {', '.join(not_run)}."]
+    rows = []
+    for name, cells in expected.items():
+        of = Counter(map(_kind, dict.fromkeys(cells)))
+        missing = Counter(_kind(cell) for cell in dict.fromkeys(cells) if cell not in there)
+        if there & set(cells):
+            rows += [[name, *kind, f"{count} of {of[kind]}"] for kind, count in missing.items()]
+    if rows:
+        header = ["sweep", "split", "task", "rank", "start", "steps", "alpha/r", "cells missing"]
+        lines += ["", "**Not finished:**", "", *table(header, rows)]
+    return [*lines, ""]
 
 
 def _kind(cell: Cell) -> tuple[str, ...]:
-    how = str(cell.steps), cell.adapters, f"{cell.alpha_over_r:g}"
-    return cell.split, cell.task, str(cell.rank), cell.start, *how
+    return cell.split, cell.task, str(cell.rank), cell.start, str(cell.steps), f"{cell.alpha_over_r:g}"
 
 
 def _section(section: Section, controls: Sequence[str], folder: Path) -> list[str]:

@@ -92,8 +92,15 @@ def test_several_sweeps_are_run_in_turn_and_reported_together(folder: Path, trai
         patch.setattr(sys, "argv", ["quality", *files, "--results", str(folder / "results.jsonl")])
         command.main()
     assert trained == [*read_sweep(folder / "sweep.yml").cells, *read_sweep(folder / "other.yml").cells]
-    assert "18 of 18 cells of the sweep are finished" in (folder / "report.md").read_text()
+    assert "18 of 18 cells of 2 sweeps are finished" in (folder / "report.md").read_text()
     assert [cell.adapters for cell in trained] == ["bf16"] * 12 + ["float32"] * 6
+
+
+def test_sweeps_of_one_name_are_refused(folder: Path, trained: list[Cell], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(sys, "argv", ["quality", *[str(folder / "sweep.yml")] * 2, "--results", str(folder / "r.jsonl")])
+        command.main()
+    assert "called the same: sweep, sweep" in capsys.readouterr().err and trained == []
 
 
 def test_shares_are_parts_of_the_sweep(folder: Path, trained: list[Cell]) -> None:

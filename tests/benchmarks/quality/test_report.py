@@ -30,7 +30,7 @@ def row(markdown: str, *starts: str) -> list[str]:
 
 def written(folder: Path, results: list[Result], **changes: object) -> str:
     expected = [one.cell for one in results]
-    return report(Finished(tuple(results), ()), expected, folder, **changes)  # type: ignore[arg-type]
+    return report(Finished(tuple(results), ()), {"sweep": expected}, folder, **changes)  # type: ignore[arg-type]
 
 
 def behind() -> list[Result]:
@@ -95,11 +95,12 @@ def test_every_chart_is_there(tmp_path: Path) -> None:
 def test_what_is_not_finished_is_listed(tmp_path: Path) -> None:
     expected = [cell(seed=seed) for seed in range(4)] + [cell("eva", seed=seed, rank=32) for seed in range(3)]
     finished = Finished((result(), result(seed=3), result("beside")), ("cells.jsonl, line 7: not whole",))
-    markdown = report(finished, expected, tmp_path)
-    assert "2 of 7 cells of the sweep are finished." in markdown
-    assert "1 more cells are in the files and not in the sweep" in markdown
-    assert row(markdown, "development", "gsm8k", "8", "plain")[4:] == ["100", "bf16", "2", "2 of 4"]
-    assert row(markdown, "development", "gsm8k", "32", "eva")[4:] == ["100", "bf16", "2", "3 of 3"]
+    markdown = report(finished, {"begun": expected, "later": [cell(rate=5e-3)]}, tmp_path)
+    assert "2 of 8 cells of 2 sweeps are finished." in markdown
+    assert "1 more cells are in the files and in no sweep" in markdown
+    assert row(markdown, "begun", "development", "gsm8k", "8", "plain")[5:] == ["100", "2", "2 of 4"]
+    assert row(markdown, "begun", "development", "gsm8k", "32", "eva")[5:] == ["100", "2", "3 of 3"]
+    assert "**Not run**, with their cells: `later` (1)." in markdown and "| later |" not in markdown
     assert "- cells.jsonl, line 7: not whole" in markdown
     assert "No result of a start named `default`" in markdown
 
@@ -109,9 +110,9 @@ def test_a_finished_sweep_has_no_such_list(tmp_path: Path) -> None:
 
 
 def test_nothing_finished_is_a_report_too(tmp_path: Path) -> None:
-    markdown = report(Finished((), ()), [cell()], tmp_path)
+    markdown = report(Finished((), ()), {"sweep": [cell()]}, tmp_path)
     assert "0 of 1 cells of the sweep are finished." in markdown
-    assert row(markdown, "development", "gsm8k", "8", "plain")[7] == "1 of 1"
+    assert "**Not run**, with their cells: `sweep` (1)." in markdown
 
 
 @pytest.mark.parametrize(("majority", "verdict"), [(0.2, "beats it"), (0.4, "does not beat it")])
