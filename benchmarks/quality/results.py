@@ -84,7 +84,7 @@ class Result:
         prediction: learning rate that suits the start by `best_first_step`, before training; None without one.
         environment: `versions`, `hardware`, `command` and `commit`.
         full: (step, loss) on all held-out rows, the last one the end; empty in old results.
-        step_seconds: mean wall time of a step, no evaluation in it; None in old results.
+        step_seconds: median wall time of a step, no evaluation in it; None in old results.
         exact_match: share of the generated answers that are the true ones; None if not asked for.
     """
 

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from statistics import fmean
+from statistics import median
 from typing import Any
 
 import torch
@@ -151,7 +151,7 @@ class Runner:
             prediction=prediction,
             environment=environment,
             full=[*curve.full, (cell.steps, final)],
-            step_seconds=fmean(curve.step_seconds),
+            step_seconds=median(curve.step_seconds),
             exact_match=exact,
         )
 
