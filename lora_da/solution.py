@@ -19,7 +19,7 @@ from lora_da.statistics import NotServed
 
 MAX_FAILED_SHARE = 0.05  # more layers than this without a solution mean that something is wrong with the model or data
 
-# ‖G‖ / √tr Z of a layer beside the largest: below, it is what float32 leaves of nothing. On questions of GSM8K the
+# `gradient_size` of a layer beside the largest: below, it is what float32 leaves of nothing. On questions of GSM8K the
 # smallest of SmolLM2-135M's is 2e-3 of the largest. On rows of two tokens its queries and keys have no gradient: theirs
 # is 2e-8 at most, the smallest of the others 2e-4. Tiny models leave up to 2e-7 of nothing.
 MIN_GRADIENT = 1e-6

@@ -39,11 +39,16 @@ class LayerStatistics:
     output_fisher: Tensor | None
     n_tokens: int
 
-    def gradient_size(self) -> float | None:
-        """‖G‖_F over √tr Z, which large inputs alone do not make large; ‖G‖_F where Z is not taken, None without G."""
+    def gradient_size(self, n_units: float) -> float | None:
+        """‖G‖_F for each token of the layer's own, over √tr Z, so that neither large inputs nor how often an expert is
+        asked count; over 1 where Z is not taken, None without G.
+
+        Args:
+            n_units: samples or loss tokens that the gradient is averaged over.
+        """
         if self.grad is None:
             return None
-        norm = torch.linalg.norm(self.grad).item()
+        norm = torch.linalg.norm(self.grad).item() * n_units / self.n_tokens
         inputs = 1.0 if self.input_cov is None else self.input_cov.trace().item()
         return norm / math.sqrt(inputs) if inputs > 0 else norm
 

@@ -15,6 +15,7 @@ from torch import nn
 
 from lora_da import LoraDAConfig, LoraDAError, initialize_lora_da_weights
 from lora_da.adapter import find_adapter
+from lora_da.statistics import LayerStatistics
 
 DATA = batches(documents(8), 4)
 SMALL = LoraDAConfig(samples=8)
@@ -207,3 +208,15 @@ def test_a_small_gradient_is_one(scale):
     model.model.layers[0].mlp.down_proj.weight.data *= scale
     report = initialize(with_lora(model))
     assert report.initialized == report.targeted and report.failed == {}
+
+
+def test_how_often_a_layer_is_asked_does_not_make_its_gradient_small():
+    """An expert of few tokens among many has the size of a layer that reads them all."""
+    generator = torch.Generator().manual_seed(0)
+    x, d = torch.randn(10_000, 4, generator=generator), 1 + torch.randn(10_000, 3, generator=generator)
+
+    def size(n):
+        grad, cov = d[:n].T @ x[:n] / 10_000, x[:n].T @ x[:n] / n
+        return LayerStatistics(grad, cov, None, n).gradient_size(10_000)
+
+    assert 0.1 < size(5) / size(10_000) < 100

@@ -118,11 +118,11 @@ class Collector:
 
     def _add(self, call: Call, x: Tensor, d: Tensor) -> None:
         """Sum one call's tokens: x (…, i), d (…, o)."""
+        self.look_for_overflow(d)
         name, chosen = call[0], self.selection.settled(*call, d)
         if chosen is None:
             self.sums.misshapen[name] = tuple(x.shape)
             return
-        self.look_for_overflow(d)
         of_layer = self.sums.of(name)
         with self._timed(), torch.autocast(x.device.type, enabled=False):
             x, d = self._selected(x.detach(), d.detach(), chosen, self._computes_in[name])

@@ -99,7 +99,7 @@ class HandingOver(Generic[T]):
             with self._work.watch("solve"):
                 observed = self._observed(layer, name in last_readers)
                 if isinstance(observed, Observed):
-                    size = observed.statistics.gradient_size()  # before it is used up
+                    size = observed.statistics.gradient_size(self._n_units)  # before it is used up
                     if size is not None:
                         done.gradients[name] = size
                     done.outcomes[name] = self._solve_layer(layer, observed)

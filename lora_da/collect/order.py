@@ -106,9 +106,8 @@ class Orders:
         if fits_rows != fits_columns:
             self._by_column[name] = fits_columns
             return by_column if fits_columns else by_row
-        # Lists are made of rows where no layer is known to read otherwise.
-        is_usual = fits_rows and chosen.is_list and not any(self._by_column.values())
-        return by_row if is_usual else None
+        # Lists are made of rows where no layer is known to read otherwise; some models let padding have a gradient.
+        return by_row if chosen.is_list and not any(self._by_column.values()) else None
 
 
 def _all_within(is_live: Tensor, chosen: Chosen) -> bool:

@@ -125,7 +125,7 @@ class Selection:
         if self._batch is None or hidden is None:
             return
         tokens = self._batch.positions[TOKENS]
-        if hidden.shape[:-1] in (tokens.shape, (len(tokens),)):
+        if hidden.shape[:-1] in (tokens.shape, (len(tokens),), (1, len(tokens))):
             self._batch.mixture_inputs[mixture] = KnownRows(hidden.detach().flatten(0, -2))
 
 

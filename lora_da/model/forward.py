@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from lora_da.errors import LoraDAError
 from lora_da.memory import is_out_of_memory
 
 
@@ -31,10 +32,12 @@ def replaced(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
 def without_its_inputs(refusal: Callable[[Exception], Exception]) -> Iterator[None]:
     """Run a part of a model on less than the model gives it: where it fails for that, raise what `refusal` makes of it.
 
-    An error of memory, or of an accelerator, is raised as it is.
+    An error of memory, of an accelerator, of other processes, or of our own is raised as it is.
     """
     try:
         yield
+    except (LoraDAError, torch.distributed.DistError):
+        raise
     except (RuntimeError, LookupError, TypeError, ValueError, AttributeError) as error:
         if isinstance(error, torch.AcceleratorError) or is_out_of_memory(error):
             raise

@@ -204,15 +204,22 @@ def _own_rows(dataloader: Iterable[Any], seed: int | None) -> _OwnRows:
     collate = dataloader.collate_fn
     worker = _own_worker(dataloader)
     if getattr(dataloader, "batch_sampler", dataloader) is None:  # the dataset's items are batches already
-        ready = DataLoader(dataset, None, collate_fn=_as_it_is, **worker)
+        ready = DataLoader(dataset, None, collate_fn=copy.deepcopy if worker else _as_it_is, **worker)
         return _OwnRows((collate(copy.deepcopy(batch)) for batch in ready), None, n_rows, "item")
     # In batches of one: Axolotl's packing replaces the part of torch that fetches single rows.
-    return _OwnRows(DataLoader(dataset, 1, collate_fn=_the_only, **worker), collate, n_rows, "item")
+    rows: Iterable[Any] = DataLoader(dataset, 1, collate_fn=_copy_of_the_only if worker else _the_only, **worker)
+    if worker:
+        rows = map(copy.deepcopy, rows)
+    return _OwnRows(rows, collate, n_rows, "item")
 
 
 def _own_worker(dataloader: Any) -> dict[str, Any]:
     """Arguments for a loader that reads the rows where the user's does, if something is set up there; else in this
-    process."""
+    process.
+
+    What a worker hands over is in shared memory, an open file for each tensor as long as either side keeps it: both
+    copy what they keep.
+    """
     if not isinstance(dataloader, DataLoader) or not dataloader.num_workers or dataloader.worker_init_fn is None:
         return {}
     shared = ("worker_init_fn", "multiprocessing_context", "timeout", "prefetch_factor")
@@ -225,6 +232,10 @@ def _as_it_is(item: T) -> T:
 
 def _the_only(rows: list[T]) -> T:
     return rows[0]
+
+
+def _copy_of_the_only(rows: list[T]) -> T:
+    return copy.deepcopy(rows[0])
 
 
 def _rows(batch: Any) -> int:

@@ -6,7 +6,8 @@ import contextlib
 import functools
 import random
 import types
-from collections.abc import Callable, Iterator, Mapping
+import weakref
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,12 @@ from torch import Tensor, nn
 
 MANY = 64  # items; what is longer is data
 FURTHEST = 4096  # objects looked at
+GENERATORS = (random.Random, np.random.RandomState, np.random.BitGenerator, torch.Generator)
+# The system's own randomness has no state; data, models and plain values hold no generator.
+HOLD_NONE = (
+    *(random.SystemRandom, type(None), str, bytes, int, float, complex, type, types.ModuleType, Tensor, np.ndarray),
+    *(nn.Module, weakref.ProxyType, weakref.CallableProxyType, weakref.ReferenceType),
+)
 
 
 @contextlib.contextmanager
@@ -54,28 +61,39 @@ def _generators_in(owner: object) -> list[Any]:
         if id(value) in seen:
             continue
         seen[id(value)] = value
-        if isinstance(value, np.random.Generator):
-            value = value.bit_generator
-        if isinstance(value, (random.Random, np.random.RandomState, np.random.BitGenerator, torch.Generator)):
+        if issubclass(type(value), np.random.Generator):
+            value = value.bit_generator  # type: ignore[attr-defined]
+        if issubclass(type(value), GENERATORS) and not issubclass(type(value), random.SystemRandom):
             found.append(value)
         else:
             pending += _inside(value)
     return found
 
 
-def _inside(value: object) -> list[Any]:
-    """What an object holds, as far as a generator may be in it."""
-    if value is None or isinstance(value, (str, bytes, int, float, complex, type, types.ModuleType, Tensor, nn.Module)):
+def _inside(value: Any) -> list[Any]:
+    """What an object holds, as far as a generator may be in it. Nothing of its own code is run."""
+    kind = type(value)  # not what it says it is: a proxy of what is gone raises when it is asked
+    if issubclass(kind, HOLD_NONE):
         return []
-    if isinstance(value, Mapping):
+    if issubclass(kind, dict):
         return list(value.values()) if len(value) <= MANY else []
-    if isinstance(value, (list, tuple, set, frozenset)):
+    if issubclass(kind, (list, tuple, set, frozenset)):
         return list(value) if len(value) <= MANY else []
-    if isinstance(value, functools.partial):
+    if issubclass(kind, functools.partial):
         return [value.func, value.args, value.keywords]
-    if isinstance(value, types.MethodType):
+    if issubclass(kind, types.MethodType):
         return [value.__self__, value.__func__]
-    if isinstance(value, types.FunctionType):
+    if issubclass(kind, types.FunctionType):
         cells = (cell for cell in value.__closure__ or () if cell != types.CellType())
         return [value.__defaults__, value.__kwdefaults__, *(cell.cell_contents for cell in cells)]
-    return list(getattr(value, "__dict__", {}).values())
+    return [*_in_slots(value), *getattr(value, "__dict__", {}).values()]
+
+
+def _in_slots(value: object) -> Iterator[Any]:
+    for cls in type(value).__mro__:
+        slots = vars(cls).get("__slots__", ())
+        for name in (slots,) if isinstance(slots, str) else tuple(slots):
+            slot = vars(cls).get(name)
+            with contextlib.suppress(AttributeError):  # one that was never set
+                if isinstance(slot, types.MemberDescriptorType):
+                    yield slot.__get__(value)

@@ -140,7 +140,7 @@ class Seq2Seq(LanguageModel):
             source = output_like(encoded, states.detach()[None, :1])  # nobody reads it
             ids = targets.unsqueeze(0)
             with replaced(self._decoder, lambda *args, **kwargs: answer):
-                return loss_of(self.model(encoder_outputs=source, decoder_input_ids=ids, labels=ids))
+                return loss_of(self.model(encoder_outputs=source, decoder_input_ids=ids.clamp_min(0), labels=ids))
 
         return hidden, mean_loss
 

@@ -137,9 +137,14 @@ class LanguageModel(Task):
 
         with without_its_inputs(refusal):
             found = dependence(mean_loss, hidden, self.n_logits)
+        if found == []:
+            raise LoraDAError(
+                f"{name}'s loss does not depend on its decoder's last hidden states: its head is all zero, or reads "
+                "others; not supported"
+            )
         if found not in (None, [0]):
             expected = _label_at(self.predicts)
-            seen = " and ".join(_label_at(self.predicts - place) for place in found) or "no label"
+            seen = " and ".join(_label_at(self.predicts - place) for place in found)
             raise LoraDAError(
                 f"{name} compares the logits of a token with {seen}, where LoRA-DA expects {expected}; {SUPPORTED}"
             )

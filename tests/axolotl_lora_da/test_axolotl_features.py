@@ -36,13 +36,18 @@ def expected(project):
 @pytest.mark.parametrize(
     "changes",
     [
-        {"loraplus_lr_ratio": 16.0, "group_by_length": True},
-        {"neftune_noise_alpha": 5.0, "lora_dropout": 0.3},
+        {"loraplus_lr_ratio": 16.0, "group_by_length": True, "neftune_noise_alpha": 5.0, "lora_dropout": 0.3},
         {"gradient_checkpointing": True},
         {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}},
         {"gradient_checkpointing": True, "selective_checkpointing": True},
-        {"curriculum_sampling": True, "include_tkps": True, "dataset_exact_deduplication": True},
-        {"save_first_step": True, "save_strategy": "steps", "loss_watchdog_threshold": 100.0},
+        {
+            "curriculum_sampling": True,
+            "include_tkps": True,
+            "dataset_exact_deduplication": True,
+            "save_first_step": True,
+            "save_strategy": "steps",
+            "loss_watchdog_threshold": 100.0,
+        },
         {"torch_compile": True, "torch_compile_backend": "eager"},
         {"chunked_cross_entropy": True},
     ],

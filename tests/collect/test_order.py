@@ -179,6 +179,15 @@ def test_a_square_is_told_by_the_zeros_of_its_gradient_and_then_remembered() -> 
     assert again is not None and again.by_column is None and torch.equal(again.indices, settled.indices)
 
 
+@pytest.mark.parametrize("seen", [1e-9, float("nan")])
+def test_a_list_is_one_of_rows_where_padding_has_a_gradient_too(seen: float) -> None:
+    positions, orders = Positions.counted(COUNTS[:2], CPU), Orders()
+    found = orders.chosen("list", positions, (6,))
+    d = gradient(COUNTS[:2], (6,)).index_fill(0, torch.tensor([5]), seen)
+    settled = None if found is None else orders.settled("list", found, d)
+    assert settled is not None and settled.indices.tolist() == [0, 1, 2, 3]
+
+
 @pytest.mark.parametrize("seen", ["no gradient", "zeros", "live everywhere"])
 def test_a_square_that_nothing_tells_is_not_served(seen: str) -> None:
     d = {"no gradient": None, "zeros": torch.zeros(3, 3, 2), "live everywhere": torch.ones(3, 3, 2)}[seen]

@@ -176,8 +176,8 @@ class OnGpu:
     def __init__(self, held: LayerStatistics, asked: list[str]) -> None:
         self.held, self.asked = held, asked
 
-    def gradient_size(self) -> float | None:
-        return self.held.gradient_size()
+    def gradient_size(self, n_units: float) -> float | None:
+        return self.held.gradient_size(n_units)
 
     def to(self, device: torch.device) -> LayerStatistics:
         self.asked.append(device.type)

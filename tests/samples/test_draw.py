@@ -5,7 +5,11 @@ from __future__ import annotations
 import copy
 import functools
 import logging
+import os
 import random
+import resource
+import weakref
+from collections.abc import Mapping
 
 import numpy as np
 import pytest
@@ -291,6 +295,13 @@ class Holder:
         return self.generator
 
 
+class Slotted:
+    __slots__ = ("generator", "never_set")
+
+    def __init__(self, generator):
+        self.generator = generator
+
+
 def enclosed(generator):
     return lambda: generator
 
@@ -299,6 +310,7 @@ HOLDERS = {
     "attribute": lambda generator: (generator, lambda held: held),
     "dictionary": lambda generator: ({"a": [generator]}, lambda held: held["a"][0]),
     "object": lambda generator: (Holder(generator), lambda held: held.generator),
+    "slot": lambda generator: (Slotted(generator), lambda held: held.generator),
     "method": lambda generator: (Holder(generator).get, lambda held: held()),
     "function": lambda generator: (enclosed(generator), lambda held: held()),
     "partial": lambda generator: (functools.partial(lambda g: g, generator), lambda held: held()),
@@ -331,6 +343,44 @@ def test_and_by_one_of_the_collators():
         return [batch["input_ids"].tolist() for batch in dataloader]
 
     assert batches_of(drawn=True) == batches_of(drawn=False)
+
+
+def test_what_has_no_state_is_passed_by():
+    """The system's randomness, what is gone, and a mapping that would read a file for each of its values."""
+
+    class Lazy(Mapping):
+        def __len__(self):
+            return 1
+
+        def __iter__(self):
+            return iter("a")
+
+        def __getitem__(self, name):
+            raise AssertionError("it was read")
+
+    rows = Changing("random", HOLDERS["attribute"])
+    gone = Holder(None)
+    rows.others = [random.SystemRandom(), weakref.proxy(gone), weakref.ref(gone), Lazy()]
+    del gone
+    before = rows.held.getstate()
+    assert take(loader(rows), 3).n_samples == 3 and rows.held.getstate() == before
+
+
+def test_rows_of_tensors_from_a_worker_keep_no_files_open():
+    """A tensor that a worker hands over is an open file for as long as it is kept."""
+    rows = [{name: torch.tensor(values) for name, values in row.items()} for row in documents(200, seed=2)]
+
+    def collate(several):
+        return pad([{name: values.tolist() for name, values in row.items()} for row in several])
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    opened = len(os.listdir("/proc/self/fd"))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (opened + 150, hard))
+    try:
+        options = {"num_workers": 1, "worker_init_fn": lambda number: None, "multiprocessing_context": "fork"}
+        assert take(loader(rows, collate=collate, **options), 200).n_samples == 200
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 def test_generators_are_left_where_they_were_by_an_error_too():
