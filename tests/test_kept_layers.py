@@ -219,4 +219,5 @@ def test_how_often_a_layer_is_asked_does_not_make_its_gradient_small():
         grad, cov = d[:n].T @ x[:n] / 10_000, x[:n].T @ x[:n] / n
         return LayerStatistics(grad, cov, None, n).gradient_size(10_000)
 
+    # the mean of a few random x is some ten times that of many; by all units it would be 1e-3 of that
     assert 0.1 < size(5) / size(10_000) < 100
