@@ -11,11 +11,12 @@ import importlib.util
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from lora_da.config import METHODS, PRESETS, LoraDAConfig
 from lora_da.errors import LoraDAError
 from lora_da.export.files import load_rows
+from lora_da.needs import FirstStep
 
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 
@@ -57,6 +58,13 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--max-length", type=int, default=2048, help="tokens of a row at most (default: %(default)s)")
     parser.add_argument("--method", choices=METHODS, default="lora_da", help="default: %(default)s")
     parser.add_argument("--preset", choices=tuple(PRESETS), help="of method lora_da (default: default)")
+    parser.add_argument(
+        "--first-step",
+        choices=get_args(FirstStep),
+        help="how far from the base training starts; `none`, lora_B = 0, for trainers that take the base as their "
+        "reference (default: by preset)",
+    )
+    parser.add_argument("--gamma", type=float, help="divisor of the first step, in the place of measuring it")
     parser.add_argument("--cache-dir", help="folder for solved factors: the same command then starts from them")
     parser.add_argument("--device", help="cpu, cuda, cuda:1 … (default: cuda if there is one)")
     parser.add_argument("--dtype", choices=DTYPES, default="auto", help="of the model (default: as it is stored)")
@@ -74,7 +82,8 @@ def _config(asked: argparse.Namespace) -> LoraDAConfig:
             raise LoraDAError(f"--{name.replace('_', '-')} is {getattr(asked, name)}; set at least 1")
     if (asked.load_in_4bit or asked.load_in_8bit) and importlib.util.find_spec("bitsandbytes") is None:
         raise LoraDAError("--load-in-4bit and --load-in-8bit need bitsandbytes; run: pip install bitsandbytes")
-    return LoraDAConfig(method=asked.method, preset=asked.preset, samples=asked.samples, cache_dir=asked.cache_dir)
+    names = ("method", "preset", "samples", "first_step", "gamma", "cache_dir")
+    return LoraDAConfig(**{name: getattr(asked, name) for name in names})
 
 
 def _export(asked: argparse.Namespace, config: LoraDAConfig) -> None:

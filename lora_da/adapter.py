@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
@@ -123,9 +123,23 @@ class Adapter:
                 for layer in chosen:
                     layer.write(*factors[layer.name])
         except BaseException:  # an interrupt too
-            for parameter, value in before:
-                _put(parameter, value)
+            _put_all(before)
             raise
+
+    @contextlib.contextmanager
+    def kept(self) -> Iterator[None]:
+        """The parameters of its layers are as they were when the context is left, also after an error."""
+        with torch.no_grad():
+            before = [(p, copied(p)) for layer in self.layers for p in layer.parameters]
+        try:
+            yield
+        finally:
+            _put_all(before)
+
+
+def _put_all(values: Iterable[tuple[nn.Parameter, Tensor]]) -> None:
+    for parameter, value in values:
+        _put(parameter, value)
 
 
 @torch.no_grad()

@@ -4,20 +4,28 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass, fields, replace
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeAlias, TypeVar, get_args
 
 from lora_da.errors import LoraDAError
 from lora_da.methods import METHODS
 from lora_da.methods.method import Method, Numbers, Preset
 from lora_da.methods.presets import PRESETS
-from lora_da.needs import Averaging
+from lora_da.needs import Averaging, FirstStep
 
 __all__ = ["METHODS", "PRESETS", "LoraDAConfig", "Preset"]
 
 T = TypeVar("T", bound=Preset | Numbers)
 
 # What some method has no use for.
-OF_SOME_METHODS = ("population_size", "averaging", "variance_weight", "damping", "gamma", "full_fisher_up_to")
+OF_SOME_METHODS = (
+    "population_size",
+    "averaging",
+    "variance_weight",
+    "damping",
+    "gamma",
+    "first_step",
+    "full_fisher_up_to",
+)
 
 if TYPE_CHECKING:
     MethodChoice: TypeAlias = str | Method
@@ -45,6 +53,9 @@ class LoraDAConfig:
         variance_weight: factor of the variance term in the guidance matrix Ω; 0 leaves the bias alone.
         damping: added to the diagonals of Z and Y: times their mean in `default` and `paper`, absolute in `reference`;
             in `cntlora` to that of Z, times its mean.
+        first_step: how far along lora_B @ lora_A training starts. `measured`: as far as lowers the loss the most on
+            documents that the estimate has not seen, and not at all where nothing lowers it; `gamma`: as that says;
+            `none`: lora_B = 0, so that the model starts as it is. By preset; `gamma` where a gamma is set.
         gamma: divides the first step: lora_B @ lora_A has spectral norm at most 1/gamma where the step is normalised,
             and 1/gamma in `lora_one`; in `lora_ga` lora_A carries 1/√gamma.
         full_fisher_up_to: widest layer output for which Y is estimated in full and not only its diagonal.
@@ -67,6 +78,7 @@ class LoraDAConfig:
     variance_weight: float | None = None
     damping: float | None = None
     gamma: float | None = None
+    first_step: FirstStep | None = None
     full_fisher_up_to: int | None = None
     memory_budget: float | None = None
     cache_dir: str | None = None
@@ -108,6 +120,11 @@ class LoraDAConfig:
                     f"lora_da.{name} is {getattr(self, name)!r}, which method {method.name} has no use for; leave it "
                     f"out (of the numbers, this method takes {' and '.join(method.settable)})"
                 )
+        if self.gamma is not None and self.first_step in ("measured", "none"):
+            raise LoraDAError(
+                f"lora_da.gamma is {self.gamma!r} and lora_da.first_step {self.first_step!r}, which has no use for it; "
+                "leave one of them out"
+            )
 
     def chosen_method(self) -> Method:
         """The method itself."""
@@ -128,6 +145,8 @@ class LoraDAConfig:
 
     def _with_own(self, numbers: T) -> T:
         own = {f.name: getattr(self, f.name, None) for f in fields(numbers)}
+        if self.gamma is not None and numbers.first_step is not None:
+            own["first_step"] = "gamma"
         return replace(numbers, **{name: value for name, value in own.items() if value is not None})
 
 
@@ -137,6 +156,8 @@ def _check_numbers(given: LoraDAConfig | Preset) -> None:
     _number("variance_weight", given.variance_weight, 0)
     _number("damping", given.damping, 0)
     _number("gamma", given.gamma, 0, exclusive=True)
+    if given.first_step is not None:
+        _one_of("first_step", given.first_step, get_args(FirstStep))
     _number("full_fisher_up_to", given.full_fisher_up_to, 0, whole=True)
 
 

@@ -1,4 +1,4 @@
-"""The story: draw the samples; collect the statistics of every layer and solve it; write the factors.
+"""The story: draw the samples; collect the statistics of every layer and solve it; measure how far to go; write.
 
 Which statistics, and what is made of them, is the method's (`methods`); how the model is run so that they fit in memory
 is decided and done in `collect`. What an earlier run has solved for the same model, data and settings is taken from the
@@ -17,6 +17,7 @@ from typing import Any
 from peft import PeftModel
 from tqdm.auto import tqdm
 
+from lora_da import first_step
 from lora_da.adapter import describe_left, find_adapter
 from lora_da.cache import CacheEntry, cache_folder
 from lora_da.cache.fingerprint import fingerprint
@@ -86,7 +87,8 @@ def initialize_lora_da_weights(
     folder = processes.once(cache_folder, config.cache_dir)
     with drawing_mode():
         asked = config.samples, config.seed, config.population_size
-        data = processes.once(draw, dataloader, *asked, task.read, method.population)
+        others = first_step.DOCUMENTS if numbers.first_step == "measured" else 0
+        data = processes.once(draw, dataloader, *asked, task.read, method.population, others)
     if folder is not None:
         with estimation_mode(peft_model):
             key = processes.everywhere(fingerprint, peft_model, adapter, data, config, reward)
@@ -97,9 +99,14 @@ def initialize_lora_da_weights(
             solver = LayerSolver(method, numbers, data)
             collected = collect(task, adapter.layers, data, needs, run, solver.solve, plan)
             solution = processes.everywhere(solution_of, collected, adapter, data, needs)
-            if entry is not None:
-                processes.once(entry.store, solution)
-    notes = [*notes_on(base, data.batches), *left_out_of_the_loss(base)]
+        if numbers.first_step == "measured":
+            tokens = collected.plan.batch_tokens
+            solution = first_step.with_measured_length(solution, peft_model, task, adapter, data, run, tokens)
+        elif numbers.first_step == "none":
+            solution = first_step.with_zero_B(solution)
+        if entry is not None:
+            processes.once(entry.store, solution)
+    notes = [*notes_on(base, data.batches), *left_out_of_the_loss(base), *first_step.notes_on(numbers, data)]
     processes.warn(*describe_kept(solution.report, adapter), *(f"LoRA-DA: {note}" for note in notes))
     adapter.write(solution.factors, processes.together)
 

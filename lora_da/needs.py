@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
 Averaging: TypeAlias = Literal["samples", "tokens"]
+FirstStep: TypeAlias = Literal["measured", "gamma", "none"]
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,8 @@ class LayerReport:
         condition: estimated condition number of the damped Z.
         residual: of the eigenpairs, relative to the largest eigenvalue.
         relative_step: ‖s·BA‖_F / ‖W‖_F as written; None where the base's format gives no W.
+        fisher_length: of s·BA as written, in the damped Fisher of the estimate: half its square is how far K-FAC
+            expects this layer's step to move the predictions.
     """
 
     rank: int
@@ -37,6 +39,35 @@ class LayerReport:
     condition: float | None
     residual: float | None
     relative_step: float | None
+    fisher_length: float | None
+
+
+@dataclass(frozen=True)
+class FirstStepReport:
+    """How far along lora_B·lora_A training starts, where that was measured. Losses are means per loss token.
+
+    Args:
+        documents: that were looked at, none of which the estimate has seen.
+        loss_before: at the base; loss_after: at the length that was chosen.
+        length: root mean square, over the layers, of the spectral norm of s·lora_B·lora_A; 0 where none lowered the
+            loss.
+        tried: (length, loss), ascending.
+        seconds: wall time.
+    """
+
+    documents: int
+    loss_before: float
+    loss_after: float
+    length: float
+    tried: list[tuple[float, float]]
+    seconds: float
+
+    def line(self) -> str:
+        """What a user sees."""
+        found = f"LoRA-DA: loss on {self.documents} other documents {self.loss_before:.3f}"
+        if self.length:
+            return f"{found} → {self.loss_after:.3f} before the first step"
+        return f"{found}, which no first step lowers: lora_B is zero, and training starts at the base"
 
 
 @dataclass(frozen=True)
@@ -57,6 +88,7 @@ class InitReport:
         from_cache: the factors were solved by an earlier run, which loss, plan, forecast and timings are of.
         settings: method, preset and numbers used.
         layers: per initialised layer.
+        first_step: what was measured of it; None where it was not.
         notes: sentences on what training does otherwise than the estimate.
     """
 
@@ -78,23 +110,25 @@ class InitReport:
     timings: dict[str, float] = dataclasses.field(default_factory=dict)
     settings: dict[str, Any] = dataclasses.field(default_factory=dict)
     layers: dict[str, LayerReport] = dataclasses.field(default_factory=dict)
+    first_step: FirstStepReport | None = None
     notes: list[str] = dataclasses.field(default_factory=list)
     skipped: str | None = None
     from_cache: bool = False
 
     def line(self) -> str:
-        """The one line a user sees."""
+        """What a user sees: one line, and one more where the first step was measured."""
         if self.skipped is not None:
             return f"LoRA-DA: left the adapter as it is: {self.skipped}"
         failed = f" (kept PEFT's init: {', '.join(self.failed)})" if self.failed else ""
         method = self.settings.get("method", "lora_da")
         other = "" if method == "lora_da" else f" by {method}"
-        return (
+        done = (
             f"LoRA-DA: initialised {self.initialized} of {self.targeted} layers{other}{failed} "
             f"from {self.samples} samples, {self.tokens:,} tokens in {self.seconds:.1f} s, "
             f"peak {self.memory_of} memory {self.peak_memory_gib:.1f} GiB; "
             f"{'from the cache' if self.from_cache else self.plan}"
         )
+        return done if self.first_step is None else f"{done}\n{self.first_step.line()}"
 
     def save(self, folder: str | os.PathLike[str]) -> Path:
         """Write the report as JSON beside the adapter."""

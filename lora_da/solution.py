@@ -99,6 +99,7 @@ def _layer_report(layer: AdapterLayer, factors: LoraFactors, tokens: int, needs:
         condition=factors.condition,
         residual=factors.residual,
         relative_step=layer.relative_step(factors.lora_A, factors.lora_B),
+        fisher_length=None if factors.fisher_length is None else abs(layer.scaling) * factors.fisher_length,
     )
 
 

@@ -24,6 +24,7 @@ BAD_SETTINGS = [
     ("variance_weight", [-0.1, float("nan"), float("inf"), "1", True]),
     ("damping", [-1e-9, float("nan"), "0.1"]),
     ("gamma", [0, 0.0, -1, float("inf"), "1024"]),
+    ("first_step", ["mesured", 3, True]),
     ("full_fisher_up_to", [-1, 4096.0, "all"]),
     ("memory_budget", [0, -1.0, float("nan"), "2GB"]),
     ("cache_dir", ["", " ", 3, True, Path("folder")]),
@@ -46,7 +47,7 @@ def test_every_setting_has_a_bad_value():
 TAKES = {
     "filet": {"averaging": "samples"},
     "cntlora": {"damping": 0.5},
-    "lora_one": {"averaging": "samples", "gamma": 7.0},
+    "lora_one": {"averaging": "samples", "gamma": 7.0, "first_step": "gamma"},
     "lora_ga": {"averaging": "samples", "gamma": 7.0},
 }
 OF_LORA_DA = {
@@ -105,6 +106,7 @@ def test_settings_say_what_is_in_use():
         **dataclasses.asdict(LoraDAConfig(preset="paper")),
         **dataclasses.asdict(PRESETS["paper"]),
         "gamma": 7.0,
+        "first_step": "gamma",
     }
     other = LoraDAConfig(method="lora_one").settings()
     assert (other["method"], other["preset"], other["gamma"], other["damping"]) == ("lora_one", None, 128.0, None)
@@ -128,9 +130,21 @@ def test_every_number_of_a_preset_can_be_overridden(preset):
     for name in numbers:
         for value in (7, 0) if name != "gamma" else (7,):
             resolved = LoraDAConfig(preset=preset, **{name: value}).numbers()
-            assert dataclasses.asdict(resolved) == {**plain, name: value}
+            implied = {"first_step": "gamma"} if name == "gamma" else {}
+            assert dataclasses.asdict(resolved) == {**plain, **implied, name: value}
     for averaging in ("samples", "tokens"):
         assert LoraDAConfig(preset=preset, averaging=averaging).numbers().averaging == averaging
+
+
+def test_a_gamma_that_is_set_is_the_length_of_the_step() -> None:
+    """And the way in which the default preset went before it measured."""
+    found = LoraDAConfig(gamma=1024.0).numbers()
+    assert found == dataclasses.replace(PRESETS["default"], first_step="gamma", gamma=1024.0)
+    assert LoraDAConfig(preset="reference", first_step="measured").numbers().first_step == "measured"
+    assert LoraDAConfig(first_step="none").numbers().first_step == "none"
+    for other in ("measured", "none"):
+        with pytest.raises(LoraDAError, match=rf"^lora_da\.gamma is 16\.0 and .*first_step '{other}'.*leave one"):
+            LoraDAConfig(gamma=16.0, first_step=other)
 
 
 def own_method(**changes: object) -> Method:

@@ -15,13 +15,14 @@ from models import batches, checkpoint, documents, lived_in, pad, tiny_gpt2, tin
 from peft import PeftModel
 from picture import differences, picture
 from planning import ONE, Forced, Way
+from settings import as_solved
 from tolerances import START
 from torch.utils.data import DataLoader
 
-from lora_da import LoraDAConfig, LoraDAError, initialize_lora_da_weights
+from lora_da import LoraDAError, initialize_lora_da_weights
 
 ROWS = documents(12)
-CONFIG = LoraDAConfig(samples=12)
+CONFIG = as_solved(samples=12)
 OUT_OF_MEMORY = torch.OutOfMemoryError
 
 RAISED = "it is raised as it is"
@@ -200,7 +201,7 @@ def test_the_same_with_hardly_any_damping(build: Any, preset: str) -> None:
     before = picture(model)
     try:
         report = initialize_lora_da_weights(
-            model, batches(ROWS, 4), LoraDAConfig(preset=preset, samples=12), show_progress=False
+            model, batches(ROWS, 4), as_solved(preset=preset, samples=12), show_progress=False
         )
     except LoraDAError as error:
         assert "layers have no solution; base_model" in str(error) and "set a larger damping" in str(error)

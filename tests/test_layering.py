@@ -47,6 +47,10 @@ BELOW_FILES = {
         *("lora_da.collect", "lora_da.methods", "lora_da.adapter", "lora_da.report", "lora_da.samples"),
         *("lora_da.statistics", "lora_da.needs", "lora_da.errors"),
     ),
+    "first_step": (
+        *("lora_da.solution", "lora_da.adapter", "lora_da.report", "lora_da.processes", "lora_da.methods.method"),
+        *("lora_da.tasks", "lora_da.model", "lora_da.samples", "lora_da.memory", "lora_da.errors"),
+    ),
 }
 
 RULES = (
@@ -145,6 +149,7 @@ PLANTED = [
     ("lora_da/cache/x.py", "from lora_da.initialize import initialize_lora_da_weights", "the room cache knows"),
     ("lora_da/export/x.py", "from lora_da.collect import collect", "the room export knows"),
     ("lora_da/needs.py", "from lora_da.statistics import LayerStatistics", "needs knows what is below it"),
+    ("lora_da/first_step.py", "from lora_da.collect import Plan", "first_step knows what is below it"),
     ("lora_da/statistics.py", "from lora_da.processes import Processes", "statistics knows what is below it"),
     ("lora_da/config.py", "from lora_da.adapter import Adapter", "config knows what is below it"),
     ("lora_da/adapter.py", "from lora_da.processes import Processes", "adapter knows what is below it"),

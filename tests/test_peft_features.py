@@ -13,16 +13,17 @@ from models import PREFIX, batches, documents, pad, tiny_gpt2, tiny_llama, tiny_
 from peft import LoraConfig
 from peft.optimizers import create_lorafa_optimizer, create_loraplus_optimizer
 from picture import content, differences, named_tensors, picture
+from settings import as_solved
 from tolerances import START
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainingArguments
 
-from lora_da import LoraDAConfig, LoraDAError, initialize_lora_da_weights
+from lora_da import LoraDAError, initialize_lora_da_weights
 from trl_integration import LoraDAInitializer
 
 DOCUMENTS = documents(12)
 DATA = batches(DOCUMENTS, 4)
-CONFIG = LoraDAConfig(samples=12)
+CONFIG = as_solved(samples=12)
 OF_ATTENTION = [f"self_attn.{name}_proj" for name in "qkvo"]
 MLP = ["mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"]
 GPT2 = ["attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"]

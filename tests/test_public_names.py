@@ -43,26 +43,28 @@ CALLED = {
 }
 
 OPTIONS = """
-    method preset samples seed population_size averaging variance_weight damping gamma full_fisher_up_to memory_budget
-    cache_dir
+    method preset samples seed population_size averaging variance_weight damping gamma first_step full_fisher_up_to
+    memory_budget cache_dir
 """.split()
 METHODS = "lora_da filet cntlora lora_one lora_ga".split()
 PRESET = """
     averaging variance_weight damping gamma full_fisher_up_to relative_damping normalize_step match_input_energy
+    first_step
 """.split()
 
 COMMAND = """
     --model --data --output --overwrite --rank --alpha --target-modules --load-in-4bit --load-in-8bit --samples
-    --max-length --method --preset --cache-dir --device --dtype
+    --max-length --method --preset --first-step --gamma --cache-dir --device --dtype
 """.split()
 
 REPORT = """
     initialized targeted failed left samples sample_unit tokens loss_tokens population_size loss seconds peak_memory_gib
-    memory_of plan forecast timings settings layers notes skipped from_cache
+    memory_of plan forecast timings settings layers first_step notes skipped from_cache
 """.split()
 SETTINGS = [*OPTIONS, "relative_damping", "normalize_step", "match_input_energy"]
 LAYER = """
     rank tokens bias_captured damping_input damping_output full_fisher condition residual relative_step
+    fisher_length
 """.split()
 
 LINE = """

@@ -3,15 +3,16 @@
 import pytest
 import torch
 from models import batches, documents, tiny_llama, with_lora
+from settings import as_solved
 
 import lora_da.methods.lora_da
-from lora_da import LoraDAConfig, LoraDAError, initialize_lora_da_weights
+from lora_da import LoraDAError, initialize_lora_da_weights
 
 pytestmark = pytest.mark.once
 
 
 def initialised(model) -> dict[str, torch.Tensor]:
-    initialize_lora_da_weights(model, batches(documents(8), 4), LoraDAConfig(samples=8), show_progress=False)
+    initialize_lora_da_weights(model, batches(documents(8), 4), as_solved(samples=8), show_progress=False)
     return {k: v.clone() for k, v in model.state_dict().items() if "lora_" in k}
 
 

@@ -14,13 +14,13 @@ from transformers import Trainer, TrainerCallback
 
 pytest.importorskip("trl", reason="TRL is not installed")
 
+from settings import as_solved
 from trainers import KINDS, FirstStep, base, by_hand, plain, same_bits, sft, worst_difference
 
-from lora_da import LoraDAConfig
 from lora_da.errors import LoraDAError
 from trl_integration import LoraDAInitializer
 
-CONFIG = LoraDAConfig(samples=10)
+CONFIG = as_solved(samples=10)
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +89,7 @@ class Stream(IterableDataset):
 def test_a_stream_is_read_from_its_start_and_trained_on_from_its_start(folder, tmp_path, model):
     with pytest.raises(LoraDAError, match="set `population_size`"):
         plain(model, Stream(), tmp_path, LoraDAInitializer(CONFIG)).train()
-    config, first = LoraDAConfig(samples=10, population_size=20), FirstStep()
+    config, first = as_solved(samples=10, population_size=20), FirstStep()
     trainer = plain(model, Stream(), tmp_path, LoraDAInitializer(config), first, kind=Recording)
     trainer.train()
     assert same_bits(first.adapter, by_hand(base(folder), documents(20), CONFIG, bf16=False))

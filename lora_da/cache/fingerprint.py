@@ -30,6 +30,7 @@ from lora_da.adapter import Adapter, stored_base
 from lora_da.config import LoraDAConfig
 from lora_da.errors import LoraDAError
 from lora_da.model.sharding import held, shape
+from lora_da.samples.batch import Batch
 from lora_da.samples.draw import InitData
 from lora_da.tasks import RewardLoss
 
@@ -89,16 +90,17 @@ def _adapter(adapter: Adapter) -> dict[str, Any]:
 
 
 def _data(data: InitData, words: _Words) -> dict[str, Any]:
-    counted = {f.name: getattr(data, f.name) for f in dataclasses.fields(data) if f.name != "batches"}
-    batches = [
-        {
-            "inputs": words.of("a batch", batch.inputs),
-            "targets": words.digest(batch.tokens.targets),
-            "document": words.digest(batch.tokens.document),
-        }
-        for batch in data.batches
-    ]
-    return {"counted": counted, "batches": batches}
+    batches = {"batches": data.batches, "others": data.others}
+    counted = {f.name: getattr(data, f.name) for f in dataclasses.fields(data) if f.name not in batches}
+    return {"counted": counted} | {name: [_batch(b, words) for b in group] for name, group in batches.items()}
+
+
+def _batch(batch: Batch, words: _Words) -> dict[str, Any]:
+    return {
+        "inputs": words.of("a batch", batch.inputs),
+        "targets": words.digest(batch.tokens.targets),
+        "document": words.digest(batch.tokens.document),
+    }
 
 
 class _Words:

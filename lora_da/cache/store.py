@@ -23,7 +23,7 @@ from torch import Tensor
 from lora_da.adapter import AdapterLayer
 from lora_da.errors import LoraDAError
 from lora_da.model.sharding import shape
-from lora_da.report import InitReport, LayerReport
+from lora_da.report import FirstStepReport, InitReport, LayerReport
 from lora_da.solution import Solution
 
 logger = logging.getLogger(__name__)
@@ -132,7 +132,10 @@ def _report(text: str) -> InitReport:
     try:
         fields = json.loads(text)
         layers = {name: LayerReport(**layer) for name, layer in fields.pop("layers").items()}
-        return InitReport(**fields, layers=layers)
+        first_step = fields.pop("first_step")
+        if first_step is not None:
+            first_step = FirstStepReport(**first_step | {"tried": [tuple(pair) for pair in first_step["tried"]]})
+        return InitReport(**fields, layers=layers, first_step=first_step)
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise _UnusableFile(f"its report cannot be read: {error}") from error
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -34,8 +35,12 @@ class Selection:
     @contextlib.contextmanager
     def following(self) -> Iterator[None]:
         """Hook the modules that hand hidden states to experts and to layers that read an encoder's."""
-        mixtures = {routed.mixture for routed in self._routed.values()}
-        hooks = [m.register_forward_pre_hook(self._note_mixture, with_kwargs=True) for m in mixtures]
+        mixture_of = {routed.expert: routed.mixture for routed in self._routed.values()}
+        hooks = [m.register_forward_pre_hook(self._note_mixture, with_kwargs=True) for m in {*mixture_of.values()}]
+        hooks += [
+            expert.register_forward_pre_hook(functools.partial(self._note_expert, mixture), with_kwargs=True)
+            for expert, mixture in mixture_of.items()
+        ]
         if ENCODER in self._within:
             hooks.append(self._within[ENCODER].register_forward_hook(self._note_encoded))
             hooks.append(self._within[TOKENS].register_forward_pre_hook(self._note_handed_over, with_kwargs=True))
@@ -87,7 +92,8 @@ class Selection:
         routed = self._routed.get(name)
         if routed is not None and routed.mixture in batch.mixture_inputs:
             rows = x.detach().flatten(0, -2)
-            positions = batch.mixture_inputs[routed.mixture].positions_of(rows)
+            # of an expert whose layers are called without it, the lowest ones tell
+            positions = None if routed.expert in batch.called else batch.positions_in(routed.mixture, rows)
             if positions is not None:
                 batch.expert_positions[routed.expert] = positions
             # a layer further inside reads what the expert has made of the same rows
@@ -128,6 +134,17 @@ class Selection:
         if hidden.shape[:-1] in (tokens.shape, (len(tokens),), (1, len(tokens))):
             self._batch.mixture_inputs[mixture] = KnownRows(hidden.detach().flatten(0, -2))
 
+    def _note_expert(
+        self, mixture: nn.Module, expert: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
+        hidden = next((v for v in (*args, *kwargs.values()) if isinstance(v, Tensor)), None)
+        if self._batch is None or hidden is None or mixture not in self._batch.mixture_inputs:
+            return
+        positions = self._batch.positions_in(mixture, hidden.detach().flatten(0, -2))
+        if positions is not None:
+            self._batch.expert_positions[expert] = positions
+            self._batch.called.add(expert)
+
 
 class _BatchRows:
     """What is known of one batch while it runs.
@@ -137,6 +154,7 @@ class _BatchRows:
         handed_over: an encoder's hidden states, as it returned them and as their reader got them.
         mixture_inputs: what each mixture of experts was called with.
         expert_positions: of the tokens that each expert was given last.
+        called: the experts of which that is known from their own call.
         head: as `Selection.in_head` is told, while it runs.
     """
 
@@ -148,7 +166,12 @@ class _BatchRows:
         self.handed_over: list[Tensor] = []
         self.mixture_inputs: dict[nn.Module, KnownRows] = {}
         self.expert_positions: dict[nn.Module, Tensor] = {}
+        self.called: set[nn.Module] = set()
         self.head: tuple[int, Tensor | None] | None = None
+
+    def positions_in(self, mixture: nn.Module, rows: Tensor) -> Tensor | None:
+        """Where each of `rows` (n, h) stands among those that a mixture was called with; None where one does not."""
+        return self.mixture_inputs[mixture].positions_of(rows)
 
     def among(self, positions: Tensor) -> Chosen:
         """Choose those that count among some tokens, given by their positions."""

@@ -40,7 +40,7 @@ METHODS: dict[str, Method] = {
     "lora_one": Method(
         "lora_one",
         Needs(Sums(input_cov=False, output_fisher=False), solving=lambda i, o: 4 * 3 * i * o),  # G scaled, in float64
-        {"default": Numbers(averaging="tokens", gamma=128.0)},  # the paper's
+        {"default": Numbers(averaging="tokens", gamma=128.0, first_step="gamma")},  # the paper's
         function_of("lora_one", "lora_one"),
     ),
     "lora_ga": Method(

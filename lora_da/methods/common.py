@@ -49,6 +49,7 @@ class LoraFactors:
         damping_input, damping_output: what was added to the diagonals of Z and Y.
         condition: (estimated) condition number of the damped Z.
         residual: ‖A V − V Λ‖_F / max|Λ| of the eigenpairs of the operator A that was solved.
+        fisher_length: of the step lora_B·lora_A in the damped Fisher, see `fisher_length`.
     """
 
     lora_A: Tensor
@@ -58,6 +59,20 @@ class LoraFactors:
     damping_output: float | None = None
     condition: float | None = None
     residual: float | None = None
+    fisher_length: float | None = None
+
+
+def fisher_length(lora_A: Tensor, lora_B: Tensor, cov: Tensor, damping: float, fisher: Tensor) -> float:
+    """√tr(Y S Z Sᵀ) of the step S = lora_B·lora_A: in K-FAC (arXiv 1503.05671) half its square is how far the step
+    moves the model's predictions, as a divergence.
+
+    Args:
+        lora_A: (r, i). lora_B: (o, r). Both in float64.
+        cov: Z, (i, i), undamped, in any dtype; damping: added to its diagonal.
+        fisher: the damped diagonal of Y, (o,).
+    """
+    energy = lora_A @ (cov @ lora_A.T.to(cov.dtype)).double() + damping * lora_A @ lora_A.T  # (r, r)
+    return math.sqrt(max(0.0, (fisher.unsqueeze(1) * (lora_B @ energy) * lora_B).sum().item()))
 
 
 def checked(name: str, tensor: Tensor | None, if_zero: str = "; does it take part in the loss?") -> Tensor:

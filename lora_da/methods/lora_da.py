@@ -28,6 +28,7 @@ from lora_da.methods.common import (
     UnsolvableLayer,
     canonical_signs,
     checked,
+    fisher_length,
     float32_suffices,
     noise,
     plain_energy_scale,
@@ -112,14 +113,16 @@ def lora_da(statistics: LayerStatistics, layer: LayerSpec, preset: Preset) -> Lo
     scale = 1 / math.sqrt(preset.gamma)
     if preset.match_input_energy:
         scale = plain_energy_scale(a0, damped_input.cov.to(dtype), layer.plain_variance)
+    lora_A, lora_B = a0.T.double() * scale, b0.T / (preset.gamma * scale)
     factors = LoraFactors(
-        lora_A=a0.T.double() * scale,
-        lora_B=b0.T / (preset.gamma * scale),
+        lora_A=lora_A,
+        lora_B=lora_B,
         bias_captured=captured,
         damping_input=damped_input.damping,
         damping_output=damping_output,
         condition=damped_input.condition,
         residual=pairs.residual,
+        fisher_length=fisher_length(lora_A, lora_B, damped_input.cov, damped_input.damping, 1 / inverse_fisher),
     )
     if not (torch.isfinite(factors.lora_A).all() and torch.isfinite(factors.lora_B).all()):
         raise UnsolvableLayer("its solution is not finite")

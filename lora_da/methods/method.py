@@ -11,7 +11,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from lora_da.errors import LoraDAError
-from lora_da.needs import Averaging, Needs
+from lora_da.needs import Averaging, FirstStep, Needs
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -32,6 +32,7 @@ class Preset:
     relative_damping: bool  # damping times the mean diagonal, or an absolute number
     normalize_step: bool  # divide D by its largest singular value
     match_input_energy: bool  # scale lora_A to plain LoRA's tr(A Z Aᵀ), or share 1/√gamma with lora_B
+    first_step: FirstStep = "gamma"
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,7 @@ class Numbers:
     averaging: Averaging | None = None
     damping: float | None = None
     gamma: float | None = None
+    first_step: FirstStep | None = None
 
 
 @dataclass(frozen=True)

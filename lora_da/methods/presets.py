@@ -12,9 +12,8 @@ PRESETS: dict[str, Preset] = {
         averaging="tokens",  # as transformers, TRL and Axolotl average the training loss
         variance_weight=1.0,
         damping=0.1,  # 0.01 and 1 end alike (benchmarks/results/quality)
-        # At step 0 the model is nearly the base, which the reference of DPO and GRPO is. 16, a first step of useful
-        # size, is ahead early and not to be told from this at the end (benchmarks/results/quality).
-        gamma=1024.0,
+        gamma=1024.0,  # where it is asked for: next to no step
+        first_step="measured",
         full_fisher_up_to=0,
         relative_damping=True,
         normalize_step=True,

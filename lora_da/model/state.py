@@ -1,7 +1,7 @@
 """The state a model is in while its statistics are taken, and nothing of it left behind.
 
-The model is the one the user trains: adapters off, train mode on (checkpointing depends on it), all noise off, and its
-layers called one by one.
+The model is the one the user trains: adapters off unless asked for, train mode on (checkpointing depends on it), all
+noise off, and its layers called one by one.
 """
 
 from __future__ import annotations
@@ -27,15 +27,21 @@ RUNNING_STATISTICS = (nn.modules.batchnorm._BatchNorm,)
 
 
 @contextlib.contextmanager
-def estimation_mode(model: PeftModel) -> Iterator[None]:
-    """Enter the estimation state; leave with flags, attributes and random states as they were, also after an error."""
+def estimation_mode(model: PeftModel, with_adapter: bool = False) -> Iterator[None]:
+    """Enter the estimation state; leave with flags, attributes and random states as they were, also after an error.
+
+    Args:
+        model: the user's.
+        with_adapter: whether its adapters take part.
+    """
     with contextlib.ExitStack() as stack:
         stack.enter_context(torch.inference_mode(False))  # whatever the caller has switched off,
         stack.enter_context(torch.enable_grad())  # a backward pass follows
         stack.enter_context(random_states())
         stack.enter_context(flags_kept(model))
         stack.enter_context(layer_by_layer(model))
-        stack.enter_context(model.disable_adapter())
+        if not with_adapter:
+            stack.enter_context(model.disable_adapter())
         model.requires_grad_(False)  # nobody's .grad is touched: only activations carry gradients
         model.train()
         for module in model.modules():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sized
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import torch
@@ -33,6 +33,7 @@ class InitData:
         n_samples, n_tokens, n_loss_tokens: counted documents, their tokens, and those that carry loss.
         population_size: N, in documents; None where it is neither known nor needed.
         unit: what a sample is: `row`, or `document (from …)`.
+        others: batches of other documents, which no statistic sees.
     """
 
     batches: list[Batch]
@@ -41,6 +42,7 @@ class InitData:
     n_loss_tokens: int
     population_size: int | None
     unit: str
+    others: list[Batch] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,10 @@ class _Drawn:
     batch: Batch
     row: Any
     whole: bool
+
+    @property
+    def n(self) -> int:
+        return self.batch.tokens.n_documents
 
 
 @dataclass(frozen=True)
@@ -81,6 +87,7 @@ def draw(
     population: int | None,
     read: Read,
     needs_population: bool,
+    others: int = 0,
 ) -> InitData:
     """Take the first `samples` documents of the data, or random ones if `seed` is given, and batch them by length.
 
@@ -96,44 +103,43 @@ def draw(
         seed, population: of `LoraDAConfig`.
         read: counts what the collator made, up to so many documents.
         needs_population: whether the method asks for N.
+        others: documents to take besides, from the rows that follow. Where the data hold too few for both, the last
+            rows are kept from the samples, up to a quarter of what there is; one at least, unless there is no second.
 
     Raises:
         LoraDAError: empty data, all labels masked, no length where one is needed.
     """
     with generators_kept(dataloader):
-        return _draw(_own_rows(dataloader, seed), samples, population, read, needs_population)
+        return _draw(_own_rows(dataloader, seed), samples, population, read, needs_population, others)
 
 
-def _draw(own: _OwnRows, samples: int, population: int | None, read: Read, needs_population: bool) -> InitData:
-    rows, collate, n_rows, unit = own.rows, own.collate, own.count, own.unit
+def _draw(
+    own: _OwnRows, samples: int, population: int | None, read: Read, needs_population: bool, others: int
+) -> InitData:
+    collate, n_rows = own.collate, own.count
     if needs_population and population is None and n_rows is None:
         raise LoraDAError(
             "the dataset has no length, so the size of the training population is unknown; set "
             "`population_size` (Axolotl: `lora_da.population_size`) to the number of documents to be trained on"
         )
-    drawn: list[_Drawn] = []
-    n_samples, n_found, rows_seen = 0, 0, 0
-    for row in rows:
-        inputs = row if collate is None else collate([copy.deepcopy(row)])
-        batch = read(inputs, samples - n_samples)
-        rows_seen += 1 if unit == "item" else _rows(inputs)
-        n_samples += batch.tokens.n_documents
-        n_found += batch.tokens.n_found
-        if batch.tokens.n_documents:
-            drawn.append(_Drawn(batch, row, batch.tokens.n_documents == batch.tokens.n_found))
-        if n_samples >= samples:
-            break
-    if rows_seen == 0:
+    reading = _Reading(own, read)
+    drawn = reading.take(samples)
+    seen_apart = reading.take(others)
+    n_seen = sum(d.n for d in drawn + seen_apart)
+    if reading.rows == 0:
         raise LoraDAError("the dataset is empty: there is nothing to estimate on")
-    if n_samples == 0:
+    if n_seen == 0:
         raise LoraDAError(
-            f"none of the first {rows_seen} rows has a token that carries loss: all labels are -100; check the chat "
+            f"none of the first {reading.rows} rows has a token that carries loss: all labels are -100; check the chat "
             "template, the masking (train_on_inputs, completion_only_loss, assistant_only_loss) and the maximum length"
         )
-    if n_samples < samples:
-        logger.warning("LoRA-DA: the data hold %d samples, %d were asked for", n_samples, samples)
+    while len(drawn) > 1 and sum(d.n for d in seen_apart) < min(others, max(1, n_seen // 4)):
+        seen_apart.append(drawn.pop())
+    n_samples = sum(d.n for d in drawn)
+    if n_seen < samples:
+        logger.warning("LoRA-DA: the data hold %d samples, %d were asked for", n_seen, samples)
     if population is None and n_rows is not None:
-        population = max(n_samples, round(n_rows * n_found / rows_seen))
+        population = max(n_seen, round(n_rows * reading.documents / reading.rows))
     batches = _batched(drawn, collate, read)
     boundaries = [b.tokens.boundaries for b in batches if b.tokens.boundaries != "row"]
     return InitData(
@@ -143,7 +149,40 @@ def _draw(own: _OwnRows, samples: int, population: int | None, read: Read, needs
         n_loss_tokens=sum(int(b.tokens.loss_tokens.sum()) for b in batches),
         population_size=population,
         unit=f"document (from {boundaries[0]})" if boundaries else "row",
+        others=_batched(seen_apart, collate, read),
     )
+
+
+class _Reading:
+    """Goes through the data once.
+
+    Args:
+        own: the data.
+        read: counts what the collator made.
+
+    Attributes:
+        rows, documents: met so far.
+    """
+
+    def __init__(self, own: _OwnRows, read: Read) -> None:
+        self.rows, self.documents = 0, 0
+        self._own, self._read, self._items = own, read, iter(own.rows)
+
+    def take(self, documents: int) -> list[_Drawn]:
+        """The next so many, or as many as there are; what is left of a row is passed over."""
+        drawn: list[_Drawn] = []
+        missing, collate = documents, self._own.collate
+        for item in self._items if documents else ():
+            inputs = item if collate is None else collate([copy.deepcopy(item)])
+            batch = self._read(inputs, missing)
+            self.rows += 1 if self._own.unit == "item" else _rows(inputs)
+            self.documents += batch.tokens.n_found
+            if batch.tokens.n_documents:
+                drawn.append(_Drawn(batch, item, batch.tokens.n_documents == batch.tokens.n_found))
+            missing -= batch.tokens.n_documents
+            if missing <= 0:
+                break
+        return drawn
 
 
 def _batched(drawn: list[_Drawn], collate: Collate | None, read: Read) -> list[Batch]:

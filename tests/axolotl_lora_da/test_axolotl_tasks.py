@@ -16,11 +16,12 @@ import rewards
 import torch
 from axolotl_runs import SAMPLES, STARTED, Project, difference
 from models import IGNORED, WIDE, adapter_weights
+from settings import as_solved
 from torch.utils.data import DataLoader
 from trainers import sentences, tokenizer
 from transformers import AutoModelForImageTextToText, AutoModelForSequenceClassification
 
-from lora_da import LoraDAConfig, initialize_lora_da_weights
+from lora_da import initialize_lora_da_weights
 from lora_da.tasks import RewardLoss
 
 pytestmark = [pytest.mark.axolotl, pytest.mark.slow, pytest.mark.filterwarnings("default")]
@@ -29,7 +30,7 @@ pytestmark = [pytest.mark.axolotl, pytest.mark.slow, pytest.mark.filterwarnings(
 def initialized(model, rows, collate, **options):
     """The adapter that the PEFT call gives, under the names of a saved one."""
     loader = DataLoader(rows, 4, collate_fn=collate)
-    initialize_lora_da_weights(model, loader, LoraDAConfig(samples=SAMPLES), show_progress=False, **options)
+    initialize_lora_da_weights(model, loader, as_solved(samples=SAMPLES), show_progress=False, **options)
     return {name.replace(".default", ""): value for name, value in adapter_weights(model).items()}
 
 

@@ -19,9 +19,10 @@ pytest.importorskip("axolotl", reason="Axolotl is not installed")
 pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
 from axolotl_runs import run, train
 from models import WIDE, batches, documents, tiny_llama, with_lora
+from settings import as_solved
 from trainers import tokenizer
 
-from lora_da import LoraDAConfig, initialize_lora_da_weights
+from lora_da import initialize_lora_da_weights
 
 pytestmark = [pytest.mark.axolotl, pytest.mark.slow]
 
@@ -107,7 +108,7 @@ def by_peft_call(folder: Path, **changes: object) -> tuple[PeftModel, dict]:
     """The adapter that the PEFT call gives on the same samples."""
     model = with_lora(quantized_base(folder), **changes)
     report = initialize_lora_da_weights(
-        model, batches(documents(ROWS), 8), LoraDAConfig(samples=SAMPLES), show_progress=False
+        model, batches(documents(ROWS), 8), as_solved(samples=SAMPLES), show_progress=False
     )
     return model, {"samples": report.samples, "tokens": report.tokens, "loss_tokens": report.loss_tokens}
 

@@ -24,9 +24,8 @@ from models import (
     with_lora,
 )
 from picture import differences, picture
+from settings import as_solved
 from torch.utils.data import DataLoader
-
-from lora_da import LoraDAConfig
 
 
 @pytest.fixture
@@ -165,7 +164,7 @@ def test_in_a_trainer_the_second_run_starts_at_once(tmp_path, folder, capsys):
     seen, callbacks = [], []
     for seed in range(2):
         first = trainers.FirstStep()
-        callback = LoraDACallback(LoraDAConfig(samples=8, cache_dir=str(folder)))
+        callback = LoraDACallback(as_solved(samples=8, cache_dir=str(folder)))
         trainers.plain(adapted_llama(seed), ROWS, tmp_path / f"run-{seed}", callback, first).train()
         seen.append(first.adapter)
         callbacks.append(callback)

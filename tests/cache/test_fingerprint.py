@@ -197,6 +197,7 @@ SETTINGS = {
     "variance_weight": 0.5,
     "damping": 0.2,
     "gamma": 512.0,
+    "first_step": "none",
     "full_fisher_up_to": 64,
 }
 ONLY_ROUNDING = {"memory_budget": 1e-3, "cache_dir": "elsewhere"}

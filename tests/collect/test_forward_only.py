@@ -65,7 +65,7 @@ def test_it_sees_what_the_full_pass_sees(case: str, cuts: int, monkeypatch: pyte
             if method == "cntlora":
                 patch.setattr(torch.Tensor, "backward", pytest.fail)
                 patch.setattr(torch.autograd, "grad", pytest.fail)
-            config = LoraDAConfig(method=method)
+            config = LoraDAConfig(method=method, first_step="gamma" if method == "lora_da" else None)
             way = Forced(Way(cuts=cuts))
             report = initialize_lora_da_weights(model, batches, config, show_progress=False, plan=way, **named)
         found[method] = statistics, report

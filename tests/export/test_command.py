@@ -14,11 +14,12 @@ import torch
 from caching import identical
 from models import WIDE, adapter_weights, tiny_llama, with_lora
 from peft import PeftModel
+from settings import as_solved
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from words import LETTERS, as_lines, tokenizer
 
-from lora_da import LoraDAConfig, initialize_lora_da_weights
+from lora_da import initialize_lora_da_weights
 from lora_da.__main__ import main
 from lora_da.export.rows import TokenizedRows, collate
 
@@ -56,7 +57,7 @@ def expected_adapter(model, quantisation=None, samples=8, **lora):
     base = AutoModelForCausalLM.from_pretrained(model, dtype="auto", quantization_config=quantisation, device_map="cpu")
     peft_model = with_lora(base, **lora)
     loader = DataLoader(TokenizedRows(ROWS, tokenizer(), 2048), collate_fn=collate)
-    initialize_lora_da_weights(peft_model, loader, LoraDAConfig(samples=samples), show_progress=False)
+    initialize_lora_da_weights(peft_model, loader, as_solved(samples=samples), show_progress=False)
     return adapter_weights(peft_model)
 
 
@@ -86,7 +87,7 @@ def test_in_a_process_of_its_own(tmp_path, model, data):
 def test_the_adapter_is_that_of_ones_own_program(tmp_path, model, data, option, capsys):
     if option is not None:
         pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
-    more = ["--samples", "8", "--rank", "4"] + ([option] if option else [])
+    more = ["--samples", "8", "--rank", "4", "--first-step", "gamma"] + ([option] if option else [])
     assert main(command(model, data, tmp_path / "out", *more)) == 0
     base = AutoModelForCausalLM.from_pretrained(
         model, dtype="auto", quantization_config=CONFIGS[option], device_map="cpu"
@@ -98,12 +99,13 @@ def test_the_adapter_is_that_of_ones_own_program(tmp_path, model, data, option, 
 
 def test_options_reach_what_they_are_for(tmp_path, model, data):
     more = ["--rank", "3", "--alpha", "5", "--target-modules", "q_proj", "v_proj", "--samples", "6"]
-    more += ["--preset", "reference", "--max-length", "8", "--dtype", "bfloat16"]
+    more += ["--preset", "reference", "--gamma", "512", "--max-length", "8", "--dtype", "bfloat16"]
     assert main(command(model, data, tmp_path / "out", *more)) == 0
     config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
     assert (config["r"], config["lora_alpha"], sorted(config["target_modules"])) == (3, 5, ["q_proj", "v_proj"])
     report = json.loads((tmp_path / "out" / "lora_da_report.json").read_text())
     assert (report["samples"], report["population_size"], report["settings"]["preset"]) == (6, 12, "reference")
+    assert (report["settings"]["gamma"], report["settings"]["first_step"]) == (512.0, "gamma")
     # Of each of the six rows a prompt of 7 − n mod 5 words, a completion of 2 + n mod 4, and the end.
     assert report["tokens"] == sum(min(8, 7 - n % 5 + 2 + n % 4 + 1) for n in range(6))
 
@@ -112,7 +114,8 @@ def test_a_second_command_takes_the_cache(tmp_path, model, data, capsys):
     for number in range(2):
         more = ["--samples", "8", "--cache-dir", str(tmp_path / "cache")]
         assert main(command(model, data, tmp_path / str(number), *more)) == 0
-    first, second = capsys.readouterr().out.strip().splitlines()
+    first, chosen, second, chosen_again = capsys.readouterr().out.strip().splitlines()
+    assert chosen == chosen_again and chosen.startswith("LoRA-DA: loss on 4 other documents ")
     assert second.endswith("; from the cache") and not first.endswith("from the cache")
     files = [(tmp_path / str(n) / "adapter_model.safetensors").read_bytes() for n in range(2)]
     assert files[0] == files[1]

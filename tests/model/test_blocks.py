@@ -14,6 +14,7 @@ from collecting import worst
 from models import PREFIX, documents, pad, seeded, with_lora
 from oracle import oracle_statistics
 from planning import Forced, Way, recorded
+from settings import as_solved
 from tolerances import FLOAT32
 from torch import Tensor, nn
 from transformers import Gemma3nForCausalLM, Gemma3nTextConfig, LlamaConfig, LlamaForCausalLM, PreTrainedModel
@@ -127,7 +128,7 @@ def test_a_block_that_is_left_out() -> None:
     base = llama()
     base.config.num_hidden_layers = BLOCKS - 1
     model = with_lora(base, target_modules=["q_proj"], layers_to_transform=[0, 1])
-    planner, config = Forced(Way(cuts=2)), LoraDAConfig(samples=4)
+    planner, config = Forced(Way(cuts=2)), as_solved(samples=4)
     initialize_lora_da_weights(model, BATCHES["one batch"], config, show_progress=False, plan=planner)
     assert planner.plans[-1].why_not_streamed == f"{BLOCKS - 1} of its {BLOCKS} blocks ran"
 

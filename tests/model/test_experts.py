@@ -9,12 +9,14 @@ import pytest
 import torch
 from collecting import collected, distance, worst
 from mixtures import Mixture, mixture
-from models import IGNORED, LENGTHS, Document, batches, checkpoint, documents, packed, pad, with_lora
-from tolerances import FLOAT32, WRONG
+from models import IGNORED, LENGTHS, Document, adapter_weights, batches, checkpoint, documents, packed, pad, with_lora
+from settings import as_solved
+from tolerances import FLOAT32, TURNED, WRONG
 from torch import Tensor, nn
 from torch.nn import functional as F
+from trainers import worst_difference
 
-from lora_da import LoraDAConfig, LoraDAError, initialize_lora_da_weights
+from lora_da import LoraDAError, initialize_lora_da_weights
 from lora_da.model.experts import KnownRows
 
 
@@ -66,6 +68,18 @@ def test_an_expert_counts_the_tokens_it_was_given(averaging: str, reentrant: boo
     assert off(collected(model, layout(rows), averaging), truth(mixture(), rows, averaging)) <= FLOAT32
 
 
+def test_layers_of_an_expert_are_told_apart_from_each_other() -> None:
+    """Where memory is short, each has a run of its own: `down_proj` without those that read what its expert does."""
+    rows, targets = documents(LENGTHS), ["gate_proj", "up_proj", "down_proj"]
+    together, apart = (with_lora(mixture(), target_modules=targets) for _ in range(2))
+    for model, budget in ((together, None), (apart, 1e-6)):
+        config = as_solved(samples=4, population_size=100, memory_budget=budget)
+        report = initialize_lora_da_weights(model, [pad(rows)], config, show_progress=False)
+        assert report.initialized == report.targeted == 24
+    assert "each run 12 times" in report.plan
+    assert worst_difference(adapter_weights(apart), adapter_weights(together)) < TURNED
+
+
 def test_rows_that_are_alike_are_told_apart_by_their_order() -> None:
     """The first tokens of these documents are the same, so are their hidden states, and one document counts double."""
     rows = documents(LENGTHS)
@@ -94,7 +108,10 @@ def test_an_expert_without_tokens_keeps_pefts_init_and_is_named(caplog: pytest.L
     before = {name: p.clone() for name, p in model.named_parameters() if "lora_" in name}
     with caplog.at_level(logging.WARNING, "lora_da"):
         report = initialize_lora_da_weights(
-            model, [pad(documents(LENGTHS))], LoraDAConfig(samples=4, population_size=100), show_progress=False
+            model,
+            [pad(documents(LENGTHS))],
+            as_solved(samples=4, population_size=100),
+            show_progress=False,
         )
     kept = {name for name in report.left if "experts.2." in name}
     assert len(report.left) == len(kept) == 6 and report.initialized == report.targeted - 6
@@ -129,5 +146,8 @@ def test_experts_that_are_never_called_are_an_error(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(Mixture, "forward", fused)
     with pytest.raises(LoraDAError, match="experts.*never seen with a token.*fused kernel"):
         initialize_lora_da_weights(
-            model, [pad(documents(LENGTHS))], LoraDAConfig(samples=4, population_size=100), show_progress=False
+            model,
+            [pad(documents(LENGTHS))],
+            as_solved(samples=4, population_size=100),
+            show_progress=False,
         )

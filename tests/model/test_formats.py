@@ -10,6 +10,7 @@ from collecting import collected, worst
 from models import LENGTHS, PREFIX, PROJECTIONS, WIDE, documents, pad, tiny_llama, with_lora
 from peft import PeftModel
 from planning import surveyed_model
+from settings import as_solved
 from tolerances import DEQUANTISED
 from torch import nn
 
@@ -135,7 +136,7 @@ def test_an_adapter_is_initialised(kind: str) -> None:
     ids = BATCHES[0]["input_ids"]
     with torch.no_grad(), model.disable_adapter():
         before = model(ids).logits
-    report = initialize_lora_da_weights(model, BATCHES, LoraDAConfig(samples=4), show_progress=False)
+    report = initialize_lora_da_weights(model, BATCHES, as_solved(samples=4), show_progress=False)
     assert report.initialized == report.targeted == 14 and not report.left
     with torch.no_grad():
         with model.disable_adapter():
@@ -201,7 +202,7 @@ def test_a_layer_that_passes_no_gradient_is_named(kind: str, targets: list[str])
     """Also where gradients reach the targeted layer past the others, along the residual stream, and are wrong."""
     model = adapted(BLOCKED[kind](), target_modules=targets)
     with pytest.raises(LoraDAError, match=r"no gradient passes through layer .*layers\.\d.*_proj.*has a backward"):
-        initialize_lora_da_weights(model, BATCHES, LoraDAConfig(samples=4), show_progress=False)
+        initialize_lora_da_weights(model, BATCHES, as_solved(samples=4), show_progress=False)
 
 
 def test_a_layer_keeps_the_tensors_of_the_mode_it_was_in() -> None:
@@ -220,7 +221,7 @@ def test_a_layer_keeps_the_tensors_of_the_mode_it_was_in() -> None:
     layers[0].train()
     before = [(layer.held, layer.training) for layer in layers]
     assert len(set(before)) == 2
-    initialize_lora_da_weights(model, BATCHES, LoraDAConfig(samples=4), show_progress=False)
+    initialize_lora_da_weights(model, BATCHES, as_solved(samples=4), show_progress=False)
     assert [(layer.held, layer.training) for layer in layers] == before
 
 

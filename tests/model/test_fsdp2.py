@@ -10,7 +10,7 @@ from many_cases import TIMEOUT, llama
 from other_methods import METHODS
 from planning import Way
 from processes import launch
-from sharded_cases import KEPT, MODELS, WAYS, initialized
+from sharded_cases import KEPT, MEASURED, MODELS, TO_MEASURE, WAYS, initialized
 from tolerances import LOSS, TURNED
 from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel
@@ -50,6 +50,20 @@ def test_a_sharded_model_gets_what_a_whole_one_gets(model: str, two: Any, tmp_pa
 @pytest.mark.parametrize("way", WAYS)
 def test_whatever_the_plan(way: str, two: Any) -> None:
     check([result[way] for result in two], initialized(llama(), WAYS[way]))
+
+
+@pytest.mark.compat("fsdp2")
+@pytest.mark.slow
+@pytest.mark.parametrize("model", TO_MEASURE)
+def test_the_first_step_is_measured_alike(model: str, two: Any, tmp_path: Path) -> None:
+    results, truth = (
+        [result[f"measured, {model}"] for result in two],
+        initialized(TO_MEASURE[model](tmp_path), Way(), **MEASURED),
+    )
+    check(results, truth)
+    for result in results:
+        assert [x for x, _ in result["tried"]] == pytest.approx([x for x, _ in truth["tried"]], rel=LOSS)
+        assert [loss for _, loss in result["tried"]] == pytest.approx([loss for _, loss in truth["tried"]], rel=LOSS)
 
 
 @pytest.mark.slow

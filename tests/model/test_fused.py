@@ -11,13 +11,14 @@ from types import ModuleType
 import pytest
 import torch
 from models import N_PROJECTIONS, adapter_weights, batches, documents, tiny_llama, with_lora
+from settings import as_solved
 from unsloth_stand_ins import StandIns, blocks, fired, on_instances
 
-from lora_da import LoraDAConfig, initialize_lora_da_weights
+from lora_da import initialize_lora_da_weights
 from lora_da.model.fused import layer_by_layer
 
 DATA = batches(documents(8), 4)
-CONFIG = LoraDAConfig(samples=8)
+CONFIG = as_solved(samples=8)
 EVERYTHING = {
     "attention": lambda put, model: put.attention(model),
     "mlp": lambda put, model: put.mlp(model),

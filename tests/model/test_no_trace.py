@@ -24,11 +24,12 @@ from models import (
 from peft import PeftModel
 from picture import content, differences, model_picture, named_tensors, picture
 from safetensors.torch import load_file
+from settings import as_solved
 from torch.utils.data import DataLoader
 
 from lora_da import LoraDAConfig, initialize_lora_da_weights
 
-SMALL = LoraDAConfig(samples=8)
+SMALL = as_solved(samples=8)
 BUILDERS = {"llama": tiny_llama, "gpt2": tiny_gpt2, "opt": tiny_opt, "mixtral": tiny_mixtral}
 
 

@@ -8,11 +8,12 @@ from collecting import collected, distance, watching, worst
 from dequantized import FOUR_BIT, dequantized, four_bit
 from models import LENGTHS, PREFIX, WIDE, documents, packed, pad, quantized, tiny_llama, with_lora
 from peft import PeftModel
+from settings import as_solved
 from tolerances import DEQUANTISED
 from torch import nn
 from transformers import PreTrainedModel
 
-from lora_da import LoraDAConfig, initialize_lora_da_weights
+from lora_da import initialize_lora_da_weights
 from lora_da.adapter import find_adapter
 
 bnb = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
@@ -88,7 +89,7 @@ def test_base_bits_stay_and_the_adapter_reloads(tmp_path, config: dict) -> None:
     base = quantized(original(), tmp_path / "base", **config)
     before = bits(base)
     model = with_lora(base)
-    report = initialize_lora_da_weights(model, [pad(documents(LENGTHS))], LoraDAConfig(samples=4), show_progress=False)
+    report = initialize_lora_da_weights(model, [pad(documents(LENGTHS))], as_solved(samples=4), show_progress=False)
     assert report.initialized == report.targeted == len(find_adapter(model).layers) == 14
     after = {k.removeprefix(PREFIX).replace("base_layer.", ""): v for k, v in bits(model).items()}
     assert all(torch.equal(v, after[k]) for k, v in before.items())

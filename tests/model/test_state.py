@@ -20,10 +20,11 @@ from models import (
     with_lora,
 )
 from picture import differences, picture
+from settings import as_solved
 from transformers import DbrxConfig, DbrxForCausalLM, FalconConfig, FalconForCausalLM
 from transformers.integrations.neftune import neftune_post_forward_hook
 
-from lora_da import LoraDAConfig, initialize_lora_da_weights
+from lora_da import initialize_lora_da_weights
 from lora_da.adapter import find_adapter
 from lora_da.model.state import estimation_mode
 from lora_da.samples.draw import draw, read_causal
@@ -149,7 +150,7 @@ def test_noise_is_on_again(kind):
     """After the initialisation every dropout and hook is what it was, and the factors are those without noise."""
     clean, noisy = adapted(kind, False), adapted(kind, True)
     before = picture(noisy)
-    config = LoraDAConfig(samples=6)
+    config = as_solved(samples=6)
     report = initialize_lora_da_weights(noisy, DATA, config, show_progress=False)
     assert all(": bits" in name and "lora_" in name for name in differences(before, picture(noisy)))
     initialize_lora_da_weights(clean, DATA, config, show_progress=False)
@@ -172,6 +173,6 @@ def test_checkpointing_stays_on():
 def test_a_balancing_loss_that_is_left_out_is_noted(asked):
     """In the report and by a warning; the config is as it was."""
     model = with_lora(tiny_mixtral(output_router_logits=asked), target_modules=["q_proj"])
-    report = initialize_lora_da_weights(model, DATA, LoraDAConfig(samples=6), show_progress=False)
+    report = initialize_lora_da_weights(model, DATA, as_solved(samples=6), show_progress=False)
     assert [note for note in report.notes if "`output_router_logits`" in note] == report.notes
     assert len(report.notes) == asked and model.get_base_model().config.output_router_logits is asked

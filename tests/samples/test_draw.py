@@ -27,6 +27,7 @@ from models import (
     with_lora,
 )
 from picture import differences, random_picture
+from settings import as_solved
 from torch.utils.data import (
     BatchSampler,
     DataLoader,
@@ -37,7 +38,7 @@ from torch.utils.data import (
     get_worker_info,
 )
 
-from lora_da import LoraDAConfig, LoraDAError, initialize_lora_da_weights
+from lora_da import LoraDAError, initialize_lora_da_weights
 from lora_da.model.state import estimation_mode
 from lora_da.samples.draw import draw, read_causal
 
@@ -453,7 +454,7 @@ def test_fewer_samples_than_asked(dataloader, caplog):
     assert seen(data) == ids(DOCUMENTS[:3]) and data.population_size == 3
     with caplog.at_level(logging.WARNING, "lora_da"):
         report = initialize_lora_da_weights(
-            with_lora(tiny_llama()), dataloader, LoraDAConfig(samples=10), show_progress=False
+            with_lora(tiny_llama()), dataloader, as_solved(samples=10), show_progress=False
         )
     assert report.samples == 3 and report.initialized == report.targeted
     assert [record.getMessage() for record in caplog.records] == ["LoRA-DA: the data hold 3 samples, 10 were asked for"]

@@ -10,9 +10,10 @@ from counting import MANY, RANDOM_LAYOUTS, check, expected, limits, packed_rows,
 from hypothesis import given
 from hypothesis import strategies as st
 from models import IGNORED, documents, packed, tiny_llama, with_lora
+from settings import as_solved
 from tolerances import LOSS
 
-from lora_da import LoraDAConfig, initialize_lora_da_weights
+from lora_da import initialize_lora_da_weights
 from lora_da.errors import LoraDAError
 from lora_da.samples.tokens import read_tokens
 
@@ -217,7 +218,7 @@ def test_the_loss_is_that_of_training_where_positions_jump(jump):
         with torch.no_grad(), model.disable_adapter():
             expected = model(**batch, **mask, use_cache=False).loss.item()
         fresh = with_lora(tiny_llama())
-        report = initialize_lora_da_weights(fresh, [{**batch, **mask}], LoraDAConfig(samples=3), show_progress=False)
+        report = initialize_lora_da_weights(fresh, [{**batch, **mask}], as_solved(samples=3), show_progress=False)
         assert (report.samples, report.loss_tokens) == (3, int((batch["labels"][:, 1:] != IGNORED).sum()))
         assert report.loss == pytest.approx(expected, rel=LOSS) and report.notes == []
 
@@ -228,7 +229,7 @@ def test_a_mask_that_lets_packed_documents_see_each_other_is_noted(caplog):
     for mask, notes in (({}, 0), ({"attention_mask": ones}, 1), ({"attention_mask": numbered}, 0)):
         caplog.clear()
         model, data = with_lora(tiny_llama()), [{**batch, **mask}]
-        report = initialize_lora_da_weights(model, data, LoraDAConfig(samples=2), show_progress=False)
+        report = initialize_lora_da_weights(model, data, as_solved(samples=2), show_progress=False)
         assert report.samples == 2 and len(report.notes) == notes
         said = [record.getMessage() for record in caplog.records if "see each other" in record.getMessage()]
         assert said == [f"LoRA-DA: {note}" for note in report.notes]

@@ -19,12 +19,12 @@ import torch
 import yaml
 from models import N_PROJECTIONS, WIDE, Document, documents, tiny_llama, with_lora
 from peft.utils.save_and_load import load_peft_weights
+from settings import as_solved
 from torch import Tensor
 from trainers import by_hand, tokenizer
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from axolotl_lora_da.bare_name import PLUGIN
-from lora_da import LoraDAConfig
 
 ROWS, SAMPLES = 24, 16
 PATIENCE = 300  # seconds that a run may take
@@ -124,7 +124,7 @@ class Project:
     def by_hand(self, rows: list[Document] | None = None, samples: int = SAMPLES, **lora: Any) -> dict[str, Tensor]:
         """The adapter that the PEFT call gives, under the names of a saved one."""
         model = with_lora(self.base(), **lora)
-        found = by_hand(model, rows or documents(ROWS), LoraDAConfig(samples=samples), bf16=False)
+        found = by_hand(model, rows or documents(ROWS), as_solved(samples=samples), bf16=False)
         return {name.replace(".default", ""): value for name, value in found.items()}
 
 

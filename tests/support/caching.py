@@ -20,6 +20,8 @@ def start(model, folder, data=None, show_progress=False, **settings):
     """Initialise with a cache in `folder`: the report, and how many forwards of the base it took."""
     calls = []
     counting = model.get_base_model().lm_head.register_forward_hook(lambda *_: calls.append(1))
+    if not {"gamma", "method"} & settings.keys():
+        settings = {"first_step": "gamma", **settings}
     config = LoraDAConfig(samples=8, cache_dir=str(folder) if folder else None, **settings)
     data = data or DataLoader(ROWS, 4, collate_fn=pad)
     try:

@@ -9,12 +9,12 @@ from typing import Any
 from many_cases import ROWS, SAMPLES, Broken, fails_in, llama
 from planning import ONE, Forced, Way
 from pytest import MonkeyPatch
+from settings import as_solved
 from torch import Tensor, nn
 from trainers import plain
 from transformers import TrainerCallback, training_args
 
 import lora_da.tasks.head
-from lora_da import LoraDAConfig
 from lora_da.callback import LoraDACallback
 from lora_da.collect.segment import SegmentRun
 from lora_da.model.sharding import copied
@@ -61,7 +61,7 @@ def settings(stage: int | None) -> dict[str, Any]:
 
 def trained(folder: Path, stage: int | None, way: Way = ONE, **args: Any) -> dict[str, Any]:
     """One step of training; without a stage, in one process and without DeepSpeed."""
-    config = LoraDAConfig(samples=SAMPLES, population_size=1000)
+    config = as_solved(samples=SAMPLES, population_size=1000, first_step=args.pop("first_step", "gamma"))
     initializer, watch = LoraDACallback(config, plan=Forced(way)), Watch()
     model = llama()
     if args.get("bf16") and stage is None:
@@ -84,6 +84,8 @@ CASES: dict[str, tuple[int, Way, dict[str, Any]]] = {
     "ZeRO-1 in bf16": (1, ONE, {"bf16": True}),
     "ZeRO-2 in bf16": (2, ONE, {"bf16": True}),
     "ZeRO-3 in bf16": (3, ONE, {"bf16": True}),
+    "ZeRO-2, first step measured": (2, ONE, {"first_step": "measured"}),
+    "ZeRO-3, first step measured": (3, ONE, {"first_step": "measured"}),
 }
 
 

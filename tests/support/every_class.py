@@ -20,13 +20,14 @@ from collecting import distance
 from models import IGNORED, documents, pad, seeded
 from peft import LoraConfig, get_peft_model
 from planning import recorded
+from settings import as_solved
 from tiny_configs import tiny_config
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.models.auto import modeling_auto
 from transformers.pytorch_utils import Conv1D
 
-from lora_da import LoraDAConfig, LoraDAError, initialize_lora_da_weights
+from lora_da import LoraDAError, initialize_lora_da_weights
 from lora_da.tasks import find_task
 
 MAPPINGS = ("CAUSAL_LM", "IMAGE_TEXT_TO_TEXT", "MULTIMODAL_LM", "SEQ_TO_SEQ_CAUSAL_LM", "SPEECH_SEQ_2_SEQ")
@@ -34,7 +35,7 @@ NAMED = re.compile(
     r"(?!Auto)\w+(ForCausalLM|ForConditionalGeneration|LMHeadModel|ForTextToText|ForSpeechToText|DoubleHeadsModel)"
 )
 ROWS, PAIRS = documents((9, 14, 6)), translators.pairs(3)
-SETTINGS = LoraDAConfig(samples=3, averaging="tokens")
+SETTINGS = as_solved(samples=3, averaging="tokens")
 # Whose code computes in float32 whatever its weights are, and fails where float64 meets it.
 FLOAT32_ONLY = re.compile("FSMT|Inkling2|Kosmos2For|XGLM")
 # Layers that PEFT refuses, by the models it names.

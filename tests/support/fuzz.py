@@ -16,12 +16,13 @@ from dequantized import FOUR_BIT, dequantized, four_bit
 from hypothesis import strategies as st
 from models import IGNORED, Document, checkpoint, documents, packed, pad, with_lora
 from peft import PeftModel
+from settings import as_solved
 from torch import nn
 from torch.utils.data import DataLoader
 from trainers import plain, sft
 from transformers import PreTrainedModel
 
-from lora_da import LoraDAConfig, initialize_lora_da_weights
+from lora_da import initialize_lora_da_weights
 from lora_da.report import InitReport
 from trl_integration import LoraDAInitializer
 
@@ -127,7 +128,7 @@ class Configuration:
 
     def start(self, model: PeftModel, output: Path) -> InitReport:
         """Initialise the adapter as this configuration's trainer does."""
-        config = LoraDAConfig(samples=self.samples, population_size=self.count, memory_budget=self.budget)
+        config = as_solved(samples=self.samples, population_size=self.count, memory_budget=self.budget)
         if self.trainer == "peft-call":
             if self.checkpointing is not None:
                 checkpoint(model.get_base_model(), self.checkpointing)

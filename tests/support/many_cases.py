@@ -16,9 +16,11 @@ from models import WIDE, adapter_weights, batches, documents, tiny_llama, with_l
 from peft import PeftModel
 from picture import differences, picture
 from planning import Forced, Way, recorded
+from settings import as_solved
 from torch import distributed as dist
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
+import lora_da.first_step
 import lora_da.initialize
 from lora_da import LoraDAConfig, LoraDAError, initialize_lora_da_weights
 from lora_da.adapter import AdapterLayer
@@ -49,6 +51,7 @@ def process_group() -> Iterator[None]:
 def initialized(model: PeftModel, way: Way, rows: Any = None, **settings: Any) -> dict[str, Any]:
     """The adapter, what the report counts, and which layers this process solved, under one forced plan."""
     population = 1000 if settings.get("method", "lora_da") == "lora_da" else None
+    settings = settings if "method" in settings else {"first_step": "gamma", **settings}
     config = LoraDAConfig(population_size=population, samples=SAMPLES, **settings)
     data = rows or batches(ROWS, 3)
     with recorded() as statistics:
@@ -59,6 +62,7 @@ def initialized(model: PeftModel, way: Way, rows: Any = None, **settings: Any) -
         "counts": (report.initialized, report.samples, report.tokens, report.loss_tokens, report.failed, report.left),
         "layer tokens": {name: layer.tokens for name, layer in report.layers.items()},
         "loss": report.loss,
+        "tried": None if report.first_step is None else report.first_step.tried,
         "from cache": report.from_cache,
     }
 
@@ -97,6 +101,8 @@ CASES: dict[str, Callable[[Path], dict[str, Any]]] = {
     "lora_one": lambda _: initialized(llama(), Way(parts=2, cut=False), method="lora_one"),
     "lora_ga": lambda _: initialized(llama(), Way(), method="lora_ga", averaging="samples"),
     "experts": lambda _: initialized(experts(), Way()),
+    "first step measured": lambda _: initialized(llama(), Way(cuts=3), first_step="measured"),
+    "first step measured, nf4": lambda folder: initialized(nf4(folder), Way(), first_step="measured"),
 }
 
 
@@ -135,13 +141,18 @@ FAULTS: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
     "borders": lambda p: fails_in(p, Feed, "inputs", 1, Broken("broken")),
     "pass": lambda p: fails_in(p, SegmentRun, "_run_top", 1, Broken("broken")),
     "solve": lambda p: fails_in(p, LayerSolver, "solve", 1, Broken("broken"), call=2),
+    "first step": lambda p: fails_in(p, lora_da.first_step, "_loss", 1, Broken("broken"), call=2),
+    "trial": lambda p: fails_in(p, AdapterLayer, "write", 1, Broken("broken"), call=3),
     "write": lambda p: fails_in(p, AdapterLayer, "write", 1, Broken("broken"), call=3),
 }
 
 
+OF_THE_FIRST_STEP = ("first step", "trial")
+
+
 def cached(folder: Path) -> dict[str, Any]:
     """A first run that keeps its solution, and a second that finds it, unless it was cut off for one process to see."""
-    settings = {"cache_dir": str(folder)}
+    settings = {"cache_dir": str(folder), "first_step": "measured"}
     first, second = initialized(llama(), Way(), **settings), initialized(llama(), Way(), **settings)
     if rank() == 0:
         for path in folder.iterdir():
@@ -160,7 +171,7 @@ def faults() -> dict[str, Any]:
         with pytest.MonkeyPatch.context() as patch:
             breaks(patch)
             try:
-                initialized(model, Way(cuts=2))
+                initialized(model, Way(cuts=2), first_step="measured" if name in OF_THE_FIRST_STEP else "gamma")
             except (LoraDAError, Broken) as error:
                 message = str(error)
         found[name] = message, differences(before, picture(model))
@@ -196,7 +207,7 @@ def trained(folder: Path) -> dict[str, Any]:
 
     found = {}
     for name in ("Trainer", "SFTTrainer"):
-        start, initializer = FirstStep(), LoraDAInitializer(LoraDAConfig(samples=SAMPLES))
+        start, initializer = FirstStep(), LoraDAInitializer(as_solved(samples=SAMPLES))
         settings = {"max_steps": 2, "per_device_train_batch_size": 2}
         if name == "Trainer":
             trainer = plain(llama(), ROWS, folder / name, initializer, start, **settings)

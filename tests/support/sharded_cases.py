@@ -54,12 +54,14 @@ def whole_adapter(model: nn.Module) -> dict[str, Tensor]:
 
 def initialized(model: PeftModel, way: Way, **settings: Any) -> dict[str, Any]:
     population = None if "method" in settings else 1000
+    settings = settings if "method" in settings else {"first_step": "gamma", **settings}
     config = LoraDAConfig(population_size=population, samples=SAMPLES, **settings)
     kinds = {name: type(p) for name, p in model.named_parameters()}
     report = initialize_lora_da_weights(model, batches(ROWS, 3), config, show_progress=False, plan=Forced(way))
     return {
         "adapter": whole_adapter(model),
         "loss": report.loss,
+        "tried": None if report.first_step is None else report.first_step.tried,
         "from cache": report.from_cache,
         "steps": {name: layer.relative_step for name, layer in report.layers.items()},
         "same parameters": kinds == {name: type(p) for name, p in model.named_parameters()},
@@ -97,6 +99,11 @@ def tied() -> PeftModel:
     return with_lora(tiny_llama(num_hidden_layers=4, tie_word_embeddings=True))
 
 
+def headed() -> PeftModel:
+    """An adapter that has layers outside the blocks too."""
+    return with_lora(tiny_llama(num_hidden_layers=4), target_modules=["q_proj", "lm_head"])
+
+
 MODELS: dict[str, Callable[[Path], PeftModel]] = {
     "float32": lambda _: llama(),
     "checkpointing": lambda _: checkpointed(),
@@ -104,6 +111,8 @@ MODELS: dict[str, Callable[[Path], PeftModel]] = {
     "nf4 in bytes": lambda folder: nf4(folder / "bytes", torch.uint8),
     "nf4 in bfloat16": lambda folder: nf4(folder / "bfloat16", torch.bfloat16),
 }
+MEASURED = {"first_step": "measured"}
+TO_MEASURE = {"float32": MODELS["float32"], "nf4 in bytes": MODELS["nf4 in bytes"], "head": lambda _: headed()}
 KEPT = ("lora_da", "cntlora")  # with parameters that stay gathered after a forward
 WAYS = {"one pass": Way(), "3 segments": Way(cuts=3), "3 passes": Way(parts=3, cut=False)}
 
@@ -114,7 +123,11 @@ def fsdp2(folder: Path) -> dict[str, Any]:
         ways = {name: initialized(sharded(llama()), way) for name, way in WAYS.items()}
         methods = {name: initialized(sharded(llama()), Way(cuts=3), method=name) for name in METHODS}
         kept = {f"{m} kept": initialized(sharded(llama(), reshard=False), Way(cuts=3), method=m) for m in KEPT}
-        return {**found, **ways, **methods, **kept, "cache": cached(folder / "cache")}
+        measured = {
+            f"measured, {name}": initialized(sharded(build(folder)), Way(), **MEASURED)
+            for name, build in TO_MEASURE.items()
+        }
+        return {**found, **ways, **methods, **kept, **measured, "cache": cached(folder / "cache")}
 
 
 def cached(folder: Path) -> list[dict[str, Any]]:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from models import IGNORED, Document
+from settings import as_solved
 from torch import Tensor
 from trainers import FirstStep, base, sentences, sft, tokenizer
 
@@ -18,8 +19,8 @@ from lora_da.report import InitReport
 from trl_integration import LoraDAInitializer
 
 COUNT, SAMPLES = 16, 10
-CONFIG = LoraDAConfig(samples=SAMPLES)
-ALL = LoraDAConfig(samples=COUNT)
+CONFIG = as_solved(samples=SAMPLES)
+ALL = as_solved(samples=COUNT)
 
 
 def ids(words: Iterable[str]) -> list[int]:

@@ -14,6 +14,7 @@ from oracle import oracle_statistics
 from peft import LoraConfig, get_peft_model
 from picture import differences, picture
 from planning import Way, collected_by
+from settings import as_solved
 from tolerances import FLOAT32, LOSS, WRONG
 from torch import Tensor
 from transformers import (
@@ -30,7 +31,7 @@ from transformers import (
 )
 from transformers.modeling_outputs import CausalLMOutput
 
-from lora_da import LoraDAConfig, LoraDAError, initialize_lora_da_weights
+from lora_da import LoraDAError, initialize_lora_da_weights
 from lora_da.tasks import find_task
 
 ROWS = documents(LENGTHS)
@@ -80,7 +81,7 @@ def test_a_config_that_asks_for_tuples_changes_nothing() -> None:
     found = []
     for config in ({}, {"return_dict": False}):
         model = with_lora(tiny_bloom(**config), task_type=None)
-        settings = LoraDAConfig(samples=4)
+        settings = as_solved(samples=4)
         report = initialize_lora_da_weights(model, [pad(ROWS)], settings, show_progress=False)
         found.append((report.loss, {n: p.detach().clone() for n, p in model.named_parameters() if "lora_" in n}))
     (loss, one), (other_loss, other) = found
@@ -94,7 +95,7 @@ def test_a_body_without_hidden_states_is_named() -> None:
     original = body.forward
     body.forward = lambda *args, **kwargs: {"states": original(*args, **kwargs).last_hidden_state}
     with pytest.raises(LoraDAError, match="LlamaModel returns a dict without hidden states; not supported"):
-        initialize_lora_da_weights(model, [pad(ROWS)], LoraDAConfig(samples=4), show_progress=False)
+        initialize_lora_da_weights(model, [pad(ROWS)], as_solved(samples=4), show_progress=False)
 
 
 SMALL = {
@@ -131,7 +132,7 @@ def test_models_whose_decoder_is_misnamed(build: Callable[[], PreTrainedModel], 
             expected = model(**batch, use_cache=False).loss.item()
     except AttributeError as error:  # Llama 4 without images, in transformers 5.24
         pytest.skip(f"the model's own forward fails in this transformers: {error}")
-    report = initialize_lora_da_weights(model, [batch], LoraDAConfig(samples=4), show_progress=False)
+    report = initialize_lora_da_weights(model, [batch], as_solved(samples=4), show_progress=False)
     assert report.initialized == report.targeted == len(names) > 0
     assert report.loss == pytest.approx(expected, rel=LOSS)
 
@@ -170,7 +171,7 @@ def test_the_body_is_what_is_below_the_head(kind: type[PreTrainedModel]) -> None
     model = seeded(kind, tiny_llama().config)
     assert find_task(model).body is model.model
     adapted = with_lora(model)
-    report = initialize_lora_da_weights(adapted, [pad(ROWS)], LoraDAConfig(samples=4), show_progress=False)
+    report = initialize_lora_da_weights(adapted, [pad(ROWS)], as_solved(samples=4), show_progress=False)
     assert report.initialized == report.targeted == 14
 
 
@@ -199,7 +200,7 @@ def test_a_body_that_is_not_run_is_named() -> None:
     other = tiny_llama().model
     base.forward = lambda input_ids, labels=None, **kwargs: other(input_ids)
     with pytest.raises(LoraDAError, match="LlamaForCausalLM does not run its LlamaModel"):
-        initialize_lora_da_weights(with_lora(base), [pad(ROWS)], LoraDAConfig(samples=4), show_progress=False)
+        initialize_lora_da_weights(with_lora(base), [pad(ROWS)], as_solved(samples=4), show_progress=False)
 
 
 def test_embeddings_may_be_changed_in_place() -> None:
@@ -221,7 +222,7 @@ def test_a_loss_that_is_not_shifted_is_refused(name: str) -> None:
     before = picture(model)
     message = f"{name} compares the logits of a token with its own label, where LoRA-DA expects the next one's label"
     with pytest.raises(LoraDAError, match=message):
-        initialize_lora_da_weights(model, [pad(ROWS)], LoraDAConfig(samples=4), show_progress=False)
+        initialize_lora_da_weights(model, [pad(ROWS)], as_solved(samples=4), show_progress=False)
     assert differences(before, picture(model)) == []
 
 
@@ -229,7 +230,7 @@ def test_a_head_that_reads_more_than_hidden_states_is_refused() -> None:
     """ProphetNet predicts several tokens at once."""
     model = with_lora(built("ProphetNetForCausalLM"), task_type=None)
     with pytest.raises(LoraDAError, match=r"the head of ProphetNetForCausalLM cannot be run on .* hidden states alone"):
-        initialize_lora_da_weights(model, [pad(ROWS)], LoraDAConfig(samples=4), show_progress=False)
+        initialize_lora_da_weights(model, [pad(ROWS)], as_solved(samples=4), show_progress=False)
 
 
 def test_a_layer_that_returns_a_tuple_is_named() -> None:
@@ -237,4 +238,4 @@ def test_a_layer_that_returns_a_tuple_is_named() -> None:
     routers = [name for name, _ in base.named_modules() if name.endswith("router")]
     model = with_lora(base, r=1, target_modules=["q_proj", *routers])
     with pytest.raises(LoraDAError, match=r"router \(Llama4Router\) returns a tuple, .*take it out of target_modules"):
-        initialize_lora_da_weights(model, [pad(ROWS)], LoraDAConfig(samples=4), show_progress=False)
+        initialize_lora_da_weights(model, [pad(ROWS)], as_solved(samples=4), show_progress=False)

@@ -13,11 +13,12 @@ from models import PREFIX, WIDE
 from peft import PeftModel
 from picture import differences, picture
 from planning import ONE, WAYS, collected_by, surveyed_model
+from settings import as_solved
 from task_oracle import statistics_of
 from tolerances import FLOAT32, LOSS
 from torch.utils.data import DataLoader
 
-from lora_da import LoraDAConfig, LoraDAError, initialize_lora_da_weights
+from lora_da import LoraDAError, initialize_lora_da_weights
 from lora_da.adapter import find_adapter
 from lora_da.tasks import find_task
 
@@ -181,7 +182,7 @@ def by_several_labels(twin, unit):
 def test_rows_beyond_the_samples_do_not_count(make):
     rows = make(8)
     model, twin = adapted(classifier("Llama")), classifier("Llama")
-    config = LoraDAConfig(samples=5, full_fisher_up_to=0)
+    config = as_solved(samples=5, full_fisher_up_to=0)
     report = initialize_lora_da_weights(model, in_batches(rows, 4), config, show_progress=False)
     losses_of_five = torch.stack([losses(twin.double().eval(), row).detach()[0] for row in rows[:5]])
     assert (report.samples, report.loss_tokens, report.population_size) == (5, 5, 8)
@@ -201,7 +202,7 @@ def test_only_the_adapter_changes(kind, head):
     assert any(f"{name}.modules_to_save" in path for name in HEADS for path, _ in model.named_modules())
     before = picture(model)
     rows = single() if head == "Sequence" else tagged()
-    report = initialize_lora_da_weights(model, in_batches(rows, 3), show_progress=False)
+    report = initialize_lora_da_weights(model, in_batches(rows, 3), as_solved(), show_progress=False)
     assert report.initialized == report.targeted and report.samples == len(rows)
     changed = differences(before, picture(model))
     assert len(changed) == 2 * report.initialized
@@ -215,7 +216,7 @@ def test_the_objective_goes_down():
     batch = pad(rows)
     with torch.no_grad():
         before = model.eval()(**batch).loss
-        initialize_lora_da_weights(model, [batch], show_progress=False)
+        initialize_lora_da_weights(model, [batch], as_solved(), show_progress=False)
         assert model(**batch).loss < before
 
 

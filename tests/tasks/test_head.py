@@ -26,12 +26,13 @@ from oracle import oracle_solve
 from peft import PeftModel
 from picture import differences, picture
 from planning import CPU, ONE, WAYS, Forced, Way, collected_by, recorded, surveyed_model
+from settings import as_solved
 from tolerances import FLOAT32, TURNED
 from torch import Tensor
 from transformers import PreTrainedModel
 
 import lora_da.tasks.head
-from lora_da import LoraDAConfig, initialize_lora_da_weights
+from lora_da import initialize_lora_da_weights
 from lora_da.adapter import find_adapter
 from lora_da.collect.plan import make_plan
 from lora_da.methods import METHODS
@@ -122,7 +123,7 @@ def test_a_head_whose_weight_is_the_embeddings(build) -> None:
     rows, model = documents(LENGTHS), adapted(build(), ["lm_head"])
     check(collected_by(model, [pad(rows)])["lm_head"], expected(build(), rows, "tokens"))
     before = picture(model)
-    report = initialize_lora_da_weights(model, [pad(rows)], LoraDAConfig(samples=4), show_progress=False)
+    report = initialize_lora_da_weights(model, [pad(rows)], as_solved(samples=4), show_progress=False)
     assert report.initialized == report.targeted == 1
     written = differences(before, picture(model))
     assert len(written) == 2 and all("lm_head.lora_" in name and name.endswith(": bits") for name in written)
@@ -132,7 +133,7 @@ def test_a_head_whose_weight_is_the_embeddings(build) -> None:
 def test_its_factors_are_the_oracles(preset: str) -> None:
     """The step lora_B·lora_A, which is unique where single factors have signs."""
     rows, model = documents((9, 14, 6, 11, 13, 8)), adapted(tiny_llama())
-    config = LoraDAConfig(preset=preset, samples=6, population_size=600, damping=0.1)
+    config = as_solved(preset=preset, samples=6, population_size=600, damping=0.1)
     with recorded() as seen:
         initialize_lora_da_weights(model, [pad(rows)], config, show_progress=False)
     numbers = config.numbers()
@@ -208,7 +209,7 @@ def test_layers_beside_the_output_layer_are_served_like_it(name: str, layer: str
 def test_it_is_streamed_with_the_last_block() -> None:
     model, data = adapted(tiny_llama(num_hidden_layers=4)), [pad(documents(LENGTHS))]
     planner = Forced(Way(cuts=4))
-    report = initialize_lora_da_weights(model, data, LoraDAConfig(samples=4), show_progress=False, plan=planner)
+    report = initialize_lora_da_weights(model, data, as_solved(samples=4), show_progress=False, plan=planner)
     (plan,) = planner.plans
     assert report.initialized == 9 and plan.cuts == 4
     assert [layer.name.removeprefix(PREFIX) for layer in plan.segments[-1].layers][-1] == "lm_head"

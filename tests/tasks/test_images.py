@@ -11,6 +11,7 @@ from models import IGNORED, PREFIX, WIDE
 from peft import PeftModel
 from picture import differences, picture
 from planning import ONE, WAYS, collected_by, surveyed_model
+from settings import as_solved
 from task_oracle import statistics_of
 from tolerances import FLOAT32
 from torch.utils.data import DataLoader
@@ -101,7 +102,7 @@ def test_only_the_adapter_changes(kind):
     with torch.no_grad():
         model(**batches[0])
     before = picture(model)
-    report = initialize_lora_da_weights(model, batches, show_progress=False)
+    report = initialize_lora_da_weights(model, batches, as_solved(), show_progress=False)
     assert report.initialized == report.targeted == 28 and report.samples == 7
     changed = differences(before, picture(model))
     assert len(changed) == 2 * report.initialized and all("lora_" in c and ": bits" in c for c in changed), changed

@@ -11,11 +11,12 @@ from models import WIDE, tiny_llama, with_lora
 from picture import differences, picture
 from planning import WAYS, collected_by
 from rewards import CENTER, in_batches, losses, pad, pairs, reward_model
+from settings import as_solved
 from task_oracle import statistics_of
 from tolerances import LOSS
 from torch.utils.data import DataLoader
 
-from lora_da import LoraDAConfig, LoraDAError, initialize_lora_da_weights
+from lora_da import LoraDAError, initialize_lora_da_weights
 from lora_da.tasks import RewardLoss, find_task
 
 # A float32 model and sums against the float64 oracle: the loss is of a difference of two rewards, in which more is lost
@@ -84,7 +85,7 @@ def test_pairs_stay_together():
 def test_pairs_beyond_the_samples_do_not_count():
     found = pairs(8)
     model, twin = adapted(reward_model()), reward_model().double().eval()
-    config = LoraDAConfig(samples=5)
+    config = as_solved(samples=5)
     report = initialize_lora_da_weights(model, in_batches(found, 4), config, show_progress=False, reward=RewardLoss())
     expected = torch.stack([losses(0)(twin, pair).detach()[0] for pair in found[:5]]).mean()
     assert (report.samples, report.population_size) == (5, 8)

@@ -13,6 +13,7 @@ from models import IGNORED, PREFIX, checkpoint, seeded
 from peft import PeftModel
 from picture import differences, picture
 from planning import ONE, WAYS, collected_by, surveyed_model
+from settings import as_solved
 from task_oracle import statistics_of
 from tolerances import LOSS
 from torch.utils.data import DataLoader
@@ -156,7 +157,7 @@ def test_four_bit_equals_its_dequantised_twin(tmp_path):
 def test_only_the_adapter_changes(kind):
     model = adapted(translator(kind))
     before = picture(model)
-    report = initialize_lora_da_weights(model, in_batches(pairs(), 3), show_progress=False)
+    report = initialize_lora_da_weights(model, in_batches(pairs(), 3), as_solved(), show_progress=False)
     assert report.initialized == report.targeted == len(targets(model))
     changed = differences(before, picture(model))
     assert len(changed) == 2 * report.initialized and all("lora_" in c and ": bits" in c for c in changed), changed
@@ -177,7 +178,7 @@ def test_the_loss_goes_down():
     batch = pad(rows)
     with torch.no_grad():
         before = model.eval()(**batch).loss
-        report = initialize_lora_da_weights(model, [batch], show_progress=False)
+        report = initialize_lora_da_weights(model, [batch], as_solved(), show_progress=False)
         assert report.loss == pytest.approx(before.item(), rel=LOSS)
         assert model(**batch).loss < before
 

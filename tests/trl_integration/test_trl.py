@@ -11,13 +11,13 @@ from peft import PeftModel
 
 pytest.importorskip("trl", reason="TRL is not installed")
 
+from settings import as_solved
 from trainers import KINDS, FirstStep, base, by_hand, same_bits, sft
 
-from lora_da import LoraDAConfig
 from lora_da.errors import LoraDAError
 from trl_integration import LoraDAInitializer
 
-CONFIG = LoraDAConfig(samples=10)  # the last batch counts in part
+CONFIG = as_solved(samples=10)  # the last batch counts in part
 
 
 @pytest.fixture(scope="module")

@@ -7,6 +7,7 @@ from tolerances import REBATCHED
 
 pytest.importorskip("trl", reason="TRL is not installed")
 
+from settings import as_solved
 from trainers import FirstStep, base, by_hand, same_bits, sentences, sft, worst_difference
 from trl_rows import (
     ALL,
@@ -122,7 +123,7 @@ def test_a_stream_needs_its_length(folder, tmp_path):
         trainer.train()
     assert not first.adapter
 
-    config = LoraDAConfig(samples=SAMPLES, population_size=1000)
+    config = as_solved(samples=SAMPLES, population_size=1000)
     report, adapter = at_first_step(folder, tmp_path, rows.to_iterable_dataset(), config)
     assert report.population_size == 1000
     assert counted(report) == counts(documents(COUNT)[:SAMPLES])

@@ -14,13 +14,13 @@ from torch.utils._pytree import tree_leaves
 
 pytest.importorskip("trl", reason="TRL is not installed")
 
+from settings import as_solved
 from trainers import COMPILING, FirstStep, base, by_hand, same_bits, sft, worst_difference
 
-from lora_da import LoraDAConfig
 from lora_da.tasks.head import CHUNK
 from trl_integration import LoraDAInitializer
 
-CONFIG = LoraDAConfig(samples=10)
+CONFIG = as_solved(samples=10)
 SELECTIVE = pytest.mark.skipif(
     importlib.util.find_spec("trl.models.selective_activation_checkpointing") is None,
     reason="TRL before selective checkpointing",
@@ -143,7 +143,10 @@ class WidestLogits(TorchDispatchMode):
 @pytest.mark.parametrize("loss_type", [None, "nll"], ids=["the default", "nll"])
 def test_full_logits_are_never_built(tmp_path, loss_type):
     long = documents(8, shortest=64, longest=64)
-    seen, initializer = WidestLogits(), LoraDAInitializer(LoraDAConfig(samples=8), during=lambda model: seen)
+    seen, initializer = (
+        WidestLogits(),
+        LoraDAInitializer(as_solved(samples=8), during=lambda model: seen),
+    )
     first = FirstStep()
     args = {} if loss_type is None else {"loss_type": loss_type}
     trainer = sft(

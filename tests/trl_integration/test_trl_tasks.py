@@ -28,14 +28,15 @@ pytest.importorskip("trl", reason="TRL is not installed")
 
 import image_chats
 from models import adapter_weights, lora
+from settings import as_solved
 from trainers import COMMON, FirstStep, same_bits, tokenizer, worst_difference
 from trl import RewardConfig, RewardTrainer, SFTConfig, SFTTrainer
 
-from lora_da import LoraDAConfig, initialize_lora_da_weights
+from lora_da import initialize_lora_da_weights
 from lora_da.tasks import RewardLoss
 from trl_integration import LoraDAInitializer
 
-CONFIG = LoraDAConfig(samples=12)
+CONFIG = as_solved(samples=12)
 
 
 def lists(rows):

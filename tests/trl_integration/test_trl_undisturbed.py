@@ -8,10 +8,10 @@ from transformers import TrainerCallback
 
 pytest.importorskip("trl", reason="TRL is not installed")
 
+from settings import as_solved
 from trainers import FirstStep, base, same_bits, sft
 from trl import SFTTrainer
 
-from lora_da import LoraDAConfig
 from trl_integration import LoraDAInitializer
 
 STEPS = 7  # into the second epoch of 20 rows, four of them at a time
@@ -79,7 +79,7 @@ def folder(tmp_path_factory):
 )
 def test_only_the_adapter_differs(folder, tmp_path, prepared, args):
     rows = prepared(Dataset.from_list(documents(20)))
-    config = LoraDAConfig(samples=10, population_size=20)
+    config = as_solved(samples=10, population_size=20)
     ours, ours_first = run(folder, tmp_path, rows, LoraDAInitializer(config), **args)
     free, free_first = run(folder, tmp_path, rows, Transplant(ours_first.adapter), **args)
     assert same_bits(ours_first.adapter, free_first.adapter)
@@ -101,7 +101,7 @@ def test_only_the_adapter_differs(folder, tmp_path, prepared, args):
 def test_the_random_state_is_that_of_an_untouched_run(folder, tmp_path):
     """Without any callback: the transplant itself could not be seen to draw random numbers."""
     rows = Dataset.from_list(documents(20))
-    ours, ours_first = run(folder, tmp_path, rows, LoraDAInitializer(LoraDAConfig(samples=10)))
+    ours, ours_first = run(folder, tmp_path, rows, LoraDAInitializer(as_solved(samples=10)))
     free, free_first = run(folder, tmp_path, rows, TrainerCallback())
     assert ours_first.seen == free_first.seen
     assert ours.steps == free.steps

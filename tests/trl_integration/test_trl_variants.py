@@ -3,6 +3,7 @@
 import pytest
 from datasets import Dataset
 from models import documents
+from settings import as_solved
 from tolerances import REBATCHED
 
 pytest.importorskip("trl", reason="TRL is not installed")
@@ -10,8 +11,6 @@ pytest.importorskip("trl", reason="TRL is not installed")
 from trainers import base, by_hand, same_bits, worst_difference
 from trl_rows import ALL, CONFIG, COUNT, SAMPLES, at_first_step, conversations, counted, counts
 from trl_rows import prompts_and_completions as completions
-
-from lora_da import LoraDAConfig
 
 PACKED = {"packing": True, "max_length": 64}
 PADDING_FREE = {"padding_free": True, "max_length": None}
@@ -52,7 +51,7 @@ def test_bfd_split_packs_the_pieces_of_long_documents(folder, tmp_path):
     ]
     kept = {"bfd": [{k: v[:width] for k, v in row.items()} for row in rows], "bfd_split": pieces}
     for strategy, documents_of in kept.items():
-        config = LoraDAConfig(samples=1000)
+        config = as_solved(samples=1000)
         args = {"packing": True, "packing_strategy": strategy, "max_length": width, "bf16": False}
         report, adapter = at_first_step(folder, tmp_path, Dataset.from_list(rows), config, **args)
         assert counted(report) == counts(documents_of), strategy

@@ -19,15 +19,15 @@ import torch
 import trl
 from datasets import Dataset
 from models import N_PROJECTIONS, WIDE, documents, tiny_llama
+from settings import as_solved
 from torch._dynamo.utils import counters
 from trainers import FirstStep, base, by_hand, same_bits, sft, tokenizer
 from transformers import BitsAndBytesConfig
 
-from lora_da import LoraDAConfig
 from trl_integration import LoraDAInitializer
 
 pytestmark = pytest.mark.filterwarnings("default")
-CONFIG = LoraDAConfig(samples=10)  # the last batch counts in part
+CONFIG = as_solved(samples=10)  # the last batch counts in part
 # What its `load_in_4bit` asks bitsandbytes for.
 IN_4BIT = BitsAndBytesConfig(
     load_in_4bit=True,

@@ -16,12 +16,13 @@ from torch import Tensor
 
 pytest.importorskip("trl", reason="TRL is not installed")
 
+from settings import as_solved
 from solving import solve_lora_da
 
 from benchmarks.errors import BenchmarkError
 from benchmarks.quality.candidates import CANDIDATES
 from benchmarks.quality.starts import candidate_of
-from lora_da import LoraDAConfig, initialize_lora_da_weights
+from lora_da import initialize_lora_da_weights
 from lora_da.adapter import find_adapter
 from lora_da.methods import METHODS
 from lora_da.methods.common import LoraFactors
@@ -147,7 +148,7 @@ def test_a_candidate_is_a_method_that_differs_from_lora_da_in_its_function_alone
 @pytest.mark.parametrize("name", CANDIDATES)
 def test_a_candidate_is_what_solves_a_run(name: str) -> None:
     """End to end: the adapter of a run that it is the method of, against its function on the same statistics."""
-    model, config = with_lora(tiny_llama()), LoraDAConfig(method=CANDIDATES[name], samples=4)
+    model, config = with_lora(tiny_llama()), as_solved(method=CANDIDATES[name], samples=4)
     with recorded() as seen:
         report = initialize_lora_da_weights(model, [pad(documents(LENGTHS))], config, show_progress=False)
     assert report.initialized == len(seen) and report.settings["method"] == name
