@@ -64,7 +64,8 @@ class FirstStepReport:
 
     def line(self) -> str:
         """What a user sees."""
-        found = f"LoRA-DA: loss on {self.documents} other documents {self.loss_before:.3f}"
+        documents = "document" if self.documents == 1 else "documents"
+        found = f"LoRA-DA: loss on {self.documents} other {documents} {self.loss_before:.3f}"
         if self.length:
             return f"{found} → {self.loss_after:.3f} before the first step"
         return f"{found}, which no first step lowers: lora_B is zero, and training starts at the base"

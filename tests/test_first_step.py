@@ -20,6 +20,7 @@ from models import (
     adapter_weights,
     checkpoint,
     documents,
+    few_tokens,
     packed,
     pad,
     tiny_llama,
@@ -46,12 +47,7 @@ DAMPING = 0.1  # of the default preset
 ROUNDED = 3e-3  # 8-bit layers quantise what they read, a batch at once
 
 
-def few_tokens(count: int, **shape: int) -> list[dict[str, list[int]]]:
-    """Documents of a few tokens each, so that what is learnt of some helps with the others."""
-    return [{k: [i if i < 0 else i % 12 + 3 for i in v] for k, v in row.items()} for row in documents(count, **shape)]
-
-
-ROWS = few_tokens(SAMPLES + OTHERS, shortest=6, longest=14)
+ROWS = few_tokens(documents(SAMPLES + OTHERS, shortest=6, longest=14))
 
 
 def loader(rows: Any = ROWS, size: int = 4) -> DataLoader[Any]:
@@ -337,7 +333,7 @@ def test_a_row_that_does_not_fit_is_named(monkeypatch: pytest.MonkeyPatch) -> No
 def test_the_cost_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     """Forwards of 16 documents: the base's, and one for each length."""
     model = with_lora(tiny_llama())
-    rows = few_tokens(SAMPLES + 2 * DOCUMENTS)
+    rows = few_tokens(documents(SAMPLES + 2 * DOCUMENTS))
     with seen_by_the_body(model, monkeypatch) as calls:
         step = initialised(model, loader(rows)).first_step
     assert step.documents == DOCUMENTS and sum(calls) == DOCUMENTS * len(step.tried) <= DOCUMENTS * (1 + MOST_TRIALS)

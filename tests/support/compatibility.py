@@ -247,6 +247,10 @@ ROWS: dict[str, list[Row]] = {
         Row("trained-adapter", "an adapter with trained weights: left alone, with a line that says so"),
         Row("find-batch-size", "`auto_find_batch_size`"),
         Row("reload", "the saved adapter on a fresh base, quantised or not"),
+        Row(
+            "first-step",
+            "a first step of measured length: LoRA, DoRA, experts, the head, 4-bit and 8-bit, streamed",
+        ),
         Row("cache", "`cache_dir`: a start that is kept and used again, unquantised, 4-bit and 8-bit"),
         Row("export", "a start that is exported without training, and loaded by PEFT"),
         Row("command", "`python -m lora_da`, unquantised, 4-bit and 8-bit"),
