@@ -13,7 +13,7 @@ from benchmarks.markdown import table
 from benchmarks.targets import Target, medians, targets
 from lora_da.memory import GIB
 
-PARTS = ("forward", "head", "backward", "products", "solve", "copies", "gradient", "fisher")
+PARTS = ("forward", "head", "backward", "products", "solve", "copies", "gradient", "fisher", "first step")
 NOT_MEASURED = "not yet measured"
 
 

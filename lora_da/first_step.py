@@ -120,7 +120,8 @@ def with_measured_length(
         tried=sorted(losses.items()),
         seconds=time.perf_counter() - began,
     )
-    return replace(chosen, report=replace(chosen.report, first_step=report))
+    timings = {**chosen.report.timings, "first step": report.seconds}
+    return replace(chosen, report=replace(chosen.report, first_step=report, timings=timings))
 
 
 def search(loss_at: Callable[[float], float]) -> dict[float, float]:

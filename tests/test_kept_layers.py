@@ -11,6 +11,7 @@ from logs import warnings_of
 from models import LAYERS, PREFIX, adapter_weights, batches, documents, tiny_llama, tiny_mixtral, tiny_opt, with_lora
 from oracle import oracle_statistics
 from picture import differences, picture
+from settings import as_solved
 from torch import nn
 
 from lora_da import LoraDAConfig, LoraDAError, initialize_lora_da_weights
@@ -18,7 +19,7 @@ from lora_da.adapter import find_adapter
 from lora_da.statistics import LayerStatistics
 
 DATA = batches(documents(8), 4)
-SMALL = LoraDAConfig(samples=8)
+SMALL = as_solved(samples=8)
 
 
 def initialize(model, **options):

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from lora_da.methods import METHODS
-from lora_da.methods.common import LayerSpec, LoraFactors, start_at_the_base
+from lora_da.methods.common import LayerSpec, LoraFactors, fisher_length, start_at_the_base
 from lora_da.methods.gradient import decompose_gradient
 from lora_da.methods.lora_da import damp_input, lora_da
 from lora_da.methods.method import Method, Preset
@@ -45,6 +45,19 @@ def fisher_metric(statistics: LayerStatistics, layer: LayerSpec, preset: Preset)
     return _start(directions, cov, layer, len(grad))
 
 
+def random_A(statistics: LayerStatistics, layer: LayerSpec, preset: Preset) -> LoraFactors:
+    """Leave A random, as plain LoRA draws it, and take the Newton step of the damped quadratic model in its subspace:
+    B = −Y⁻¹ G Aᵀ (A Z Aᵀ)⁻¹. What the subspace is worth beside the step."""
+    grad, cov, fisher = _double(statistics)
+    seed = hash(grad.abs().sum().item()) % 2**31  # another one for each layer
+    drawn = torch.randn(layer.rank, len(cov), generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    lora_A = drawn * math.sqrt(layer.plain_variance)
+    damping, damped = preset.damping * cov.diagonal().mean().item(), _damped(fisher, preset)
+    energy = lora_A @ cov @ lora_A.T + damping * lora_A @ lora_A.T
+    lora_B = -torch.linalg.solve(energy, lora_A @ grad.T).T / damped.unsqueeze(1)
+    return LoraFactors(lora_A, lora_B, fisher_length=fisher_length(lora_A, lora_B, cov, damping, damped))
+
+
 def slope_matched(statistics: LayerStatistics, layer: LayerSpec, preset: Preset) -> LoraFactors:
     """The default, its A scaled so that Adam's first step from lora_B = 0, which lowers the loss by the rate times
     ‖G Aᵀ‖₁ in first order, lowers it as much as plain LoRA's random A is expected to."""
@@ -68,7 +81,7 @@ def double_scale(statistics: LayerStatistics, layer: LayerSpec, preset: Preset) 
 
 CANDIDATES: dict[str, Method] = {
     solve.__name__: replace(METHODS["lora_da"], name=solve.__name__, solve=solve)
-    for solve in (half_powers, gradient, fisher_metric, slope_matched, half_scale, double_scale)
+    for solve in (half_powers, gradient, fisher_metric, random_A, slope_matched, half_scale, double_scale)
 }
 
 

@@ -111,6 +111,22 @@ def test_the_fisher_metrics_rows_lower_the_quadratic_model_the_most() -> None:
     assert all(best > decrease(torch.randn(RANK, 7, generator=torch.Generator().manual_seed(n))) for n in range(50))
 
 
+def test_a_random_A_has_the_best_B_in_its_subspace() -> None:
+    """No change of lora_B lowers the damped quadratic model, whose Hessian gives the step's length."""
+    statistics = layer()
+    factors = solved("random_A", statistics)
+    cov = statistics.input_cov.double() + DAMPING * statistics.input_cov.double().diagonal().mean() * torch.eye(7)
+    fisher = statistics.output_fisher.double()
+    fisher = fisher + DAMPING * fisher.mean()
+    b = factors.lora_B.clone().requires_grad_()
+    delta = b @ factors.lora_A
+    curvature = (fisher[:, None] * (delta @ cov) * delta).sum()
+    ((statistics.grad.double() * delta).sum() + curvature / 2).backward()
+    slope = (statistics.grad.double() @ factors.lora_A.T).abs().max()
+    assert float(b.grad.abs().max()) <= 1e-9 * float(slope)
+    assert factors.fisher_length == pytest.approx(float(curvature.detach().sqrt()), rel=1e-9)
+
+
 def test_a_matched_slope_is_plain_loras() -> None:
     """Oracle: the mean of ‖G Aᵀ‖₁ over random A."""
     statistics = layer(i=64, o=9)
