@@ -123,8 +123,8 @@ def test_a_random_A_has_the_best_B_in_its_subspace() -> None:
     curvature = (fisher[:, None] * (delta @ cov) * delta).sum()
     ((statistics.grad.double() * delta).sum() + curvature / 2).backward()
     slope = (statistics.grad.double() @ factors.lora_A.T).abs().max()
-    assert float(b.grad.abs().max()) <= 1e-9 * float(slope)
-    assert factors.fisher_length == pytest.approx(float(curvature.detach().sqrt()), rel=1e-9)
+    assert float(b.grad.abs().max()) <= 1e-7 * float(slope)
+    assert factors.fisher_length == pytest.approx(float(curvature.detach().sqrt()), rel=1e-7)
 
 
 def test_a_matched_slope_is_plain_loras() -> None:
