@@ -32,7 +32,7 @@ def read_settings(cfg: Mapping[str, Any]) -> LoraDAConfig:
     if block is None:
         return LoraDAConfig()
     if not isinstance(block, Mapping):
-        raise LoraDAError(f"{BLOCK} is {block!r} in the config; make it a block of options, such as `samples: 256`")
+        raise LoraDAError(f"{BLOCK} is {block!r} in the config; make it a block of options, such as `samples: 64`")
     options = [field.name for field in fields(LoraDAConfig)]
     for key in block:
         if key not in options:

@@ -19,7 +19,7 @@ from lora_da.methods import METHODS
 from lora_da.model.sharding import compute_device
 from lora_da.model.state import drawing_mode, estimation_mode
 from lora_da.processes import Processes, Run
-from lora_da.samples.draw import draw, read_causal
+from lora_da.samples.draw import Size, draw, read_causal
 from lora_da.samples.tokens import BatchTokens
 from lora_da.tasks import find_task
 
@@ -42,7 +42,7 @@ def border_bytes(peft_model: PeftModel, loader: DataLoader[Any], samples: int, s
     run = Run(Processes(), compute_device(task.model.get_input_embeddings().weight), None, False)
     needs = method.needs_with(method.presets["default"])
     with drawing_mode():
-        data = draw(loader, samples, None, None, task.read, method.population)
+        data = draw(loader, Size(samples), None, None, task.read, method.population)
     with estimation_mode(peft_model):
         layers, plan = find_adapter(peft_model).layers, in_segments(segments or 1)
         return collect(task, layers, data, needs, run, lambda layer, observed: None, plan).border_bytes
@@ -50,7 +50,7 @@ def border_bytes(peft_model: PeftModel, loader: DataLoader[Any], samples: int, s
 
 def init_batches(loader: DataLoader[Any], samples: int, device: torch.device) -> Batches:
     """The batches that `ours` reads, as the decoder takes them, on the device, with their counted tokens."""
-    drawn = draw(loader, samples, None, None, read_causal, True).batches
+    drawn = draw(loader, Size(samples), None, None, read_causal, True).batches
     return [({k: v.to(device) for k, v in b.inputs.items() if k != "labels"}, b.tokens) for b in drawn]
 
 

@@ -39,7 +39,7 @@ from lora_da.methods.lora_da import damp_input
 from lora_da.model.sharding import compute_device
 from lora_da.model.state import drawing_mode, estimation_mode
 from lora_da.processes import Processes, Run
-from lora_da.samples.draw import draw
+from lora_da.samples.draw import Size, draw
 from lora_da.tasks import find_task
 
 SIZES = (8, 16, 32, 64, 128, 256)
@@ -118,7 +118,7 @@ def captured_by(
     where = Run(Processes(), compute_device(task.model.get_input_embeddings().weight), None, False)
     loader: DataLoader[Any] = DataLoader(list(samples), BATCH, collate_fn=collate)  # type: ignore[arg-type]
     with drawing_mode():
-        data = draw(loader, len(samples), None, POPULATION, task.read, True)
+        data = draw(loader, Size(len(samples)), None, POPULATION, task.read, True)
 
     def shares(layer: AdapterLayer, observed: Observed) -> dict[int, float]:
         seen = observed.statistics

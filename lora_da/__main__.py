@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, get_args
 
-from lora_da.config import METHODS, PRESETS, LoraDAConfig
+from lora_da.config import METHODS, PRESETS, SAMPLES, TOKENS, LoraDAConfig
 from lora_da.errors import LoraDAError
 from lora_da.export.files import load_rows
 from lora_da.needs import FirstStep
@@ -54,7 +54,11 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     quantised = parser.add_mutually_exclusive_group()
     quantised.add_argument("--load-in-4bit", action="store_true", help="bitsandbytes nf4, double quantisation (QLoRA)")
     quantised.add_argument("--load-in-8bit", action="store_true", help="bitsandbytes LLM.int8")
-    parser.add_argument("--samples", type=int, default=256, help="rows to estimate on (default: %(default)s)")
+    parser.add_argument(
+        "--samples",
+        type=int,
+        help=f"rows to estimate on (default: {SAMPLES}, or fewer where these hold more than {TOKENS:,} tokens)",
+    )
     parser.add_argument("--max-length", type=int, default=2048, help="tokens of a row at most (default: %(default)s)")
     parser.add_argument("--method", choices=METHODS, default="lora_da", help="default: %(default)s")
     parser.add_argument("--preset", choices=tuple(PRESETS), help="of method lora_da (default: default)")
@@ -78,7 +82,7 @@ def _config(asked: argparse.Namespace) -> LoraDAConfig:
         LoraDAError: a number is out of its range, a package is missing.
     """
     for name in ("rank", "max_length", "samples"):
-        if getattr(asked, name) < 1:
+        if getattr(asked, name) is not None and getattr(asked, name) < 1:
             raise LoraDAError(f"--{name.replace('_', '-')} is {getattr(asked, name)}; set at least 1")
     if (asked.load_in_4bit or asked.load_in_8bit) and importlib.util.find_spec("bitsandbytes") is None:
         raise LoraDAError("--load-in-4bit and --load-in-8bit need bitsandbytes; run: pip install bitsandbytes")

@@ -79,6 +79,7 @@ class LoraDACallback(TrainerCallback):
                 show_progress=state.is_world_process_zero,
                 reward=_reward_loss(args),
                 plan=self._plan,
+                step_rows=args.per_device_train_batch_size * args.gradient_accumulation_steps,
             )
         if self.report.skipped is None and state.is_world_process_zero:
             self.report.save(args.output_dir)

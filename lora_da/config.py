@@ -16,6 +16,9 @@ __all__ = ["METHODS", "PRESETS", "LoraDAConfig", "Preset"]
 
 T = TypeVar("T", bound=Preset | Numbers)
 
+# What is estimated on unless `samples` is given: documents, and the tokens in them at most.
+SAMPLES, TOKENS = 64, 16384
+
 # What some method has no use for.
 OF_SOME_METHODS = (
     "population_size",
@@ -45,7 +48,8 @@ class LoraDAConfig:
             of one's own. A number below that the method does not use must be left out.
         preset: of method `lora_da`: `default`, also if None; `reference`, the authors' released configuration; `paper`,
             Algorithm 1; in Python also a `Preset` of one's own.
-        samples: documents to estimate on, the first of the training data (the authors use 256).
+        samples: documents to estimate on, the first of the training data (the authors use 256). `SAMPLES` unless given,
+            or fewer, one at least, where these hold more than `TOKENS` tokens.
         seed: draw the documents at random with this seed instead; needs a dataset with a length.
         population_size: N of the variance term, in documents: the size of the training set the adapter will see.
             The length of the training set unless given; needed where the dataset has no length.
@@ -71,7 +75,7 @@ class LoraDAConfig:
 
     method: MethodChoice = "lora_da"
     preset: PresetChoice | None = None
-    samples: int = 256
+    samples: int | None = None
     seed: int | None = None
     population_size: int | None = None
     averaging: Averaging | None = None
@@ -126,6 +130,10 @@ class LoraDAConfig:
                 "leave one of them out"
             )
 
+    def size(self) -> tuple[int, int | None]:
+        """How many documents to estimate on, and the tokens that they may hold, None for any number."""
+        return (SAMPLES, TOKENS) if self.samples is None else (self.samples, None)
+
     def chosen_method(self) -> Method:
         """The method itself."""
         return self.method if isinstance(self.method, Method) else METHODS[self.method]
@@ -167,7 +175,7 @@ def _one_of(field: str, value: Any, choices: tuple[str, ...]) -> None:
 
 
 def _number(field: str, value: Any, low: float, *, whole: bool = False, exclusive: bool = False) -> None:
-    if value is None and field != "samples":
+    if value is None:
         return
     kind, bound = ("a whole number" if whole else "a number"), ("above" if exclusive else "of at least")
     is_number = isinstance(value, int if whole else (int, float)) and not isinstance(value, bool)

@@ -28,7 +28,7 @@ from lora_da.model.sharding import compute_device, prepared
 from lora_da.model.state import drawing_mode, estimation_mode, left_out_of_the_loss, random_states
 from lora_da.processes import Processes, Run
 from lora_da.report import InitReport
-from lora_da.samples.draw import draw
+from lora_da.samples.draw import Size, draw
 from lora_da.solution import describe_kept, solution_of
 from lora_da.solve import LayerSolver, servable
 from lora_da.tasks import RewardLoss, find_task
@@ -43,6 +43,7 @@ def initialize_lora_da_weights(
     show_progress: bool = True,
     reward: RewardLoss | None = None,
     plan: Planner = make_plan,
+    step_rows: int | None = None,
 ) -> InitReport:
     """Start a LoRA adapter from data, in place: LoRA-DA (arXiv 2510.24561), or another `method` of the settings.
 
@@ -56,6 +57,7 @@ def initialize_lora_da_weights(
         show_progress: show a progress bar and print the one line of the report, in the first process.
         reward: the loss of a reward model that is trained on pairs: a batch holds the chosen rows, then the rejected.
         plan: decides how the model is cut to fit in memory; for benchmarks and tests.
+        step_rows: rows of a training step in this process, for the report to say how many of them this took.
 
     In several processes (torch.distributed is initialised) all of them call this, each with its own replica or shard of
     the model; the data are those of the first.
@@ -86,9 +88,9 @@ def initialize_lora_da_weights(
     memory, entry, solution = PeakMemory(device), None, None
     folder = processes.once(cache_folder, config.cache_dir)
     with drawing_mode():
-        asked = config.samples, config.seed, config.population_size
-        others = first_step.DOCUMENTS if numbers.first_step == "measured" else 0
-        data = processes.once(draw, dataloader, *asked, task.read, method.population, others)
+        size = Size(*config.size(), first_step.DOCUMENTS if numbers.first_step == "measured" else 0)
+        asked = size, config.seed, config.population_size
+        data = processes.once(draw, dataloader, *asked, task.read, method.population)
     if folder is not None:
         with estimation_mode(peft_model):
             key = processes.everywhere(fingerprint, peft_model, adapter, data, config, reward)
@@ -100,8 +102,8 @@ def initialize_lora_da_weights(
             collected = collect(task, adapter.layers, data, needs, run, solver.solve, plan)
             solution = processes.everywhere(solution_of, collected, adapter, data, needs)
         if numbers.first_step == "measured":
-            tokens = collected.plan.batch_tokens
-            solution = first_step.with_measured_length(solution, peft_model, task, adapter, data, run, tokens)
+            at_once = collected.plan.batch_tokens
+            solution = first_step.with_measured_length(solution, peft_model, task, adapter, data, run, at_once)
         elif numbers.first_step == "none":
             solution = first_step.with_zero_B(solution)
         if entry is not None:
@@ -110,11 +112,15 @@ def initialize_lora_da_weights(
     processes.warn(*describe_kept(solution.report, adapter), *(f"LoRA-DA: {note}" for note in notes))
     adapter.write(solution.factors, processes.together)
 
+    seconds = time.perf_counter() - started
+    step_seconds = data.row_tokens * (step_rows or 0) * solution.report.token_seconds
+    step_seconds *= 1 if processes.sharded else processes.size  # which have shared the tokens
     report = replace(
         solution.report,
         notes=notes,
         settings=config.settings(),
-        seconds=time.perf_counter() - started,
+        seconds=seconds,
+        steps=seconds / step_seconds if step_seconds else None,
         peak_memory_gib=memory.gib(),
         memory_of=memory.name,
     )

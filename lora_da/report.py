@@ -82,7 +82,9 @@ class InitReport:
         samples, tokens, loss_tokens: counted documents and tokens. sample_unit: what a sample is.
         population_size: N, in samples; None where it is neither known nor needed.
         loss: mean loss over the init samples at the untouched base model, per loss token.
-        seconds: wall time. peak_memory_gib: peak during it, of `memory_of`.
+        seconds: wall time; steps: how many training steps that is, by the time that the forward and backward of a token
+            took; None where the rows of a step are not known, as outside a trainer. peak_memory_gib: peak during it,
+            of `memory_of`.
         plan: how the samples were run through the model, with the memory that was forecast.
         forecast: bytes planned with: `device` (used before, and beside that), `cpu` (hidden states at borders).
         timings: seconds by what they were spent on.
@@ -104,6 +106,7 @@ class InitReport:
     population_size: int | None = 0
     loss: float | None = None
     seconds: float = 0.0
+    steps: float | None = None
     peak_memory_gib: float = 0.0
     memory_of: str = ""
     plan: str = ""
@@ -116,16 +119,24 @@ class InitReport:
     skipped: str | None = None
     from_cache: bool = False
 
+    @property
+    def token_seconds(self) -> float:
+        """Seconds of the forward and backward of a token in this process; 0 where there was no backward."""
+        if "backward" not in self.timings or not self.tokens:
+            return 0.0
+        return sum(self.timings.get(part, 0.0) for part in ("forward", "head", "backward")) / self.tokens
+
     def line(self) -> str:
         """What a user sees: one line, and one more where the first step was measured."""
         if self.skipped is not None:
             return f"LoRA-DA: left the adapter as it is: {self.skipped}"
         failed = f" (kept PEFT's init: {', '.join(self.failed)})" if self.failed else ""
+        steps = "" if self.steps is None else f" ({self.steps:.1f} training steps)"
         method = self.settings.get("method", "lora_da")
         other = "" if method == "lora_da" else f" by {method}"
         done = (
             f"LoRA-DA: initialised {self.initialized} of {self.targeted} layers{other}{failed} "
-            f"from {self.samples} samples, {self.tokens:,} tokens in {self.seconds:.1f} s, "
+            f"from {self.samples} samples, {self.tokens:,} tokens in {self.seconds:.1f} s{steps}, "
             f"peak {self.memory_of} memory {self.peak_memory_gib:.1f} GiB; "
             f"{'from the cache' if self.from_cache else self.plan}"
         )

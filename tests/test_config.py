@@ -18,7 +18,7 @@ BAD_SETTINGS = [
     ("method", ["lora", None, 3]),
     ("preset", ["papper", 3, {"gamma": 1.0}]),
     ("averaging", ["sample", 1]),
-    ("samples", [0, -1, 2.0, "256", None, True]),
+    ("samples", [0, -1, 2.0, "256", True]),
     ("seed", [-1, 0.5, "1", True]),
     ("population_size", [0, -5, 1e6, "1000"]),
     ("variance_weight", [-0.1, float("nan"), float("inf"), "1", True]),

@@ -12,7 +12,7 @@ from typing import get_args, get_type_hints
 import pytest
 from pages import ROOT, commands, dead_links, fences, pages, table
 
-from lora_da.config import PRESETS, LoraDAConfig
+from lora_da.config import PRESETS, SAMPLES, TOKENS, LoraDAConfig
 
 pytestmark = pytest.mark.once
 
@@ -95,6 +95,11 @@ def test_option_table_names_every_field_and_default() -> None:
     for field in dataclasses.fields(LoraDAConfig):
         if field.default is not None:
             assert options[field.name] == str(field.default)
+
+
+def test_the_number_of_samples_is_the_codes() -> None:
+    options = {row[0]: row[1] for row in table(README, "| field | default |")}
+    assert options["samples"] == f"{SAMPLES}, or fewer where these hold more than {TOKENS:,} tokens"
 
 
 def test_preset_table_is_the_code() -> None:

@@ -33,7 +33,9 @@ PUBLIC = """
 
 # By place, and what each takes.
 CALLED = {
-    "lora_da.initialize_lora_da_weights": "peft_model dataloader config adapter_name show_progress reward plan",
+    "lora_da.initialize_lora_da_weights": (
+        "peft_model dataloader config adapter_name show_progress reward plan step_rows"
+    ),
     "lora_da.export_initial_adapter": (
         "peft_model dataloader output config adapter_name overwrite show_progress reward"
     ),
@@ -58,7 +60,8 @@ COMMAND = """
 """.split()
 
 REPORT = """
-    initialized targeted failed left samples sample_unit tokens loss_tokens population_size loss seconds peak_memory_gib
+    initialized targeted failed left samples sample_unit tokens loss_tokens population_size loss seconds steps
+    peak_memory_gib
     memory_of plan forecast timings settings layers first_step notes skipped from_cache
 """.split()
 SETTINGS = [*OPTIONS, "relative_damping", "normalize_step", "match_input_energy"]

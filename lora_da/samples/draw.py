@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import math
 from collections.abc import Callable, Iterable, Mapping, Sized
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -25,6 +26,23 @@ Read = Callable[[Mapping[str, Any], int], Batch]
 
 
 @dataclass(frozen=True)
+class Size:
+    """How much is taken.
+
+    Args:
+        documents: to estimate on.
+        tokens: that these may hold, and the others a quarter of it; the first document of each counts whatever it
+            holds. Any number if None.
+        others: documents besides, from the rows that follow. Where the data hold too few for both, the last rows are
+            kept from the documents, up to a quarter of what there is; one at least, unless there is no second.
+    """
+
+    documents: int
+    tokens: int | None = None
+    others: int = 0
+
+
+@dataclass(frozen=True)
 class InitData:
     """Batches on the CPU with their counted tokens, and the size of the population they stand for.
 
@@ -34,6 +52,7 @@ class InitData:
         population_size: N, in documents; None where it is neither known nor needed.
         unit: what a sample is: `row`, or `document (from …)`.
         others: batches of other documents, which no statistic sees.
+        row_tokens: positions in a row, on average.
     """
 
     batches: list[Batch]
@@ -43,6 +62,7 @@ class InitData:
     population_size: int | None
     unit: str
     others: list[Batch] = field(default_factory=list)
+    row_tokens: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -82,14 +102,13 @@ def read_causal(inputs: Mapping[str, Any], limit: int) -> Batch:
 
 def draw(
     dataloader: Iterable[Mapping[str, Any]],
-    samples: int,
+    size: Size,
     seed: int | None,
     population: int | None,
     read: Read,
     needs_population: bool,
-    others: int = 0,
 ) -> InitData:
-    """Take the first `samples` documents of the data, or random ones if `seed` is given, and batch them by length.
+    """Take the first documents of the data, or random ones if `seed` is given, and batch them by length.
 
     A `DataLoader` is asked for its dataset and collator: samplers and workers are not touched, and rows of like length
     are collated together whatever its batch size. Its rows are read in this process, or in one worker of our own where
@@ -99,23 +118,19 @@ def draw(
 
     Args:
         dataloader: the user's.
-        samples: documents to take.
+        size: how much to take.
         seed, population: of `LoraDAConfig`.
         read: counts what the collator made, up to so many documents.
         needs_population: whether the method asks for N.
-        others: documents to take besides, from the rows that follow. Where the data hold too few for both, the last
-            rows are kept from the samples, up to a quarter of what there is; one at least, unless there is no second.
 
     Raises:
         LoraDAError: empty data, all labels masked, no length where one is needed.
     """
     with generators_kept(dataloader):
-        return _draw(_own_rows(dataloader, seed), samples, population, read, needs_population, others)
+        return _draw(_own_rows(dataloader, seed), size, population, read, needs_population)
 
 
-def _draw(
-    own: _OwnRows, samples: int, population: int | None, read: Read, needs_population: bool, others: int
-) -> InitData:
+def _draw(own: _OwnRows, size: Size, population: int | None, read: Read, needs_population: bool) -> InitData:
     collate, n_rows = own.collate, own.count
     if needs_population and population is None and n_rows is None:
         raise LoraDAError(
@@ -123,8 +138,9 @@ def _draw(
             "`population_size` (Axolotl: `lora_da.population_size`) to the number of documents to be trained on"
         )
     reading = _Reading(own, read)
-    drawn = reading.take(samples)
-    seen_apart = reading.take(others)
+    tokens = math.inf if size.tokens is None else size.tokens
+    drawn = reading.take(size.documents, tokens)
+    seen_apart = reading.take(size.others, tokens / 4)
     n_seen = sum(d.n for d in drawn + seen_apart)
     if reading.rows == 0:
         raise LoraDAError("the dataset is empty: there is nothing to estimate on")
@@ -133,11 +149,11 @@ def _draw(
             f"none of the first {reading.rows} rows has a token that carries loss: all labels are -100; check the chat "
             "template, the masking (train_on_inputs, completion_only_loss, assistant_only_loss) and the maximum length"
         )
-    while len(drawn) > 1 and sum(d.n for d in seen_apart) < min(others, max(1, n_seen // 4)):
+    while len(drawn) > 1 and sum(d.n for d in seen_apart) < min(size.others, max(1, n_seen // 4)):
         seen_apart.append(drawn.pop())
     n_samples = sum(d.n for d in drawn)
-    if n_seen < samples:
-        logger.warning("LoRA-DA: the data hold %d samples, %d were asked for", n_seen, samples)
+    if reading.ended and n_seen < size.documents and size.tokens is None:
+        logger.warning("LoRA-DA: the data hold %d samples, %d were asked for", n_seen, size.documents)
     if population is None and n_rows is not None:
         population = max(n_seen, round(n_rows * reading.documents / reading.rows))
     batches = _batched(drawn, collate, read)
@@ -150,6 +166,7 @@ def _draw(
         population_size=population,
         unit=f"document (from {boundaries[0]})" if boundaries else "row",
         others=_batched(seen_apart, collate, read),
+        row_tokens=sum(d.batch.n_positions for d in drawn) / sum(d.batch.tokens.rows for d in drawn),
     )
 
 
@@ -162,27 +179,49 @@ class _Reading:
 
     Attributes:
         rows, documents: met so far.
+        ended: whether there was no more.
     """
 
     def __init__(self, own: _OwnRows, read: Read) -> None:
-        self.rows, self.documents = 0, 0
+        self.rows, self.documents, self.ended = 0, 0, False
         self._own, self._read, self._items = own, read, iter(own.rows)
 
-    def take(self, documents: int) -> list[_Drawn]:
-        """The next so many, or as many as there are; what is left of a row is passed over."""
+    def take(self, documents: int, tokens: float) -> list[_Drawn]:
+        """The next so many with so many tokens at most, or as many as there are; what is left of a row is passed over.
+
+        The first counts whatever it holds.
+        """
         drawn: list[_Drawn] = []
         missing, collate = documents, self._own.collate
-        for item in self._items if documents else ():
+        if not documents:
+            return drawn
+        for item in self._items:
             inputs = item if collate is None else collate([copy.deepcopy(item)])
             batch = self._read(inputs, missing)
+            found = batch.tokens.n_found
+            held = _documents_within(batch, tokens, at_least=0 if drawn else 1)
+            is_last = held < batch.tokens.n_documents
+            if is_last and held:
+                batch = self._read(inputs, held)
             self.rows += 1 if self._own.unit == "item" else _rows(inputs)
-            self.documents += batch.tokens.n_found
-            if batch.tokens.n_documents:
-                drawn.append(_Drawn(batch, item, batch.tokens.n_documents == batch.tokens.n_found))
+            self.documents += found
+            if batch.tokens.n_documents and held:
+                drawn.append(_Drawn(batch, item, batch.tokens.n_documents == found))
             missing -= batch.tokens.n_documents
-            if missing <= 0:
-                break
+            tokens -= batch.n_counted
+            if is_last or missing <= 0:
+                return drawn
+        self.ended = True
         return drawn
+
+
+def _documents_within(batch: Batch, tokens: float, at_least: int) -> int:
+    """How many of the first documents of a batch hold so many tokens together."""
+    if not batch.tokens.n_documents:
+        return 0
+    document = batch.tokens.document
+    sizes = torch.bincount(document[document >= 0], minlength=batch.tokens.n_documents)
+    return max(at_least, int((sizes.cumsum(0) <= tokens).sum()))
 
 
 def _batched(drawn: list[_Drawn], collate: Collate | None, read: Read) -> list[Batch]:

@@ -142,7 +142,6 @@ def test_a_block_that_is_no_mapping(block):
     [
         ({"samples": 0}, r"^lora_da\.samples is 0; set a whole number of at least 1"),
         ({"samples": 1.5}, r"^lora_da\.samples is 1\.5; set a whole number"),
-        ({"samples": None}, r"^lora_da\.samples is None"),
         ({"seed": True}, r"^lora_da\.seed is True"),
         ({"method": "pissa"}, r"^lora_da\.method is 'pissa'; set one of lora_da, filet, cntlora, lora_one, lora_ga"),
         ({"method": "cntlora", "preset": "paper"}, r"^lora_da\.preset is 'paper', and presets .* method cntlora$"),

@@ -27,7 +27,7 @@ from lora_da import LoraDAConfig, LoraDAError
 from lora_da.adapter import find_adapter
 from lora_da.cache.fingerprint import CHUNK, ROW, _Words, fingerprint
 from lora_da.model.state import estimation_mode
-from lora_da.samples.draw import draw, read_causal
+from lora_da.samples.draw import Size, draw, read_causal
 
 ROWS = documents(12)
 SMALL = LoraDAConfig(samples=8)
@@ -36,7 +36,9 @@ SMALL = LoraDAConfig(samples=8)
 def key(model=None, data=None, config=SMALL):
     model = with_lora(tiny_llama()) if model is None else model
     with estimation_mode(model):
-        drawn = draw(data or batches(ROWS, 4), config.samples, config.seed, config.population_size, read_causal, True)
+        drawn = draw(
+            data or batches(ROWS, 4), Size(*config.size()), config.seed, config.population_size, read_causal, True
+        )
         return fingerprint(model, find_adapter(model), drawn, config)
 
 

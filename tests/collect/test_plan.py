@@ -28,7 +28,7 @@ from lora_da.memory import GIB
 from lora_da.methods import METHODS
 from lora_da.needs import Needs
 from lora_da.processes import Processes, Run
-from lora_da.samples.draw import draw, read_causal
+from lora_da.samples.draw import Size, draw, read_causal
 from lora_da.statistics import gradient_bytes, input_bytes
 
 ROWS = documents(LENGTHS)
@@ -46,7 +46,7 @@ class Planner:
     def __init__(self, model: PeftModel | None = None, **survey: Any) -> None:
         model = model or with_lora(LLAMA.base(), r=2)
         self.layers = find_adapter(model).layers
-        self.batches = draw(BATCHES, 1000, None, 1000, read_causal, True).batches
+        self.batches = draw(BATCHES, Size(1000), None, 1000, read_causal, True).batches
         self.survey: Survey = replace(surveyed_model(model, BATCHES), **survey)
 
     def __call__(self, budget: float | None, full_fisher: bool = False) -> Plan:

@@ -27,7 +27,7 @@ from transformers.integrations.neftune import neftune_post_forward_hook
 from lora_da import initialize_lora_da_weights
 from lora_da.adapter import find_adapter
 from lora_da.model.state import estimation_mode
-from lora_da.samples.draw import draw, read_causal
+from lora_da.samples.draw import Size, draw, read_causal
 from lora_da.tasks.head import backward
 
 DATA = batches(documents(6), 3)
@@ -107,7 +107,7 @@ def statistics(model, mode):
     """Take every layer's, as the product does, with the model in the given mode."""
     layers = {layer.name: layer.base for layer in find_adapter(model).layers}
     collector, base = watching(layers), model.get_base_model()
-    data = draw(DATA, 6, None, None, read_causal, True)
+    data = draw(DATA, Size(6), None, None, read_causal, True)
     with mode, collector.observing():
         for batch in data.batches:
             collector.reading(batch.counted(), torch.device("cpu"), {})

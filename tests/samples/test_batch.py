@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader
 import lora_da.samples.draw
 from lora_da import LoraDAConfig, initialize_lora_da_weights
 from lora_da.samples.batch import Batch, by_length, divided
-from lora_da.samples.draw import draw, read_causal
+from lora_da.samples.draw import Size, draw, read_causal
 from lora_da.samples.tokens import read_tokens
 from lora_da.statistics import LayerStatistics
 
@@ -172,7 +172,7 @@ def test_rows_are_not_put_together_where_that_would_change_them(
 ) -> None:
     """Padding that nothing marks, positions that padding moves, and a width that cannot be cut."""
     monkeypatch.setattr("lora_da.samples.draw.BATCH_TOKENS", 60)
-    data = draw(DataLoader(ROWS, 4, collate_fn=collate), len(ROWS), None, None, read_causal, True)
+    data = draw(DataLoader(ROWS, 4, collate_fn=collate), Size(len(ROWS)), None, None, read_causal, True)
     assert [batch.shape[0] for batch in data.batches] == [1] * len(ROWS)
     assert data.n_tokens == sum(len(row["labels"]) for row in ROWS)
 
@@ -226,5 +226,5 @@ def test_no_padding_is_run(collate: Any, monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_rows_of_like_length_are_collated_together(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lora_da.samples.draw, "BATCH_TOKENS", 28)
-    found = draw(loader(3), len(ROWS), None, None, read_causal, True).batches
+    found = draw(loader(3), Size(len(ROWS)), None, None, read_causal, True).batches
     assert [batch.shape for batch in found] == [(2, 14), (2, 12), (2, 10), (3, 8), (1, 5)]

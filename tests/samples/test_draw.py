@@ -40,7 +40,7 @@ from torch.utils.data import (
 
 from lora_da import LoraDAError, initialize_lora_da_weights
 from lora_da.model.state import estimation_mode
-from lora_da.samples.draw import draw, read_causal
+from lora_da.samples.draw import Size, draw, read_causal
 
 DOCUMENTS = documents(30, seed=1)
 ROWS = [DOCUMENTS[first : first + 3] for first in range(0, 30, 3)]  # ten packed rows of three documents
@@ -51,7 +51,7 @@ def loader(rows=DOCUMENTS, batch_size=4, collate=pad, **options):
 
 
 def take(dataloader, samples, seed=None, population=None):
-    return draw(dataloader, samples, seed, population, read_causal, True)
+    return draw(dataloader, Size(samples), seed, population, read_causal, True)
 
 
 def seen(data):
@@ -498,6 +498,6 @@ def test_a_stream_that_accelerate_shards_is_read_whole(sized):
 
     rows = documents(8)
     shard = IterableDatasetShard((Sized if sized else Stream)(rows), batch_size=2, num_processes=2)
-    data = draw(DataLoader(shard, 2, collate_fn=pad), 6, None, None if sized else 100, read_causal, True)
+    data = draw(DataLoader(shard, 2, collate_fn=pad), Size(6), None, None if sized else 100, read_causal, True)
     assert data.n_samples == 6 and data.population_size == (8 if sized else 100)
     assert data.n_tokens == sum(len(row["input_ids"]) for row in rows[:6])

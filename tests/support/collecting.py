@@ -20,7 +20,7 @@ from lora_da.model.state import estimation_mode
 from lora_da.model.streams import Streams
 from lora_da.needs import Needs, Sums
 from lora_da.processes import Processes, Run
-from lora_da.samples.draw import draw
+from lora_da.samples.draw import Size, draw
 from lora_da.statistics import LayerStatistics
 from lora_da.tasks import RewardLoss, find_task
 from lora_da.tasks.head import LossPass
@@ -53,7 +53,7 @@ def collected(
     layers, task = find_adapter(model).layers, find_task(model.get_base_model(), reward)
     run = Run(Processes(), torch.device("cpu"), PLENTY, False)
     with estimation_mode(model):
-        data = draw(batches, 1000, None, 1000, task.read, True)
+        data = draw(batches, Size(1000), None, 1000, task.read, True)
         found = collect(task, layers, data, needs(averaging, full), run, lambda layer, seen: seen.statistics, plan)
     assert len(found.layers.outcomes) == len(layers)
     assert all(isinstance(outcome, LayerStatistics) for outcome in found.layers.outcomes.values())

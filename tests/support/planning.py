@@ -22,7 +22,7 @@ from lora_da.model.state import estimation_mode
 from lora_da.needs import Needs
 from lora_da.processes import Run
 from lora_da.samples import Batch
-from lora_da.samples.draw import draw
+from lora_da.samples.draw import Size, draw
 from lora_da.statistics import LayerStatistics
 from lora_da.tasks import RewardLoss, find_task
 
@@ -134,7 +134,7 @@ def surveyed_model(model: PeftModel, batches: list[dict[str, Any]]) -> Survey:
     """What the product finds out about a model before it plans."""
     task = find_task(model.get_base_model())
     with estimation_mode(model):
-        data = draw(batches, 1000, None, 1000, task.read, True)
+        data = draw(batches, Size(1000), None, 1000, task.read, True)
         return survey_model(task, find_adapter(model).layers, task.inputs(data.batches[-1].glimpse(), CPU), needs())
 
 

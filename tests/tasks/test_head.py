@@ -37,7 +37,7 @@ from lora_da.adapter import find_adapter
 from lora_da.collect.plan import make_plan
 from lora_da.methods import METHODS
 from lora_da.processes import Processes, Run
-from lora_da.samples.draw import draw, read_causal
+from lora_da.samples.draw import Size, draw, read_causal
 from lora_da.statistics import LayerStatistics
 
 TARGETS = ["q_proj", "down_proj", "lm_head"]
@@ -163,7 +163,7 @@ def test_the_plan_counts_its_sums() -> None:
     plans = []
     for targets in (TARGETS, TARGETS[:2]):
         model = adapted(tiny_llama(), targets)
-        surveyed, data = surveyed_model(model, given), draw(given, 100, None, 100, read_causal, True)
+        surveyed, data = surveyed_model(model, given), draw(given, Size(100), None, 100, read_causal, True)
         assert surveyed.sequence is not None and surveyed.why_not == ""
         run = Run(Processes(), CPU, PLENTY, False)
         layers, lora_da = find_adapter(model).layers, METHODS["lora_da"].needs
