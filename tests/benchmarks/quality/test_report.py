@@ -60,11 +60,14 @@ def test_losses_are_stated_as_they_are(tmp_path: Path) -> None:
         "–",
     ]
     assert row(markdown, "plain")[1:3] == ["0.001 (of 3)", "0.9000 ± 0.1414 (2)"]
-    assert row(markdown, "(1)", "default", "gsm8k")[3:] == ["+35.00% [-155.59%, +225.59%]", "no"]
-    assert row(markdown, "(2)", "default")[4] == "no"
-    assert row(markdown, "(3)", "default", "gsm8k")[3:] == ["never", "no"]
-    assert row(markdown, "(4)", "default", "gsm8k")[3:] == ["none; run at 3 of 3 such rates", "yes"]
-    assert row(markdown, "(5)", "default", "eva")[3:] == ["not run", "undecided"]
+    assert row(markdown, "(1)", "default", "gsm8k at 0.0003")[3:] == [
+        "never of the steps, – of the time",
+        "undecided",
+    ]
+    assert row(markdown, "(2)", "default", "gsm8k")[3:] == ["+35.00% [-155.59%, +225.59%]", "no"]
+    assert row(markdown, "(2)", "default", "mean over tasks")[4] == "no"
+    assert row(markdown, "(3)", "default", "gsm8k at 0.0003")[3:] == ["–", "undecided"]
+    assert row(markdown, "(4)", "default", "eva")[3:] == ["not run", "undecided"]
 
 
 def test_a_start_on_its_own_base_is_marked_and_not_compared(tmp_path: Path) -> None:
