@@ -2,8 +2,8 @@
 nl2bash`.
 
 Forwards only: a start is solved on 64 documents, then its lora_B is scaled, all layers together, and the loss of rows
-that nobody has seen is looked at over a ladder of lengths. Compared are the layers' shares (each the same spectral norm,
-as published; the same length in the Fisher, as the default preset has it; or the natural gradient's own), and the
+that nobody has seen is looked at over a ladder of lengths. Compared are the layers' shares (each one spectral norm,
+as published; one length in the Fisher, as the default preset has it; or the natural gradient's own), and the
 subspace (LoRA-DA's, or a random one with the best step in it). The ladder is in root mean squares, over the layers, of
 the spectral norm of s·lora_B·lora_A.
 """
@@ -81,7 +81,7 @@ def main() -> None:
 
 
 def ladder(model: PeftModel, report: InitReport, shares: str, loss: Callable[[], float]) -> dict[str, Any]:
-    """Look at a start's direction at each length of the ladder: `losses` by length, and `solved`, the length that it was
+    """Look at a direction at each length of the ladder: `losses` by length, and `solved`, the length that it was
     solved at."""
     adapter = find_adapter(model)
     factors, norms = {}, []
