@@ -209,7 +209,7 @@ def texts(project):
 @pytest.fixture(scope="module")
 def whole(project, texts):
     """All texts, trained on as an ordinary dataset."""
-    run = project.run("whole", lora_da={"samples": ROWS}, datasets=[texts])
+    run = project.run("whole", lora_da={"samples": ROWS, "first_step": "gamma"}, datasets=[texts])
     assert run.lines() == [STARTED]
     return run
 
@@ -220,7 +220,7 @@ def test_a_stream_needs_its_length(project, texts):
     assert run.steps == 0
 
 
-BLOCK = {"samples": ROWS, "population_size": ROWS}
+BLOCK = {"samples": ROWS, "population_size": ROWS, "first_step": "gamma"}
 
 
 @pytest.mark.compat("axolotl-streaming")

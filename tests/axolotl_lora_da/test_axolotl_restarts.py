@@ -138,7 +138,7 @@ def ray_worker(config: str) -> None:
 
 @pytest.mark.compat("axolotl-ray")
 def test_a_ray_worker_registers_the_plugin_again(project, expected):
-    block = {"samples": 16, "damping": 0.1}
+    block = {"samples": 16, "damping": 0.1, "first_step": "gamma"}
     ray = {"use_ray": True, "ray_num_workers": 1, "lora_da": block}
     driver = project.run("ray", ray_driver, **ray)
     assert driver.lines() == [] and driver.steps == 0

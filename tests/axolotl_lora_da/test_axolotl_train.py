@@ -13,16 +13,16 @@ import yaml
 from peft import PeftModel
 from peft.utils.save_and_load import load_peft_weights
 from tolerances import REBATCHED
+from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 pytest.importorskip("axolotl", reason="Axolotl is not installed")
 pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
 from axolotl_runs import run, train
-from models import WIDE, batches, documents, tiny_llama, with_lora
-from settings import as_solved
+from models import WIDE, documents, few_tokens, pad, tiny_llama, with_lora
 from trainers import tokenizer
 
-from lora_da import initialize_lora_da_weights
+from lora_da import LoraDAConfig, initialize_lora_da_weights
 
 pytestmark = [pytest.mark.axolotl, pytest.mark.slow]
 
@@ -44,7 +44,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("axolotl")
     tiny_llama(**WIDE).save_pretrained(folder / "base")
     tokenizer().save_pretrained(folder / "base")
-    rows = [{**row, "attention_mask": [1] * len(row["input_ids"])} for row in documents(ROWS)]
+    rows = [{**row, "attention_mask": [1] * len(row["input_ids"])} for row in few_tokens(documents(ROWS))]
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return folder
 
@@ -107,9 +107,9 @@ def quantized_base(folder: Path) -> torch.nn.Module:
 def by_peft_call(folder: Path, **changes: object) -> tuple[PeftModel, dict]:
     """The adapter that the PEFT call gives on the same samples."""
     model = with_lora(quantized_base(folder), **changes)
-    report = initialize_lora_da_weights(
-        model, batches(documents(ROWS), 8), as_solved(samples=SAMPLES), show_progress=False
-    )
+    loader = DataLoader(few_tokens(documents(ROWS)), 8, collate_fn=pad)
+    report = initialize_lora_da_weights(model, loader, LoraDAConfig(samples=SAMPLES), show_progress=False)
+    assert report.first_step.length > 0
     return model, {"samples": report.samples, "tokens": report.tokens, "loss_tokens": report.loss_tokens}
 
 
@@ -135,8 +135,16 @@ def test_train_starts_from_what_the_peft_call_gives(folder: Path, trained: str) 
 )
 def test_variants_start_from_it_too(folder: Path, name: str, changes: dict) -> None:
     path = config(folder, name, **changes)
-    assert run(train, path, folder / name, folder / f"{name}.log").lines() == ["LoRA-DA: initialised 14 of 14"]
+    assert_started(run(train, path, folder / name, folder / f"{name}.log").lines())
     check_saved(folder, name, use_dora=name == "dora")
+
+
+def assert_started(lines: list[str]) -> None:
+    first, second = lines
+    assert first == "LoRA-DA: initialised 14 of 14"
+    assert (
+        second.startswith(f"LoRA-DA: loss on {ROWS - SAMPLES} other documents ") and "before the first step" in second
+    )
 
 
 def check_saved(folder: Path, name: str, **lora: object) -> None:
@@ -171,7 +179,7 @@ def test_the_adapter_is_plain_and_merges(folder: Path, adapter: str, trained: st
     output = folder / ("rows" if adapter == "qlora" else "lora")
     if adapter == "lora":
         path = config(folder, "lora", adapter="lora", load_in_4bit=False)
-        assert run(train, path, output, folder / "lora.log").lines() == ["LoRA-DA: initialised 14 of 14"]
+        assert_started(run(train, path, output, folder / "lora.log").lines())
     saved = json.loads((output / "adapter_config.json").read_text())
     assert saved["init_lora_weights"] is True
     assert saved["rank_pattern"] == {} and saved["r"] == 4
@@ -182,7 +190,7 @@ def test_the_adapter_is_plain_and_merges(folder: Path, adapter: str, trained: st
     if adapter == "qlora":  # Axolotl merges into what the quantised base stands for, with its own rounding
         assert all(torch.isfinite(p).all() for p in merged.parameters())
         return
-    ids = torch.tensor([documents(1)[0]["input_ids"]])
+    ids = torch.tensor([few_tokens(documents(1))[0]["input_ids"]])
     with torch.no_grad():
         untouched = base(ids).logits
         started = PeftModel.from_pretrained(base, output).eval()(ids).logits

@@ -32,7 +32,7 @@ STARTED = f"LoRA-DA: initialised {N_PROJECTIONS} of {N_PROJECTIONS}"  # what a r
 
 SETTINGS = {
     "plugins": [PLUGIN],
-    "lora_da": {"samples": SAMPLES},
+    "lora_da": {"samples": SAMPLES, "first_step": "gamma"},
     "adapter": "lora",
     "lora_r": 4,
     "lora_alpha": 8,
