@@ -1,0 +1,184 @@
+"""The product on GPUs that are not there: the CPU's numbers, no mix of devices, and few places where the host waits."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from collecting import distance
+from dequantized import four_bit
+from fake_cuda import fake_gpus
+from fake_gpu import FakeGpus, MixedDevices
+from models import WIDE, adapter_weights, batches, documents, tiny_llama, with_lora
+from peft import PeftModel
+from planning import ONE, WAYS, Forced, Way
+from tolerances import REBATCHED, REORDERED
+
+from lora_da import LoraDAConfig, initialize_lora_da_weights
+from lora_da.first_step import MOST_TRIALS
+from lora_da.report import InitReport
+from lora_da.statistics import LayerSums
+
+BLOCKS, SAMPLES, ROWS_IN_A_BATCH = 4, 12, 4
+ROWS = documents(40)  # more than the samples: the first step is measured on others
+# Of 16-bit products the GPU adds up in float32 what the CPU multiplies in float32: rounding in another order.
+HALF = {torch.bfloat16, torch.float16}
+
+Made = tuple[dict[str, torch.Tensor], InitReport]
+
+
+def dense(dtype: torch.dtype = torch.float32, **config: Any) -> PeftModel:
+    return with_lora(tiny_llama(num_hidden_layers=BLOCKS, **config).to(dtype))
+
+
+def initialised(model: PeftModel, way: Way | None = ONE, rows: Any = ROWS, **settings: Any) -> Made:
+    """The adapter that it is given, copied to the CPU, and the report; where no way is forced, the product plans."""
+    population = 1000 if settings.get("method", "lora_da") == "lora_da" else None
+    config = LoraDAConfig(**{"samples": SAMPLES, "population_size": population, **settings})
+    plan = {} if way is None else {"plan": Forced(way)}
+    report = initialize_lora_da_weights(model, batches(rows, ROWS_IN_A_BATCH), config, show_progress=False, **plan)
+    return {name: value.cpu() for name, value in adapter_weights(model).items()}, report
+
+
+def check_same(ours: Made, cpus: Made, tolerance: float = 0.0) -> None:
+    assert ours[0].keys() == cpus[0].keys()
+    for name, value in cpus[0].items():
+        off = 0.0 if torch.equal(ours[0][name], value) else distance(ours[0][name], value)
+        assert off <= tolerance, name
+    assert ours[1].loss == pytest.approx(cpus[1].loss, rel=tolerance, abs=0)
+    assert ours[1].initialized == cpus[1].initialized == ours[1].targeted
+
+
+def check_on_a_gpu(make: Callable[[], PeftModel], tolerance: float = 0.0, **settings: Any) -> None:
+    """The CPU's adapter, from a model on a GPU, of whose memory nothing stays taken."""
+    expected = initialised(make(), **settings)
+    with fake_gpus() as gpus:
+        model = make().to("cuda")
+        held = gpus.live.total()
+        ours = initialised(model, **settings)
+        assert gpus.live.total() == held
+    check_same(ours, expected, tolerance)
+    assert ours[1].memory_of == "GPU" and 0 < ours[1].peak_memory_gib == gpus.peak.total() / 2**30
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_every_plan(way: str) -> None:
+    check_on_a_gpu(dense, way=WAYS[way], first_step="gamma")
+
+
+@pytest.mark.parametrize("preset", ["default", "reference", "paper"])
+def test_every_preset(preset: str) -> None:
+    """The first step is measured where the preset says so."""
+    check_on_a_gpu(dense, preset=preset)
+
+
+@pytest.mark.parametrize("method", ["filet", "cntlora", "lora_one", "lora_ga"])
+def test_every_method(method: str) -> None:
+    check_on_a_gpu(dense, method=method)
+
+
+def test_the_full_fisher_of_wide_layers() -> None:
+    """Wide enough that eigenpairs are iterated on and inputs summed block by block."""
+    check_on_a_gpu(
+        lambda: dense(hidden_size=528, intermediate_size=160, head_dim=24), full_fisher_up_to=200, first_step="gamma"
+    )
+
+
+@pytest.mark.parametrize("way", ["one pass", "2 segments"])
+@pytest.mark.parametrize("dtype", sorted(HALF, key=str), ids=str)
+def test_half_precision(dtype: torch.dtype, way: str) -> None:
+    """Under the host's products of 16 bit with float32 sums."""
+    check_on_a_gpu(lambda: dense(dtype), REORDERED, way=WAYS[way], first_step="gamma")
+
+
+@pytest.mark.parametrize("method", ["lora_da", "filet"])
+def test_four_bit(tmp_path: Path, method: str) -> None:
+    """bitsandbytes's own kernels run, those for the CPU; `filet` has the weights dequantised."""
+    pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+    base = four_bit(tiny_llama(num_hidden_layers=2, **WIDE), tmp_path, "double-quantisation", torch.bfloat16)
+    check_on_a_gpu(lambda: with_lora(copy.deepcopy(base)), REORDERED, method=method, way=WAYS["2 segments"])
+
+
+def test_a_second_run_takes_the_firsts_solution(tmp_path: Path) -> None:
+    with fake_gpus():
+        first, second = (initialised(dense().to("cuda"), cache_dir=str(tmp_path)) for _ in "ab")
+    check_same(second, first)
+    assert second[1].from_cache and not first[1].from_cache
+    check_same(initialised(dense(), cache_dir=str(tmp_path / "other")), first)
+
+
+def test_a_card_that_is_too_small_for_one_pass() -> None:
+    """The product plans by what the card says it has; the fake raises where that is passed."""
+    expected = initialised(dense(), first_step="gamma")
+    with fake_gpus() as gpus:
+        one = initialised(dense().to("cuda"), None, first_step="gamma")
+    assert one[1].plan.startswith("one pass")
+    with fake_gpus(memory=int(1.6 * gpus.peak.total())):  # the forecast is above the peak, and leaves a margin
+        several = initialised(dense().to("cuda"), None, first_step="gamma")
+    assert several[1].plan.startswith("streamed")
+    check_same(several, expected, REBATCHED)
+
+
+def waits(gpus: FakeGpus, *rooms: str) -> int:
+    """How often the host has waited in these parts of the core; anywhere in it if none are named."""
+    parts = tuple(f"lora_da/{room}" for room in rooms) or ("lora_da/",)
+    return sum(n for wait, n in gpus.waits.items() if wait.ours and wait.line.startswith(parts))
+
+
+def waited(blocks: int = 2, samples: int = SAMPLES, **settings: Any) -> FakeGpus:
+    """What an initialisation has waited for, the model's way to the GPU left out."""
+    model = with_lora(tiny_llama(num_hidden_layers=blocks))
+    with fake_gpus() as gpus:
+        model.to("cuda")
+        gpus.waits.clear()
+        initialised(model, samples=samples, **{"first_step": "gamma", "rows": documents(80), **settings})
+    return gpus
+
+
+WAITS_OF_A_LAYER = 40  # the solver's, with those of its checks and of the write; tiny layers are solved densely
+WAITS_OF_A_TRIAL = 2  # of the first step, for each layer, whose two factors are sent
+WAITS_OF_A_RUN = 20  # the survey's, the loss's and the watch's
+
+
+@pytest.mark.parametrize("way", ["one pass", "2 segments", "3 passes"])
+def test_no_batch_waits(way: str) -> None:
+    """Batches run without the host waiting for the GPU: the passes wait as often for many as for few."""
+    few, many = (waited(samples=n, way=WAYS[way]) for n in (8, 40))
+    assert waits(few) == waits(many)
+    assert waits(many, "collect", "tasks", "model/blocks") <= WAITS_OF_A_RUN
+
+
+def test_layers_wait_in_the_solver_alone() -> None:
+    two, four = waited(2), waited(4)
+    assert waits(four, "collect", "tasks") == waits(two, "collect", "tasks")
+    assert waits(four) - waits(two) <= 2 * 7 * WAITS_OF_A_LAYER
+
+
+def test_batches_of_the_first_step_do_not_wait() -> None:
+    measured, without = waited(first_step="measured"), waited()
+    trials = MOST_TRIALS + 1  # 0 among them; then the parameters are put back
+    assert waits(measured) - waits(without) <= trials * (14 * WAITS_OF_A_TRIAL + 1) + 14 * WAITS_OF_A_TRIAL
+
+
+def test_a_tensor_left_on_the_cpu_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    add = LayerSums.add
+    monkeypatch.setattr(LayerSums, "add", lambda sums, x, d: add(sums, x.cpu(), d))
+    with fake_gpus(), pytest.raises(MixedDevices, match=r"aten\.addmm_\.default at lora_da/statistics\.py:\d+ of "):
+        initialised(dense().to("cuda"))
+
+
+def test_a_number_asked_of_every_layer_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    add = LayerSums.add
+
+    def asking(sums: LayerSums, x: torch.Tensor, d: torch.Tensor) -> None:
+        assert d.abs().max().item() < 1e9
+        add(sums, x, d)
+
+    monkeypatch.setattr(LayerSums, "add", asking)
+    few, many = (waited(samples=n) for n in (8, 40))
+    asked = [sum(n for wait, n in gpus.waits.items() if "test_on_gpus" in wait.line) for gpus in (few, many)]
+    assert asked[1] - asked[0] == 14 * 8  # 14 layers, and 8 batches more
