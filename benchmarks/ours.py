@@ -39,7 +39,7 @@ def ours(peft_model: PeftModel, loader: DataLoader[Any], samples: int, segments:
 def border_bytes(peft_model: PeftModel, loader: DataLoader[Any], samples: int, segments: int | None) -> int:
     """Run what `ours` runs but for the solving; the most bytes that borders hold of hidden states and gradients."""
     task, method = find_task(peft_model.get_base_model()), METHODS["lora_da"]
-    run = Run(Processes(), compute_device(task.model.get_input_embeddings().weight), None, False)
+    run = Run(Processes(), compute_device(task.model, task.blocks), None, False)
     needs = method.needs_with(method.presets["default"])
     with drawing_mode():
         data = draw(loader, Size(samples), None, None, task.read, method.population)

@@ -115,7 +115,7 @@ def captured_by(
     """Share of ‖D‖²_F of these samples, by layer, in each of the subspaces."""
     method, preset = METHODS["lora_da"], PRESETS["default"]
     task = find_task(model.get_base_model())
-    where = Run(Processes(), compute_device(task.model.get_input_embeddings().weight), None, False)
+    where = Run(Processes(), compute_device(task.model, task.blocks), None, False)
     loader: DataLoader[Any] = DataLoader(list(samples), BATCH, collate_fn=collate)  # type: ignore[arg-type]
     with drawing_mode():
         data = draw(loader, Size(len(samples)), None, POPULATION, task.read, True)

@@ -153,7 +153,7 @@ def _loss(task: Task, batches: Sequence[Batch], run: Run) -> Tensor:
     while pending:
         batch = pending.pop()
         try:
-            total += task.backward(batch, task.inputs(batch, run.device), LOSS_ALONE)
+            total += task.backward(batch, task.inputs(batch, run.device), LOSS_ALONE).to(total.device)
         except (RuntimeError, MemoryError) as error:
             halves = None if run.processes.sharded else batch.halves()
             if not is_out_of_memory(error):

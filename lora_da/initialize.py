@@ -83,7 +83,7 @@ def initialize_lora_da_weights(
     adapter = processes.everywhere(servable, adapter, method)
     processes.warn(describe_left(adapter.left))
 
-    device, needs = compute_device(base.get_input_embeddings().weight), method.needs_with(numbers)
+    device, needs = compute_device(base, task.blocks), method.needs_with(numbers)
     run = Run(processes, device, config.memory_budget, show_progress)
     memory, entry, solution = PeakMemory(device), None, None
     folder = processes.once(cache_folder, config.cache_dir)

@@ -114,7 +114,7 @@ def _planned(
     device, processes = run.device, run.processes
     shares = shares_of(batches, processes)
     share = CPU_SHARE if device.type == "cpu" else DEVICE_SHARE
-    budget = int(share * processes.free_bytes(device)) if run.memory_budget is None else int(run.memory_budget * GIB)
+    budget = int(share * _free_bytes(survey, run)) if run.memory_budget is None else int(run.memory_budget * GIB)
     largest = max(b.n_positions for share in shares for b in share)
     longest = max(b.shape[1] for share in shares for b in share)
     batches = shares[0]
@@ -141,6 +141,12 @@ def _planned(
         used=used_bytes(device),
         why_not_streamed=survey.why_not,
     )
+
+
+def _free_bytes(survey: Survey, run: Run) -> int:
+    """What is free where the layers are; of several devices, on the fullest, as each holds its own layers' sums."""
+    devices = survey.devices if len(survey.devices) > 1 else (str(run.device),)
+    return min(run.processes.free_bytes(torch.device(device)) for device in devices)
 
 
 def shares_of(batches: Sequence[Batch], processes: Processes) -> list[list[Batch]]:

@@ -57,7 +57,7 @@ class SegmentRun:
         def collect_batch(number: int) -> None:
             loss = self._collect_batch(number)
             if loss is not None:
-                total.add_(loss)
+                total.add_(loss.to(total.device))  # the head's device may be another
             ran()
 
         with (

@@ -40,6 +40,7 @@ class Survey:
         linear_features: inputs and outputs of the linear layers of each block, summed: what it keeps for the backward.
         gathered_bytes: of the parameters that are gathered from other processes at once.
         kept_weights: numbers in the dense weights of each block that may be kept for the backward beside them.
+        devices: where the blocks are, by name.
     """
 
     sequence: BlockSequence | None
@@ -53,6 +54,7 @@ class Survey:
     linear_features: tuple[int, ...]
     kept_weights: tuple[int, ...]
     gathered_bytes: int
+    devices: tuple[str, ...]
 
     @property
     def n_blocks(self) -> int:
@@ -110,6 +112,7 @@ def survey_model(task: Task, layers: Sequence[AdapterLayer], inputs: Mapping[str
         linear_features=tuple(sum(map(sum, widths.values())) for widths in layers_of),
         kept_weights=tuple(sum(starmap(_kept_weight, widths.items())) for widths in layers_of),
         gathered_bytes=gathered_bytes(model, blocks),
+        devices=_devices(blocks),
     )
 
 
@@ -125,8 +128,12 @@ def _why_not(blocks: Sequence[nn.Module], layers: Sequence[AdapterLayer], block_
     outside = [layer.name for layer in layers if layer.name not in block_of]
     if outside:
         return f"layer {outside[0]} is in none of its decoder's blocks"
-    devices = {str(p.device) for block in blocks for p in block.parameters()}
-    return f"its blocks are on several devices ({', '.join(sorted(devices))})" if len(devices) > 1 else ""
+    devices = _devices(blocks)
+    return f"its blocks are on several devices ({', '.join(devices)})" if len(devices) > 1 else ""
+
+
+def _devices(blocks: Sequence[nn.Module]) -> tuple[str, ...]:
+    return tuple(sorted({str(p.device) for block in blocks for p in block.parameters()}))
 
 
 def _like(layers: Sequence[AdapterLayer], model: nn.Module, blocks: Sequence[nn.Module]) -> dict[str, nn.Module]:

@@ -61,14 +61,20 @@ NOT_IN_MEMORY = (
 )
 
 
-def compute_device(parameter: Tensor) -> torch.device:
-    """Where a layer with this parameter runs: FSDP2 may keep its shard on the CPU.
+def compute_device(model: PreTrainedModel, blocks: Sequence[nn.Module]) -> torch.device:
+    """Where the lowest block runs: the embeddings may be kept on the CPU, and so may FSDP2's shards.
+
+    Args:
+        model: in whose embeddings' place it is where there are no blocks.
+        blocks: of its decoder.
 
     Raises:
-        LoraDAError: it is not in memory.
+        LoraDAError: the embeddings are not in memory.
     """
-    if parameter.is_meta:
+    embeddings = model.get_input_embeddings().weight
+    if embeddings.is_meta:
         raise LoraDAError(NOT_IN_MEMORY.format("of the input embeddings"))
+    parameter = next((p for block in blocks for p in block.parameters()), embeddings)
     if isinstance(parameter, DTensor):
         kind = parameter.device_mesh.device_type
         return torch.device(kind, torch.accelerator.current_device_index()) if kind != "cpu" else torch.device(kind)

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import GradientEdge
 from transformers import PreTrainedModel
 
 from lora_da.errors import LoraDAError
@@ -44,20 +45,30 @@ class _Classification(Task):
             raise self._no_loss()
         logits = logits_of(output, with_loss=n > 0)
         if torch.is_grad_enabled():
+            made: Tensor | GradientEdge = logits
             with how.timed("head"):
-                gradient = torch.zeros_like(logits) if loss is None else self._of_logits(loss * n * how.scale, logits)
+                gradient = torch.zeros_like(logits)
+                if loss is not None:
+                    made, gradient = self._of_logits(loss * n * how.scale, logits)
+                if weights is not None:
+                    gradient = (gradient * weights.to(gradient.device)).to(gradient.dtype)
             if logits.requires_grad:
                 with how.timed("backward"):
-                    logits.backward(gradient if weights is None else (gradient * weights).to(gradient.dtype))
+                    torch.autograd.backward(made, gradient)
         return logits.new_zeros((), dtype=torch.float32) if loss is None else loss.detach().float() * n
 
-    def _of_logits(self, loss: Tensor, logits: Tensor) -> Tensor:
-        """The gradient of the loss in the logits. A label's loss depends on its own logits alone: to weigh this
-        gradient is to weigh the loss."""
-        (gradient,) = torch.autograd.grad(loss, logits, allow_unused=True)
-        if gradient is None:
-            raise self._no_loss()
-        return gradient
+    def _of_logits(self, loss: Tensor, logits: Tensor) -> tuple[Tensor | GradientEdge, Tensor]:
+        """The gradient of the loss in the logits, and where in the graph it enters. A label's loss depends on its own
+        logits alone: to weigh this gradient is to weigh the loss."""
+        # A model on several devices returns its loss beside a copy of the logits that this was made of.
+        sources = () if logits.grad_fn is None else logits.grad_fn.next_functions[:1]
+        found: list[Tensor | GradientEdge] = [logits]
+        found += [GradientEdge(node, number) for node, number in sources if node is not None]
+        for made in found:
+            (gradient,) = torch.autograd.grad(loss, made, allow_unused=True)
+            if gradient is not None and gradient.shape == logits.shape:
+                return made, gradient
+        raise self._no_loss()
 
     def _no_loss(self) -> LoraDAError:
         return LoraDAError(f"{type(self.model).__name__} returns no loss that is made of its logits; not supported")

@@ -35,7 +35,7 @@ class LossPass:
 
     Args:
         scale: factor of the loss.
-        weights: (p,) factor of the loss at each position, on the model's device; 1 if None.
+        weights: (p,) factor of the loss at each position; 1 if None.
         timed: a context for each of `forward`, `head` and `backward`.
         in_head: a context for each call of a language-model head, told how many loss tokens it reads, the first ones,
             and the (n,) factors of their losses, which are applied behind it.
@@ -60,7 +60,7 @@ def backward(
         how: scale, weights and who is told.
 
     Returns:
-        The sum without factor and weights, a scalar on the model's device.
+        The sum without factor and weights, a scalar where the hidden states are.
 
     Raises:
         LoraDAError: the body returns no hidden states.
@@ -111,11 +111,12 @@ def backward_from_head(mean_loss: MeanLoss, hidden: Tensor, tokens: BatchTokens,
     gradient = torch.zeros_like(flat)
     total = torch.zeros((), dtype=torch.float32, device=flat.device)
     targets = tokens.targets.to(flat.device, non_blocking=True)
+    weights = None if how.weights is None else how.weights.to(flat.device)
     carries_loss = (tokens.targets != IGNORED).nonzero().flatten().to(flat.device, non_blocking=True)
     with how.timed("head"):
         for positions in carries_loss.split(CHUNK) if len(carries_loss) else ():
             chunk = flat[positions].requires_grad_()
-            own = None if how.weights is None else how.weights[positions]
+            own = None if weights is None else weights[positions]
             with how.in_head(len(positions), own):
                 with kept_on_device():
                     mean = mean_loss(chunk, targets[positions])

@@ -100,7 +100,7 @@ class Task(ABC):
             how: scale, weights and who is told.
 
         Returns:
-            The sum without factor and weights, a scalar on the model's device.
+            The sum without factor and weights, a scalar on the device of the model's last layers.
         """
 
 

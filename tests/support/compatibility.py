@@ -237,6 +237,7 @@ ROWS: dict[str, list[Row]] = {
         Row("zero-2", "DeepSpeed ZeRO-2, the same"),
         Row("zero-3", "DeepSpeed ZeRO-3, the same"),
         Row("data-parallel", "one process with several GPUs (`nn.DataParallel`)"),
+        Row("device-map", "a model on two GPUs by `device_map`, which the CPU plays"),
         Row("tensor-parallel", "tensor parallelism"),
         Row("context-parallel", "context and sequence parallelism"),
         Row("expert-parallel", "expert parallelism, in Axolotl"),
