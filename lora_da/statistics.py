@@ -7,6 +7,7 @@ Letters, here and everywhere: `n` counted tokens, `i` the layer's input width, `
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lora_da.memory import is_out_of_memory
 from lora_da.needs import Needs, Sums
 
 # A symmetric product is made of block rows, each up to the diagonal: 5/8 of the work with four of them. Below this
@@ -161,16 +163,35 @@ class LayerSums:
 def summable(rows: Tensor, computed_in: torch.dtype) -> Tensor:
     """`rows` in the precision that the layer itself has for them, in a dtype whose products are summed in float32.
 
-    That is the 16 bit in which the layer itself multiplies on CUDA, where matrix products accumulate and return
-    float32 (but for float16 from float32: gradients would underflow); float32 or better elsewhere.
+    That is the 16 bit in which the layer itself multiplies on a GPU whose matrix products accumulate and return float32
+    (but for float16 from float32: gradients would underflow); float32 or better elsewhere.
 
     Args:
         rows: x or d of a layer.
         computed_in: the dtype that the layer casts its input to.
     """
     if rows.device.type == "cuda" and (rows.dtype in HALF or computed_in == torch.bfloat16):
-        return rows if rows.dtype in HALF else rows.to(computed_in)
+        half = rows.dtype if rows.dtype in HALF else computed_in
+        if returns_float32(rows.device, half):
+            return rows.to(half)
     return rows.to(torch.promote_types(rows.dtype, torch.float32))
+
+
+@functools.lru_cache
+def returns_float32(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether a GPU's products of 16 bit can return float32, as it is found out once: ROCm and old CUDA refuse it.
+
+    Raises:
+        RuntimeError: memory ran out, so that nothing was found out.
+    """
+    one = torch.ones(8, 8, dtype=dtype, device=device)
+    try:
+        torch.mm(one, one, out_dtype=torch.float32)
+    except RuntimeError as error:
+        if is_out_of_memory(error):
+            raise
+        return False
+    return True
 
 
 def _block_rows(i: int) -> list[tuple[int, int]]:

@@ -35,7 +35,7 @@ BELOW = {
 # The same of single files.
 BELOW_FILES = {
     "needs": (),
-    "statistics": ("lora_da.needs",),
+    "statistics": ("lora_da.needs", "lora_da.memory"),
     "config": ("lora_da.methods", "lora_da.needs", "lora_da.errors"),
     "adapter": ("lora_da.model", "lora_da.errors"),
     "processes": ("lora_da.model", "lora_da.memory", "lora_da.errors"),

@@ -21,7 +21,7 @@ from tolerances import REBATCHED, REORDERED
 from lora_da import LoraDAConfig, initialize_lora_da_weights
 from lora_da.first_step import MOST_TRIALS
 from lora_da.report import InitReport
-from lora_da.statistics import LayerSums
+from lora_da.statistics import LayerSums, returns_float32
 
 BLOCKS, SAMPLES, ROWS_IN_A_BATCH = 4, 12, 4
 ROWS = documents(40)  # more than the samples: the first step is measured on others
@@ -93,6 +93,29 @@ def test_the_full_fisher_of_wide_layers() -> None:
 def test_half_precision(dtype: torch.dtype, way: str) -> None:
     """Under the host's products of 16 bit with float32 sums."""
     check_on_a_gpu(lambda: dense(dtype), REORDERED, way=WAYS[way], first_step="gamma")
+
+
+@pytest.mark.parametrize("widens", [True, False])
+def test_gpus_whose_products_do_not_widen(widens: bool) -> None:
+    """ROCm's and old CUDA's refuse a float32 result of 16 bit: asked once, their sums are made in float32."""
+    expected = initialised(dense(torch.bfloat16), first_step="gamma")
+    returns_float32.cache_clear()
+    with fake_gpus() as gpus:
+        gpus.widens = widens
+        found = initialised(dense(torch.bfloat16).to("cuda"), first_step="gamma")
+    returns_float32.cache_clear()
+    check_same(found, expected, REORDERED)
+    assert gpus.wide_products > 2 * 7 * BLOCKS if widens else gpus.wide_products == 1
+
+
+def test_a_full_gpu_does_not_count_as_one_that_refuses() -> None:
+    returns_float32.cache_clear()
+    with fake_gpus(memory=2**20):
+        held = torch.zeros(2**20, dtype=torch.uint8, device="cuda")
+        with pytest.raises(torch.OutOfMemoryError):
+            returns_float32(held.device, torch.bfloat16)
+        del held
+        assert returns_float32(torch.device("cuda:0"), torch.bfloat16)
 
 
 @pytest.mark.parametrize("method", ["lora_da", "filet"])

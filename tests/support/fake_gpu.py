@@ -58,12 +58,15 @@ class FakeGpus(TorchDispatchMode):
     Attributes:
         current: the number of the device that `cuda` alone means.
         waits: how often the host has waited, by place.
+        widens: whether products of 16 bit can have a result of 32.
+        wide_products: how many were asked to.
         live, peak: bytes of each device in use, and the most there were.
     """
 
     def __init__(self, n: int, memory: int) -> None:
         super().__init__()
         self.n, self.memory, self.current = n, memory, 0
+        self.widens, self.wide_products = True, 0
         self.waits: Counter[Wait] = Counter()
         self.live, self.peak = Counter[torch.device](), Counter[torch.device]()
         self._places: dict[
@@ -123,7 +126,10 @@ class FakeGpus(TorchDispatchMode):
         elif asked.type == "meta":
             device = asked
         self._note_waits(func, given, args, kwargs)
-        if func is aten.mm.dtype:  # the CPU has no product of 16 bit with a result of 32
+        if func is aten.mm.dtype:  # the CPU has none
+            self.wide_products += 1
+            if not self.widens:
+                raise RuntimeError("out_dtype is not supported by these GPUs")
             args, kwargs, func = (args[0].to(args[2]), args[1].to(args[2])), {}, aten.mm.default
         with self._kernel():
             made = func(*args, **kwargs)
