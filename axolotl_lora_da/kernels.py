@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager
 from types import MethodType
 from typing import Any
 
@@ -28,13 +27,6 @@ def lifted_lora_kernels(model: nn.Module) -> AbstractContextManager[None]:
     which the class's own code runs.
     """
     return lifted(model, _is_kernel, _plain)
-
-
-@contextmanager
-def as_in_training(model: nn.Module, *, activation_offload: AbstractContextManager[Any]) -> Iterator[None]:
-    """Kernels lifted, and activations offloaded as the trainer does it, but in its training step only."""
-    with lifted_lora_kernels(model), activation_offload:
-        yield
 
 
 def _is_kernel(name: str, method: Any) -> bool:

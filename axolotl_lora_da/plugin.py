@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import nullcontext
-from functools import partial
 from typing import Any
 
 from axolotl.integrations.base import BasePlugin, PluginManager
@@ -40,15 +39,16 @@ class LoraDAPlugin(BasePlugin):
         if not any(plugin is self for _, plugin in _named(cfg)):
             return []
         # Training only: a merge or a chat loads the plugin too, and must not pay for these.
-        from axolotl_lora_da.kernels import as_in_training
+        from axolotl_lora_da.kernels import lifted_lora_kernels
         from axolotl_lora_da.training import check_training
         from lora_da.callback import LoraDACallback
 
         check_training(cfg, trainer)
         if cfg.get("relora"):
             LOG.warning("relora: LoRA-DA initialises the first adapter only; after each restart PEFT's init stands")
+        # Opened at each training step, and forgets then what the one before has left: so it does for each pass.
         offload = getattr(trainer, "activation_offload_context", nullcontext())
-        return [LoraDACallback(read_settings(cfg), during=partial(as_in_training, activation_offload=offload))]
+        return [LoraDACallback(read_settings(cfg), during=lifted_lora_kernels, offloading=lambda model: offload)]
 
 
 def _named(cfg: Mapping[str, Any]) -> list[tuple[str, LoraDAPlugin]]:

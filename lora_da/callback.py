@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from functools import partial
 from typing import Any
 
 import torch
@@ -36,6 +37,8 @@ class LoraDACallback(TrainerCallback):
         config: settings; the defaults if None.
         during: a context to estimate in, given the PEFT model: what the host must lift or open for the pass.
         plan: see `initialize_lora_da_weights`.
+        offloading: makes the context in which the host moves activations off the device, given the PEFT model; see
+            `initialize_lora_da_weights`.
 
     Attributes:
         report: what was done; None before training.
@@ -46,10 +49,11 @@ class LoraDACallback(TrainerCallback):
         config: LoraDAConfig | None = None,
         during: Callable[[PeftModel], AbstractContextManager[Any]] | None = None,
         plan: Planner = make_plan,
+        offloading: Callable[[PeftModel], AbstractContextManager[Any]] | None = None,
     ) -> None:
         self.config = config or LoraDAConfig()
         self.report: InitReport | None = None
-        self._during, self._plan = during, plan
+        self._during, self._plan, self._offloading = during, plan, offloading
 
     def on_train_begin(
         self,
@@ -80,6 +84,7 @@ class LoraDACallback(TrainerCallback):
                 reward=_reward_loss(args),
                 plan=self._plan,
                 step_rows=args.per_device_train_batch_size * args.gradient_accumulation_steps,
+                offloading=partial(self.offloading, args, model),
             )
         if self.report.skipped is None and state.is_world_process_zero:
             self.report.save(args.output_dir)
@@ -87,6 +92,10 @@ class LoraDACallback(TrainerCallback):
     def around(self, args: TrainingArguments, model: PeftModel) -> AbstractContextManager[Any]:
         """The context the pass runs in; hosts add theirs."""
         return contextlib.nullcontext() if self._during is None else self._during(model)
+
+    def offloading(self, args: TrainingArguments, model: PeftModel) -> AbstractContextManager[Any]:
+        """The context that activations are moved away in; hosts make theirs."""
+        return contextlib.nullcontext() if self._offloading is None else self._offloading(model)
 
 
 def refuse_unsupported(args: TrainingArguments) -> None:

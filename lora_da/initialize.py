@@ -10,7 +10,8 @@ Nothing is written before everything is solved, so an error or an interrupt leav
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -44,6 +45,7 @@ def initialize_lora_da_weights(
     reward: RewardLoss | None = None,
     plan: Planner = make_plan,
     step_rows: int | None = None,
+    offloading: Callable[[], AbstractContextManager[Any]] = nullcontext,
 ) -> InitReport:
     """Start a LoRA adapter from data, in place: LoRA-DA (arXiv 2510.24561), or another `method` of the settings.
 
@@ -58,6 +60,8 @@ def initialize_lora_da_weights(
         reward: the loss of a reward model that is trained on pairs: a batch holds the chosen rows, then the rejected.
         plan: decides how the model is cut to fit in memory; for benchmarks and tests.
         step_rows: rows of a training step in this process, for the report to say how many of them this took.
+        offloading: makes the context in which the trainer moves activations off the device; made anew for each pass,
+            and for none whose plan says itself what is kept.
 
     In several processes (torch.distributed is initialised) all of them call this, each with its own replica or shard of
     the model; the data are those of the first.
@@ -84,7 +88,7 @@ def initialize_lora_da_weights(
     processes.warn(describe_left(adapter.left))
 
     device, needs = compute_device(base, task.blocks), method.needs_with(numbers)
-    run = Run(processes, device, config.memory_budget, show_progress)
+    run = Run(processes, device, config.memory_budget, show_progress, offloading)
     memory, entry, solution = PeakMemory(device), None, None
     folder = processes.once(cache_folder, config.cache_dir)
     with drawing_mode():

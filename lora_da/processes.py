@@ -10,6 +10,7 @@ import hashlib
 import logging
 import os
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, ParamSpec, TypeVar
 
@@ -184,9 +185,11 @@ class Run:
         device: where the samples go.
         memory_budget: GiB that may be used there beside the model; a share of what is free if None.
         show_progress: whether this process shows a progress bar.
+        offloading: makes a context in which what a model keeps for its backward is moved away.
     """
 
     processes: Processes
     device: torch.device
     memory_budget: float | None
     show_progress: bool
+    offloading: Callable[[], AbstractContextManager[Any]] = contextlib.nullcontext

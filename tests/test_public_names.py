@@ -34,14 +34,14 @@ PUBLIC = """
 # By place, and what each takes.
 CALLED = {
     "lora_da.initialize_lora_da_weights": (
-        "peft_model dataloader config adapter_name show_progress reward plan step_rows"
+        "peft_model dataloader config adapter_name show_progress reward plan step_rows offloading"
     ),
     "lora_da.export_initial_adapter": (
         "peft_model dataloader output config adapter_name overwrite show_progress reward"
     ),
     "lora_da.tasks.RewardLoss": "center_coefficient",
-    "lora_da.callback.LoraDACallback": "config during plan",
-    "trl_integration.LoraDAInitializer": "config during plan",
+    "lora_da.callback.LoraDACallback": "config during plan offloading",
+    "trl_integration.LoraDAInitializer": "config during plan offloading",
 }
 
 OPTIONS = """

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 from peft import PeftModel
@@ -18,12 +19,23 @@ class LoraDAInitializer(LoraDACallback):
     `LoraDACallback` for arguments and errors.
     """
 
-    def around(self, args: TrainingArguments, model: PeftModel) -> AbstractContextManager[Any]:
+    def offloading(self, args: TrainingArguments, model: PeftModel) -> AbstractContextManager[Any]:
         if not getattr(args, "activation_offloading", False):
-            return super().around(args, model)
-        # The trainer opens its own offloading context in training steps only; without one the pass may not fit.
-        from trl.models.activation_offloading import OffloadActivations
+            return super().offloading(args, model)
+        # The trainer opens its own context in training steps only; without one the pass may not fit.
+        return _offloaded(model)
 
-        offload = OffloadActivations()
-        offload.update_model_params(model)
-        return offload
+
+@contextmanager
+def _offloaded(model: PeftModel) -> Iterator[None]:
+    """TRL's context, which is left with nothing: where memory runs out it holds a graph that holds the context, in a
+    circle that no collector sees."""
+    from trl.models.activation_offloading import OffloadActivations
+
+    offload = OffloadActivations()
+    offload.update_model_params(model)
+    try:
+        with offload:
+            yield
+    finally:
+        offload.tracker.clear()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import math
 from collections.abc import Callable, Sequence
@@ -185,6 +186,7 @@ class Schedule:
 
     def _halve_batches(self, progress: Progress) -> bool:
         """Whether any batch could be divided, in any process."""
+        gc.collect()  # what is left of a failed graph may be in cycles, as an offloading context's is
         if self._work.run.device.type == "cuda":
             torch.cuda.empty_cache()
         halves = [batch.halves() for batch in self._feed.batches]

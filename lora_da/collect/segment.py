@@ -122,7 +122,9 @@ class SegmentRun:
 
     @contextlib.contextmanager
     def _own_activations(self) -> Iterator[None]:
-        """Where the plan decides what is computed again, or nothing is, the model's own checkpointing is off.
+        """Where the plan decides what is computed again, or nothing is, the model's own checkpointing is off, and what
+        is kept stays on the device. Else each run has an offloading context of its own: one in which memory has run
+        out holds on to what it has moved.
 
         Embeddings require gradients where the segment's lowest block is served, as they do in training with PEFT; a
         pass that serves higher blocks goes back no further than those, unless its checkpointing needs it to.
@@ -132,6 +134,8 @@ class SegmentRun:
         with contextlib.ExitStack() as stack:
             if not whole or not self._backward:
                 stack.enter_context(without_checkpointing(task.model))
+            else:
+                stack.enter_context(self._work.run.offloading())
             if (self._segment.first == 0 and self._reads_inputs) or reentrant:
                 for module in task.embeddings:
                     stack.enter_context(outputs_with_gradients(module))

@@ -90,7 +90,7 @@ def with_an_accelerator(config: str) -> None:
 
 @pytest.mark.compat("axolotl-offload")
 def test_activations_are_offloaded(project, expected):
-    """In the pass too, where what is not moved might not fit."""
+    """In training alone, and by its context alone: the plan of the pass keeps its own."""
     offloading = {"gradient_checkpointing": True, "activation_offloading": True}
     ours = project.run("offloaded", with_an_accelerator, **offloading)
     free = project.run("offloaded-plain", with_an_accelerator, plugins=None, lora_da=None, **offloading)
@@ -99,7 +99,7 @@ def test_activations_are_offloaded(project, expected):
     moved, in_training = (
         int(re.findall(r"^moved (\d+) left behind 0$", run.text, re.MULTILINE)[0]) for run in (ours, free)
     )
-    assert moved > in_training > 0
+    assert moved == in_training > 0
 
 
 @pytest.mark.compat("axolotl-adapter")

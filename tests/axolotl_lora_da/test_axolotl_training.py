@@ -31,7 +31,7 @@ def test_the_callback_gets_the_settings():
 
 
 @pytest.mark.compat("axolotl-offload")
-def test_the_pass_runs_under_the_trainers_activation_offload():
+def test_passes_are_given_the_trainers_activation_offload():
     import torch
 
     entered = []
@@ -44,8 +44,8 @@ def test_the_pass_runs_under_the_trainers_activation_offload():
             entered.append("out")
 
     (callback,) = callbacks(load(), SimpleNamespace(activation_offload_context=Offload()))
-    for _ in range(2):  # a context of the trainer's is entered at every step
-        with callback.around(None, torch.nn.Linear(1, 1)):
+    for _ in range(2):  # entered at every step, and for every pass
+        with callback.offloading(None, torch.nn.Linear(1, 1)):
             assert entered[-1] == "in"
     assert entered == ["in", "out"] * 2
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import importlib.util
+import weakref
 
 import pytest
 import torch
@@ -14,6 +15,8 @@ from torch.utils._pytree import tree_leaves
 
 pytest.importorskip("trl", reason="TRL is not installed")
 
+from exhaustion import Full
+from planning import Forced, Way
 from settings import as_solved
 from trainers import COMPILING, FirstStep, base, by_hand, same_bits, sft, worst_difference
 
@@ -177,9 +180,26 @@ def test_trls_default_head_gives_the_same_loss_and_adapter(folder, tmp_path, row
     assert initializer.report.loss == pytest.approx(sum(losses) / len(losses), rel=LOSS)
 
 
-@pytest.mark.compat("offload")
-def test_the_pass_runs_under_trls_activation_offloading(folder, tmp_path, rows, monkeypatch):
-    """TRL's own context refuses a pass that leaves something behind. The CPU plays the accelerator it needs."""
+class Context:
+    """What is seen of one offloading context, which this does not keep alive.
+
+    Args:
+        context: TRL's own.
+        others_alive: how many contexts made before for a pass were still there when it was made.
+
+    Attributes:
+        shapes: of the tensors that were handed to it.
+        left: how many it still held when it was left last.
+    """
+
+    def __init__(self, context, others_alive):
+        self.is_alive = weakref.ref(context)
+        self.others_alive, self.shapes, self.left = others_alive, [], None
+
+
+@pytest.fixture
+def contexts(monkeypatch):
+    """TRL's own contexts as they are made, the trainer's first. The CPU plays the accelerator they need."""
     from trl.models import activation_offloading as trl_offloading
 
     made = []
@@ -189,22 +209,61 @@ def test_the_pass_runs_under_trls_activation_offloading(folder, tmp_path, rows, 
             with pytest.MonkeyPatch.context() as patch:
                 patch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("cpu"))
                 super().__init__(use_pin_memory=False, use_streams=False)
-            self.shapes, pack = [], self.pack_hook
+            pack, seen = self.pack_hook, Context(self, sum(c.is_alive() is not None for c in made[1:]))
 
             def noted(tensor):
-                self.shapes.append(tensor.shape)
+                seen.shapes.append(tensor.shape)
                 return pack(tensor)
 
-            self.pack_hook = noted
-            made.append(self)
+            self.pack_hook, self.seen = noted, seen
+            made.append(seen)
+
+        def __exit__(self, *args):
+            self.seen.left = len(self.tracker)
+            return super().__exit__(*args)
 
     monkeypatch.setattr(torch.cuda, "default_stream", lambda: None)
     monkeypatch.setattr(torch.cuda, "stream", contextlib.nullcontext)
     monkeypatch.setattr(torch.cpu, "empty_cache", lambda: None, raising=False)
     monkeypatch.setattr(trl_offloading, "OffloadActivations", Offloading)
-    found = first_adapter(narrow(), rows, tmp_path, activation_offloading=True, gradient_checkpointing=False)
+    return made
+
+
+OFFLOADING = {"activation_offloading": True, "gradient_checkpointing": False}
+
+
+def offloaded(rows, tmp_path, model=None, **settings):
+    """The adapter that training starts with."""
+    first = FirstStep()
+    sft(model or narrow(), rows, tmp_path, LoraDAInitializer(CONFIG, **settings), first, **OFFLOADING).train()
+    return first.adapter
+
+
+@pytest.mark.compat("offload")
+def test_a_pass_that_the_model_keeps_activations_for_runs_under_trls_offloading(tmp_path, rows, contexts):
+    """TRL's own context refuses a pass that leaves something behind."""
+    found = offloaded(rows, tmp_path, plan=Forced(Way(parts=2, cut=False)))
     assert same_bits(found, by_hand(narrow(), rows, CONFIG))
-    trainers, ours = made
-    assert len(trainers.shapes) > 0 < len(ours.shapes)
-    assert not ours.tracker
-    assert not any(shape and shape[-1] == VOCABULARY for shape in ours.shapes), "logits, needed at once, were moved"
+    trainers, *ours = contexts
+    assert len(ours) == 2 and len(trainers.shapes) > 0
+    for context in ours:
+        assert len(context.shapes) > 0 and context.left == 0
+        assert not any(s and s[-1] == VOCABULARY for s in context.shapes), "logits, needed at once, were moved"
+
+
+@pytest.mark.parametrize("way", [None, Way(), Way(cuts=2)], ids=["planned", "one pass", "2 segments"])
+def test_plans_that_keep_their_own_activations_offload_none(tmp_path, rows, contexts, way):
+    found = offloaded(rows, tmp_path, **({} if way is None else {"plan": Forced(way)}))
+    assert worst_difference(found, by_hand(narrow(), rows, CONFIG)) < OTHER_HEAD
+    assert len(contexts) == 1 and len(contexts[0].shapes) > 0
+
+
+def test_after_an_out_of_memory_the_context_is_another(tmp_path, rows, contexts, monkeypatch):
+    """The first holds the failed graph's tensors; it is gone when the second is made."""
+    full, model = Full(monkeypatch, at=2), narrow()
+    for block in model.model.layers:
+        block.mlp.register_forward_pre_hook(lambda _module, _args: full.used())
+    found = offloaded(rows, tmp_path, model, plan=Forced(Way(cut=False)))
+    _trainers, failed, again = contexts
+    assert failed.left > 0 == again.left == again.others_alive
+    assert worst_difference(found, by_hand(narrow(), rows, CONFIG)) < OTHER_HEAD
