@@ -94,6 +94,8 @@ def collect(
         planned = plan(surveyed, layers, data.batches, needs, run)
         if planned.device_bytes > planned.budget:
             logger.warning("LoRA-DA: more memory is needed than there is to plan with: %s", planned.line())
+        if planned.warning:
+            run.processes.warn(f"LoRA-DA: {planned.warning}")
         try:
             return _collect(Work(task, data, needs, surveyed, planned, run, Stopwatch(run.device)), solve_layer)
         except NotSequential as reason:

@@ -99,7 +99,7 @@ class Borders:
     Attributes:
         hidden: the hidden states that enter the block.
         gradients: of the loss, in the same.
-        first_batch: the first batch's hidden state at the border that was used last, to check the segment below by.
+        first_batch: the first batch's hidden state where a segment begins, to check the segment below by.
         most_bytes: that were kept at once.
     """
 
@@ -122,10 +122,16 @@ class Borders:
         """Look at what is kept now, for `most_bytes`."""
         self.most_bytes = max(self.most_bytes, sum(border.nbytes for border in self._all))
 
+    def nearest(self, first: int) -> int:
+        """The highest border at or below block `first` whose hidden states are kept; 0, the decoder's own, if none."""
+        return max((border for border in self.hidden if border <= first), default=0)
+
     def forget(self, first: int, stop: int) -> None:
         """The segment from block `first` to before `stop` is done, and nobody needs what is above it any more."""
         self.gradients.pop(stop, None)
-        self.first_batch = {k: self.hidden.pop(k).get(0) for k in [first] if k}
+        self.first_batch.pop(stop, None)
+        for border in [border for border in self.hidden if border >= first]:
+            del self.hidden[border]
         if self._copies is not None and not self.hidden:
             # torch keeps pinned memory for itself, locked, and training has no use for so much of it
             getattr(torch._C, "_host_emptyCache", lambda: None)()

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lora_da.collect.borders import Borders
+from lora_da.collect.borders import Border, Borders
 from lora_da.collect.forecast import Segment
 from lora_da.collect.plan import Plan
 from lora_da.collect.survey import Survey
@@ -80,27 +81,38 @@ class Feed:
         """What the body takes of a batch."""
         return self.work.task.inputs(self.batches[number], self.work.run.device)
 
-    def hidden(self, first: int, number: int, differentiable: bool) -> Tensor | None:
-        """What enters a segment; None where the decoder makes it."""
+    def hidden(self, first: int, number: int) -> Tensor | None:
+        """What enters block `first`, where it is held; None for the lowest block, whose input the decoder makes."""
         if first == 0:
             return None
         with self.work.watch("copies"):
-            return self.borders.hidden[first].get(number, number + 1).detach().requires_grad_(differentiable)
+            return self.borders.hidden[first].get(number, number + 1).detach()
+
+    def entering(self, first: int, number: int, inputs: dict[str, Any]) -> Tensor | None:
+        """As `hidden`; where it is not held, the blocks below are run again from the nearest border that is."""
+        start, sequence = self.borders.nearest(first), self.work.sequence
+        hidden = self.hidden(start, number)
+        if start == first or sequence is None:
+            return hidden
+        with self.work.watch("forward"):
+            return sequence.entering(start, hidden, **inputs)
 
 
 @torch.no_grad()
-def lay(feed: Feed, sequence: BlockSequence, start: int, borders: Sequence[int]) -> None:
-    """Run the batches forward from block `start`, and keep what enters the blocks of `borders`."""
+def lay(feed: Feed, sequence: BlockSequence, borders: Sequence[int]) -> None:
+    """Run the batches forward from the nearest border below, and put away what enters the blocks of `borders`."""
+    start, watch = feed.borders.nearest(borders[0]), feed.work.watch
     laid = {border: feed.borders.new(len(feed.batches)) for border in borders}
-    watch = feed.work.watch
+
+    def put(border: Border, number: int, entered: Tensor) -> None:
+        with watch("copies"):
+            border.put(number, entered)
 
     def lay_batch(number: int) -> None:
-        inputs, hidden = feed.inputs(number), feed.hidden(start, number, False)
+        inputs, hidden = feed.inputs(number), feed.hidden(start, number)
+        keep = {block: partial(put, border, number) for block, border in laid.items()}
         with watch("forward"):
-            entered = sequence.run(hidden, borders, **inputs)
-        with watch("copies"):
-            for border in borders:
-                laid[border].put(number, entered[border])
+            sequence.run(hidden, keep, **inputs)
 
     with without_checkpointing(feed.work.task.model), sequence.only(start, borders[-1]):
         feed.each(lay_batch)

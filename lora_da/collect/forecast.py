@@ -37,11 +37,13 @@ class Forecast:
         survey: of the model.
         batch_tokens: tokens in a batch at most, padding included.
         needs: what is taken of the layers.
+        checkpointed: whether the activations of a block are computed again in the backward.
     """
 
     survey: Survey
     batch_tokens: int
     needs: Needs
+    checkpointed: bool
 
     def bytes(self, segment: Segment) -> int:
         """All that it takes at once: its sums, beside running or solving."""
@@ -58,20 +60,21 @@ class Forecast:
     def running(self, segment: Segment) -> int:
         """Activations of one batch, the products' own copies and the logits of a chunk."""
         features = self.survey.linear_features
-        stop = min(segment.stop, len(features))
-        kept = ACTIVATIONS * self.survey.itemsize * sum(features[segment.first : stop])
-        weights = sum(self.survey.kept_weights[segment.first : stop])
+        blocks = slice(segment.first, segment.stop)
+        kept = ACTIVATIONS * self.survey.itemsize * sum(features[blocks])
+        weights = sum(self.survey.kept_weights[blocks])
         if not self.needs.sums.backward:  # nothing is kept beyond the block that runs
             kept = self.survey.itemsize * max(features)
             weights = max(self.survey.kept_weights)
-        elif self.survey.sequence is None:  # the model's own checkpointing stays, so that training's memory suffices
-            kept = ACTIVATIONS * self.survey.itemsize * max(features) + self.survey.bytes_per_token * len(features)
-            weights = max(self.survey.kept_weights)
+        elif self.checkpointed or self.survey.sequence is None:  # of a model that is not cut, by its own checkpointing
+            entering = self.survey.bytes_per_token * len(features[blocks])
+            kept = ACTIVATIONS * self.survey.itemsize * max(features[blocks]) + entering
+            weights = max(self.survey.kept_weights[blocks])
         borders = 4 * self.survey.bytes_per_token
         copies = 4 * max((a.in_features + a.out_features for a in segment.layers if not a.is_head), default=0)
         # A product before it is added to its sum in float32, and a dequantised weight, forward or backward.
         weight = (4 + self.survey.itemsize) * max((a.in_features * a.out_features for a in segment.layers), default=0)
-        head = LOGIT_BYTES * CHUNK * self.survey.vocabulary if stop == len(features) else 0
+        head = LOGIT_BYTES * CHUNK * self.survey.vocabulary if segment.stop == len(features) else 0
         if any(a.is_head for a in segment.layers):
             head *= 2  # d, and its copies to be summed
         tokens = int(self.batch_tokens * (kept + borders + copies))
@@ -82,9 +85,9 @@ class Forecast:
         return max((self.needs.solving(a.in_features, a.out_features) for a in layers), default=0)
 
 
-def border_bytes(borders: int, batches: Sequence[Batch], survey: Survey, device: torch.device) -> int:
-    """Hidden states at the borders; as they are used up from above, gradients take their place, one ahead."""
+def border_bytes(batches: Sequence[Batch], survey: Survey, device: torch.device) -> int:
+    """Hidden states or gradients at one border, on the CPU."""
     sizes = [b.n_positions * survey.bytes_per_token for b in batches]
     if device.type == "cuda":  # torch hands out pinned memory in powers of two
         sizes = [1 << (size - 1).bit_length() for size in sizes]
-    return (borders + 1) * sum(sizes) if borders else 0
+    return sum(sizes)

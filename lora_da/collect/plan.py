@@ -2,22 +2,26 @@
 
 A segment is a run of decoder blocks whose statistics are taken together. One segment of all blocks is one ordinary
 pass. Several are streamed from the last to the first, each from the hidden state at its lower border: a forward and a
-backward with one recomputation, as checkpointed training does them, whatever their number. Where a segment's sums do
-not fit together, it is run several times, for some of its layers each time.
+backward with one recomputation, as checkpointed training does them, whatever their number. Where the CPU has no room
+for all borders, some are held and blocks are run again from there; fewer segments, whose activations are computed
+again block by block, are then the alternative. Where a segment's sums do not fit together, it is run several times,
+for some of its layers each time.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise
 from typing import TypeAlias
 
 import torch
 
 from lora_da.adapter import AdapterLayer
+from lora_da.collect.cuts import cut
 from lora_da.collect.forecast import Forecast, Segment, border_bytes
+from lora_da.collect.keeping import cost, walk
 from lora_da.collect.survey import Survey
+from lora_da.collect.ways import Way, cheapest
 from lora_da.memory import GIB, used_bytes
 from lora_da.needs import Needs
 from lora_da.processes import Processes, Run
@@ -27,6 +31,9 @@ from lora_da.samples.batch import Batch, shared
 DEVICE_SHARE = 0.85
 CPU_SHARE = 0.5  # the user's other processes live there
 BORDER_SHARE = 0.25  # for the hidden states at borders where the model is on the CPU itself
+# Room for the gradients on both sides of a segment and for one hidden state further down: with it, a plan costs at most
+# so many times what it costs with room for all borders.
+ENOUGH_BORDERS, ENOUGH = 3, 2.5
 
 
 @dataclass(frozen=True)
@@ -41,6 +48,9 @@ class Plan:
         budget: bytes of the device there are.
         used: bytes of the device in use before: the model.
         why_not_streamed: the reason where the model is not to be cut; empty where it may be.
+        borders: for how many borders' hidden states or gradients there is room on the CPU.
+        checkpointed: whether segments keep what enters a block, and compute its activations again in the backward.
+        warning: a sentence where the CPU's memory makes it much slower; empty where it does not.
     """
 
     segments: tuple[Segment, ...]
@@ -50,6 +60,9 @@ class Plan:
     budget: int
     used: int
     why_not_streamed: str
+    borders: int
+    checkpointed: bool
+    warning: str
 
     @property
     def cuts(self) -> int:
@@ -62,17 +75,32 @@ class Plan:
         ranges = [(s.first, s.stop) for s in self.segments]
         return max(map(ranges.count, ranges), default=0)
 
+    @property
+    def cost(self) -> int:
+        """What a token costs, in forwards through one block: each forward without gradients, to lay borders or to get
+        from one to a segment, is 1; each run of a block in a segment 1 forward (2 where it is checkpointed) and 1
+        backward; the products of its layers 2, once. So a block costs 4 in one pass, and 5 in segments with all borders
+        held."""
+        return cost(self.segments, self.borders, self.checkpointed)
+
+    @property
+    def forwards(self) -> float:
+        """How often a block is run without gradients, on average."""
+        return walk(self.segments, self.borders).forwards / max(s.stop for s in self.segments)
+
     def line(self) -> str:
         """One line: the kind, its parts and the memory."""
         total = f"{(self.used + self.device_bytes) / GIB:.1f} of {(self.used + self.budget) / GIB:.1f} GiB"
         blocks = max(s.stop - s.first for s in self.segments)
         times = f", each run {self.passes} times" if self.passes > 1 else ""
+        kind = "checkpointed " if self.checkpointed else ""
         if self.cuts > 1:
             name = "layer" if blocks == 1 else "layers"
             borders = f", {self.cpu_bytes / GIB:.1f} GiB on the CPU" if self.cpu_bytes >= GIB / 20 else ""
-            return f"streamed: {self.cuts} segments of {blocks} {name}{times}, {total}{borders}"
+            again = f", forward {self.forwards:.1f} times" if self.forwards >= 1.05 else ""
+            return f"streamed: {self.cuts} {kind}segments of {blocks} {name}{times}{again}, {total}{borders}"
         why = f" (not streamed: {self.why_not_streamed})" if self.why_not_streamed and self.passes > 1 else ""
-        return f"{'one pass' if self.passes == 1 else f'{self.passes} passes'}{why}, {total}"
+        return f"{f'one {kind}pass' if self.passes == 1 else f'{self.passes} {kind}passes'}{why}, {total}"
 
 
 # From what a survey has found, the layers to be served, the batches, what is taken of the layers, and where it runs.
@@ -80,7 +108,8 @@ Planner: TypeAlias = Callable[[Survey, Sequence[AdapterLayer], Sequence[Batch], 
 
 
 def make_plan(survey: Survey, layers: Sequence[AdapterLayer], batches: Sequence[Batch], needs: Needs, run: Run) -> Plan:
-    """Make the plan of the fewest segments that fit; where single blocks do not, that with the fewest runs.
+    """Make the cheapest plan that fits, which is that of the fewest segments where the CPU has room for their borders;
+    where single blocks do not fit, that with the fewest runs.
 
     Every process makes the same: for the largest share of the batches, and the least memory that any of them has.
 
@@ -91,56 +120,22 @@ def make_plan(survey: Survey, layers: Sequence[AdapterLayer], batches: Sequence[
         needs: what is taken of the layers.
         run: where.
     """
-    return _planned(survey, layers, batches, needs, run, None)
+    room = _Room(survey, layers, batches, needs, run)
+    plan = room.plan(room.cheapest(room.borders), room.borders)
+    if plan.borders >= survey.n_blocks or survey.sequence is None:
+        return plan
+    plenty = room.plan(room.cheapest(survey.n_blocks), survey.n_blocks)
+    return replace(plan, warning=room.shortage(plan)) if plan.cost > ENOUGH * plenty.cost else plan
 
 
 def in_segments(cuts: int) -> Planner:
     """Plan so many segments, whether they fit or not."""
 
     def plan(survey: Survey, layers: Sequence[AdapterLayer], batches: Sequence[Batch], needs: Needs, run: Run) -> Plan:
-        return _planned(survey, layers, batches, needs, run, cut(survey, layers, cuts))
+        room = _Room(survey, layers, batches, needs, run)
+        return room.plan(Way(room.needed, cut(survey, layers, cuts)), room.borders)
 
     return plan
-
-
-def _planned(
-    survey: Survey,
-    layers: Sequence[AdapterLayer],
-    batches: Sequence[Batch],
-    needs: Needs,
-    run: Run,
-    segments: Sequence[Segment] | None,
-) -> Plan:
-    device, processes = run.device, run.processes
-    shares = shares_of(batches, processes)
-    share = CPU_SHARE if device.type == "cpu" else DEVICE_SHARE
-    budget = int(share * _free_bytes(survey, run)) if run.memory_budget is None else int(run.memory_budget * GIB)
-    largest = max(b.n_positions for share in shares for b in share)
-    longest = max(b.shape[1] for share in shares for b in share)
-    batches = shares[0]
-    most = 1 if survey.sequence is None else survey.n_blocks
-    room = (BORDER_SHARE if device.type == "cpu" else CPU_SHARE) * processes.free_bytes(torch.device("cpu"))
-    while most > 1 and border_bytes(most - 1, batches, survey, device) > room:
-        most -= 1
-    needed = Forecast(survey, largest, needs)
-    while segments is None:
-        segments = next((s for s in _ways(survey, layers, most) if all(needed.bytes(p) <= budget for p in s)), None)
-        if needed.batch_tokens <= longest:
-            break
-        if segments is None:
-            needed = replace(needed, batch_tokens=max(needed.batch_tokens // 2, longest))
-    if segments is None:  # not even one block's layers fit together
-        whole = cut(survey, layers, most)
-        segments = [part for s in whole for part in _parts(s, lambda part: needed.bytes(part) <= budget)]
-    return Plan(
-        segments=tuple(segments),
-        device_bytes=max(map(needed.bytes, segments)),
-        batch_tokens=needed.batch_tokens,
-        cpu_bytes=border_bytes(len({s.first for s in segments} - {0}), batches, survey, device),
-        budget=budget,
-        used=used_bytes(device),
-        why_not_streamed=survey.why_not,
-    )
 
 
 def _free_bytes(survey: Survey, run: Run) -> int:
@@ -154,47 +149,54 @@ def shares_of(batches: Sequence[Batch], processes: Processes) -> list[list[Batch
     return [list(batches)] * processes.size if processes.sharded else shared(batches, processes.size)
 
 
-def _ways(survey: Survey, layers: Sequence[AdapterLayer], most: int) -> Iterator[list[Segment]]:
-    """In one segment, in two, …"""
-    return (cut(survey, layers, cuts) for cuts in range(1, most + 1))
+class _Room:
+    """What the batches take, and the room there is for it.
 
+    Attributes:
+        needed: what the largest batches take of the device.
+        borders: for how many there is room on the CPU.
+    """
 
-def cut(survey: Survey, layers: Sequence[AdapterLayer], cuts: int) -> list[Segment]:
-    """The decoder in `cuts` segments of like size, without those below the lowest targeted layer."""
-    if cuts == 1:
-        return [Segment(0, survey.n_blocks, tuple(layers))]
-    n = survey.n_blocks
-    borders = sorted({round(k * n / cuts) for k in range(cuts + 1)})
-    segments = [
-        Segment(a, b, tuple(layer for layer in layers if a <= survey.block_of[layer.name] < b))
-        for a, b in pairwise(borders)
-    ]
-    while segments and not segments[0].layers:
-        segments.pop(0)
-    return segments
+    def __init__(
+        self, survey: Survey, layers: Sequence[AdapterLayer], batches: Sequence[Batch], needs: Needs, run: Run
+    ) -> None:
+        device, on_cpu = run.device, run.device.type == "cpu"
+        shares = shares_of(batches, run.processes)
+        share, free = CPU_SHARE if on_cpu else DEVICE_SHARE, _free_bytes(survey, run)
+        self._layers, self._device = layers, device
+        self._budget = int(share * free if run.memory_budget is None else run.memory_budget * GIB)
+        self._longest = max(b.shape[1] for share in shares for b in share)
+        self._documents = sum(b.tokens.n_documents for b in batches)
+        self._at_border = max(1, border_bytes(shares[0], survey, device))
+        self._on_cpu = int((BORDER_SHARE if on_cpu else CPU_SHARE) * run.processes.free_bytes(torch.device("cpu")))
+        self.borders = self._on_cpu // self._at_border
+        self.needed = Forecast(survey, max(b.n_positions for share in shares for b in share), needs, False)
 
+    def cheapest(self, borders: int) -> Way:
+        """With room for so many borders."""
+        return cheapest(self._layers, self.needed, self._longest, self._budget, borders)
 
-def split(segment: Segment, survey: Survey, by_layers: bool) -> tuple[Segment, Segment] | None:
-    """A segment in two, for when it was too large after all: by its blocks, or where it is one or asked so, by its
-    layers; None where there is one of these only."""
-    if not by_layers and segment.stop - segment.first > 1:
-        middle = (segment.first + segment.stop) // 2
-        below = tuple(layer for layer in segment.layers if survey.block_of[layer.name] < middle)
-        above = tuple(layer for layer in segment.layers if survey.block_of[layer.name] >= middle)
-        return Segment(segment.first, middle, below), Segment(middle, segment.stop, above)
-    if len(segment.layers) < 2:
-        return None
-    half = len(segment.layers) // 2
-    return replace(segment, layers=segment.layers[:half]), replace(segment, layers=segment.layers[half:])
+    def plan(self, way: Way, borders: int) -> Plan:
+        """Of one way."""
+        return Plan(
+            segments=tuple(way.segments),
+            device_bytes=way.bytes,
+            batch_tokens=way.needed.batch_tokens,
+            cpu_bytes=walk(way.segments, borders).held * self._at_border,
+            budget=self._budget,
+            used=used_bytes(self._device),
+            why_not_streamed=way.needed.survey.why_not,
+            borders=borders,
+            checkpointed=way.needed.checkpointed,
+            warning="",
+        )
 
-
-def _parts(segment: Segment, fits: Callable[[Segment], bool]) -> list[Segment]:
-    """A segment's layers in groups that fit, one layer at least in each: the same blocks, run once for each group."""
-    parts: list[Segment] = []
-    for layer in segment.layers:
-        larger = replace(parts[-1], layers=(*parts[-1].layers, layer)) if parts else None
-        if larger is not None and fits(larger):
-            parts[-1] = larger
-        else:
-            parts.append(replace(segment, layers=(layer,)))
-    return parts or [segment]
+    def shortage(self, plan: Plan) -> str:
+        """What to say where the CPU has no room for `ENOUGH_BORDERS`."""
+        fit = self._documents * self._on_cpu // (ENOUGH_BORDERS * self._at_border)
+        samples = f", or set `samples` to {fit}" if 0 < fit < self._documents else ""
+        return (
+            f"memory of the CPU is short: {self._documents} samples take {self._at_border / GIB:.1f} GiB at a border "
+            f"between segments, where {self._on_cpu / GIB:.1f} GiB may be used, so that blocks are run many times "
+            f"({plan.line()}); free some{samples}"
+        )

@@ -13,9 +13,11 @@ from tqdm import tqdm
 from lora_da.adapter import AdapterLayer
 from lora_da.collect.borders import Borders
 from lora_da.collect.collector import Collector
+from lora_da.collect.cuts import split
 from lora_da.collect.feed import Feed, Work, lay
 from lora_da.collect.forecast import Segment
-from lora_da.collect.plan import shares_of, split
+from lora_da.collect.keeping import to_lay
+from lora_da.collect.plan import shares_of
 from lora_da.collect.reduction import reduce
 from lora_da.collect.scaling import LossScaling
 from lora_da.collect.segment import SegmentRun
@@ -99,11 +101,12 @@ class Schedule:
             LoraDAError: the loss is not finite, or one layer and one row do not fit in memory.
         """
         progress, pending = Progress(bar), list(self._work.plan.segments)
-        self._lay(0, sorted({s.first for s in pending} - {0}), progress)
         while pending:
             segment = pending.pop()
             if not segment.layers and not pending:
                 break  # what is left of a segment in two, with nothing to serve in it or below
+            is_top, held = self._work.is_top(segment), self._borders.hidden
+            self._lay(to_lay(segment, pending, held, self._work.plan.borders, is_top), progress)
             again = any((s.first, s.stop) == (segment.first, segment.stop) for s in pending)
             is_lowest = not any(s.first < segment.first for s in pending)
             gradient_below = self._work.needs.sums.backward and not again and not is_lowest
@@ -149,12 +152,12 @@ class Schedule:
         selection = Selection(bases, work.task.streams, work.survey.routed)
         return Collector(bases, SegmentSums(bases, work.needs), selection, lambda: work.watch("products"))
 
-    def _lay(self, start: int, borders: list[int], progress: Progress) -> None:
-        """Run the samples forward from block `start` and keep what enters the blocks of `borders`."""
+    def _lay(self, borders: list[int], progress: Progress) -> None:
+        """Run the samples forward and keep what enters the blocks of `borders`."""
         sequence, sharded = self._work.sequence, self._work.run.processes.sharded
         while borders and sequence is not None:
             try:
-                return lay(self._feed, sequence, start, borders)
+                return lay(self._feed, sequence, borders)
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error) or sharded:
                     raise
@@ -172,8 +175,6 @@ class Schedule:
         if parts is None:
             alone = f"layer {segment.layers[0].name}" if segment.layers else f"block {segment.first}"
             raise LoraDAError(self._too_large(f"{alone} alone"))
-        if parts[1].first > parts[0].first:
-            self._lay(segment.first, [parts[1].first], progress)
         logger.warning("LoRA-DA: out of memory; goes on with half the layers at a time")
         return [part for part in parts if part.layers or part.first]
 

@@ -42,6 +42,8 @@ class SegmentRun:
         block_of = feed.work.survey.block_of
         reads_inputs = any(block_of.get(layer.name, 0) == segment.first for layer in segment.layers)
         self._reads_inputs = reads_inputs and self._backward
+        whole = segment.first == 0 and self._work.is_top(segment)
+        self._sequence = None if whole and not self._work.plan.checkpointed else self._work.sequence
 
     def collect(self, ran: Callable[[], object]) -> Tensor:
         """Run them.
@@ -74,9 +76,13 @@ class SegmentRun:
     def _collect_batch(self, number: int) -> Tensor | None:
         """Run one batch; the summed loss where that is the topmost segment."""
         segment, batch, loss = self._segment, self._feed.batches[number], None
-        self._collector.reading(batch.counted(), self._work.run.device, batch.others())
         inputs = self._feed.inputs(number)
-        hidden = self._feed.hidden(segment.first, number, self._below is not None or self._reads_inputs)
+        hidden = self._feed.entering(segment.first, number, inputs)
+        if hidden is not None:
+            if number == 0:
+                self._feed.borders.first_batch[segment.first] = hidden
+            hidden = hidden.detach().requires_grad_(self._below is not None or self._reads_inputs)
+        self._collector.reading(batch.counted(), self._work.run.device, batch.others())
         if self._work.is_top(segment):
             with self._given(hidden):
                 loss = self._run_top(batch, inputs)
@@ -96,10 +102,10 @@ class SegmentRun:
         return self._work.task.backward(batch, inputs, how)
 
     def _run_blocks(self, number: int, hidden: Tensor | None, inputs: dict[str, Any]) -> None:
-        sequence, stop, watch = self._work.sequence, self._segment.stop, self._work.watch
+        sequence, stop, watch = self._sequence, self._segment.stop, self._work.watch
         assert sequence is not None, "a model that is not cut has one segment, the topmost"
         with watch("forward"):
-            output = sequence.run(hidden, (), **inputs)[stop]
+            output = sequence.run(hidden, {}, **inputs)
         if number == 0:
             check(output.detach(), self._feed.borders.first_batch[stop])
         if output.requires_grad:
@@ -109,16 +115,14 @@ class SegmentRun:
                 output.backward(gradient)
 
     def _cut(self) -> AbstractContextManager[None]:
-        """The decoder runs the segment's blocks alone, where these are not all."""
-        sequence, segment = self._work.sequence, self._segment
-        if sequence is None or (segment.first == 0 and self._work.is_top(segment)):
+        """The decoder runs the segment's blocks alone, where these are not all, each again where the plan says so."""
+        if self._sequence is None:
             return contextlib.nullcontext()
-        return sequence.only(segment.first, segment.stop)
+        return self._sequence.only(self._segment.first, self._segment.stop, self._work.plan.checkpointed)
 
     def _given(self, hidden: Tensor | None) -> AbstractContextManager[None]:
         """The segment's lowest block is given this, where it is not the decoder's."""
-        sequence = self._work.sequence
-        return contextlib.nullcontext() if sequence is None or self._segment.first == 0 else sequence.given(hidden)
+        return contextlib.nullcontext() if self._sequence is None else self._sequence.given(hidden, {})
 
     @contextlib.contextmanager
     def _own_activations(self) -> Iterator[None]:

@@ -10,17 +10,21 @@ returns for paths around that tensor; `check` compares what comes out later with
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from lora_da.model.forward import kept_on_device, replaced, without_its_inputs
 from lora_da.samples.batch import NOT_TEXT
 
 # A block run again in another kernel than the first time is off by rounding, one that lacks an input by its own size.
 REPLAY_TOLERANCE = 0.05
+
+Keep: TypeAlias = Callable[[Tensor], object]  # is given a hidden state
 
 
 class NotSequential(Exception):
@@ -48,8 +52,8 @@ class BlockSequence:
         self._decoder, self._blocks = decoder, blocks
         self._beside: list[int | None] = [None] * len(blocks)  # what a tuple holds beside the hidden state
         self._leaves: list[Tensor] | None = None  # while learning: what entered each block so far, cut from its graph
-        self._first, self._stop = 0, len(blocks)
-        self._call = _Call(None, ())
+        self._first, self._stop, self._again = 0, len(blocks), False
+        self._call = _Call(None, {})
 
     def __len__(self) -> int:
         return len(self._blocks)
@@ -69,7 +73,7 @@ class BlockSequence:
         self._leaves = []
         try:
             with torch.set_grad_enabled(gradients), self.only(0, len(self)), kept_on_device():
-                last = self.run(None, (), **inputs)[len(self)].detach()
+                last = self.run(None, {}, **inputs).detach()
             entered = [leaf.detach() for leaf in self._leaves] + [last]
         finally:
             self._leaves = None
@@ -84,47 +88,60 @@ class BlockSequence:
             return NotSequential(f"block {number} cannot be run alone: {error}")
 
         with without_its_inputs(refusal), self.only(number, number + 1):
-            again = self.run(hidden, (), **inputs)[number + 1]
+            again = self.run(hidden, {}, **inputs)
         check(again, returned)
 
     @contextlib.contextmanager
-    def only(self, first: int, stop: int) -> Iterator[None]:
-        """The decoder runs blocks `first` … `stop` − 1 alone while the context is open."""
-        self._first, self._stop = first, stop
+    def only(self, first: int, stop: int, again: bool = False) -> Iterator[None]:
+        """The decoder runs blocks `first` … `stop` − 1 alone while the context is open.
+
+        Args:
+            first, stop: numbers of blocks.
+            again: whether a backward computes each block's activations again, from the hidden state that entered it.
+        """
+        self._first, self._stop, self._again = first, stop, again
         with contextlib.ExitStack() as stack:
             for number, block in enumerate(self._blocks):
                 stack.enter_context(replaced(block, self._forward(number, block.forward)))
             try:
                 yield
             finally:
-                self._call = _Call(None, ())
+                self._call, self._again = _Call(None, {}), False
 
-    def run(self, hidden: Tensor | None, keep: Sequence[int], **inputs: Any) -> dict[int, Tensor]:
-        """Call the decoder.
+    def run(self, hidden: Tensor | None, keep: Mapping[int, Keep], **inputs: Any) -> Tensor:
+        """Call the decoder; the hidden state that left the last block that ran.
 
         Args:
             hidden: what enters the first block that runs; None: what the decoder makes.
-            keep: block numbers.
+            keep: who is given the hidden state that enters a block, as soon as it is there, by the block's number.
             inputs: of the decoder.
-
-        Returns:
-            The hidden state that entered each block of `keep`, and under `stop` the one that left the last that ran.
         """
-        with self.given(hidden, (*keep, self._stop)):
+        with self.given(hidden, keep):
             self._decoder(**inputs)
             call = self._call
             if call.expected != len(self):
                 raise NotSequential(f"{call.expected} of its {len(self)} blocks ran")
-            return call.kept
+            assert call.left is not None, "all blocks ran"
+            return call.left
+
+    @torch.no_grad()
+    def entering(self, start: int, hidden: Tensor | None, **inputs: Any) -> Tensor:
+        """What enters the first block that `only` runs, from what enters block `start` below it; see `run`."""
+        first, stop = self._first, self._stop
+        self._first, self._stop = start, first
+        try:
+            return self.run(hidden, {}, **inputs)
+        finally:
+            self._first, self._stop = first, stop
 
     @contextlib.contextmanager
-    def given(self, hidden: Tensor | None, keep: Sequence[int] = ()) -> Iterator[None]:
+    def given(self, hidden: Tensor | None, keep: Mapping[int, Keep]) -> Iterator[None]:
         """Do as `run` does, for a caller that calls the model itself, once."""
         self._call = _Call(hidden, keep)
         try:
             yield
         finally:
-            self._call = _Call(None, ())
+            self._call = _Call(None, {})
 
     def _forward(self, number: int, original: Callable[..., Any]) -> Callable[..., Any]:
         def forward(*args: Any, **kwargs: Any) -> Any:
@@ -137,15 +154,15 @@ class BlockSequence:
             if number == self._first and call.given is not None:
                 hidden = call.given.clone()  # a block may change its input in place, and this one is needed again
             if number in call.keep:
-                call.kept[number] = hidden.clone()
+                call.keep[number](hidden.clone())
             if self._first <= number < self._stop:
                 output = self._run(number, original, hidden, args, kwargs)
             else:
                 beside = self._beside[number]
                 output = hidden if beside is None else (hidden, *(None,) * beside)
             call.passed = output[0] if isinstance(output, tuple) else output
-            if number + 1 == self._stop and self._stop in call.keep:
-                call.kept[self._stop] = call.passed
+            if number + 1 == self._stop:
+                call.left = call.passed
             return output
 
         return forward
@@ -155,7 +172,9 @@ class BlockSequence:
             hidden = hidden if number else hidden.detach().requires_grad_()
             self._leaves.append(hidden)
             hidden = hidden.clone()
-        output = original(hidden, *args[1:], **kwargs) if args else original(**{**kwargs, "hidden_states": hidden})
+        again = self._again and torch.is_grad_enabled()
+        block = partial(checkpoint, original, use_reentrant=False, preserve_rng_state=False) if again else original
+        output = block(hidden, *args[1:], **kwargs) if args else block(**{**kwargs, "hidden_states": hidden})
         returned = output[0] if isinstance(output, tuple) else output
         if not isinstance(returned, Tensor) or returned.shape != hidden.shape or hidden.dim() != 3:
             raise NotSequential(f"block {number} does not read and return one hidden state (rows, columns, h)")
@@ -182,19 +201,19 @@ class _Call:
 
     Args:
         given: what enters the first block that runs; what the decoder makes if None.
-        keep: numbers of the blocks whose input is kept.
+        keep: who is given what enters a block, by its number.
 
     Attributes:
         expected: the block to run next.
         passed: what the last one returned.
-        kept: by block number.
+        left: what the last one that was to run returned.
     """
 
-    def __init__(self, given: Tensor | None, keep: Sequence[int]) -> None:
-        self.given, self.keep = given, frozenset(keep)
+    def __init__(self, given: Tensor | None, keep: Mapping[int, Keep]) -> None:
+        self.given, self.keep = given, keep
         self.expected = 0
         self.passed: Tensor | None = None
-        self.kept: dict[int, Tensor] = {}
+        self.left: Tensor | None = None
 
 
 def _other_than(inputs: dict[str, Any]) -> dict[str, Any]:

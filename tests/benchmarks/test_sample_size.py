@@ -38,7 +38,12 @@ def test_the_table_says_what_a_start_costs_in_steps() -> None:
         "captured": {"a": 0.25, "b": 0.75, "c": 0.5},
     }
     result = {
-        "task": "a task", "base_loss": 3.0, "step_seconds": 2.0, "starts": [start],
-        "command": "python", "date": "today", "hardware": {"cpu": "a CPU", "threads": 1},
+        "task": "a task",
+        "base_loss": 3.0,
+        "step_seconds": 2.0,
+        "starts": [start],
+        "command": "python",
+        "date": "today",
+        "hardware": {"cpu": "a CPU", "threads": 1},
     }
     assert "| 8 | 1,234 | 0.50 | 0.30 | 2.5000 | 12 | 6.0 |" in markdown(result)

@@ -34,6 +34,9 @@ WAYS = {
     "a segment for each block": Way(cuts=BLOCKS),
     "2 segments in 3 parts": Way(cuts=2, parts=3),
     "2 passes": Way(parts=2, cut=False),
+    "one pass, checkpointed": Way(again=True),
+    "a segment for each block, one border held": Way(cuts=BLOCKS, borders=3),
+    "2 segments, no border held": Way(cuts=2, borders=1),
 }
 ways = pytest.mark.parametrize("way", WAYS)
 
@@ -81,8 +84,9 @@ def check_goes_on(
 
 
 def cases() -> list[Any]:
-    """No borders are laid down where nothing is cut."""
-    found = [(way, stage) for way in WAYS for stage in STAGES if WAYS[way].cuts > 1 or stage != "borders"]
+    """No borders are laid down where nothing is cut, or none is held."""
+    laid = {way: how.cuts > 1 and how.borders != 1 for way, how in WAYS.items()}
+    found = [(way, stage) for way in WAYS for stage in STAGES if laid[way] or stage != "borders"]
     return [pytest.param(*case, id=", ".join(case)) for case in found]
 
 

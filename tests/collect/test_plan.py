@@ -21,8 +21,9 @@ import lora_da.collect.plan
 import lora_da.processes
 from lora_da.adapter import find_adapter
 from lora_da.collect.borders import Border
+from lora_da.collect.cuts import cut, split
 from lora_da.collect.forecast import Segment
-from lora_da.collect.plan import Plan, cut, make_plan, split
+from lora_da.collect.plan import Plan, make_plan
 from lora_da.collect.survey import Survey
 from lora_da.memory import GIB
 from lora_da.methods import METHODS
@@ -146,19 +147,24 @@ def test_a_forecast_holds_the_sums() -> None:
 
 
 def test_borders_need_memory_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where the hidden states of all borders do not fit, there are fewer segments, in parts if need be."""
-    planner, nothing = Planner(), 1 / GIB
-    assert planner(nothing).cuts == BLOCKS
+    """Where the hidden states of all borders do not fit, blocks are run again; without room for gradients, in parts."""
+    planner = Planner()
+    in_fours = planner(PLENTY).device_bytes
+    while (plenty := planner(in_fours / GIB)).cuts < BLOCKS:
+        in_fours = plenty.device_bytes - 1
     at_a_border = sum(rows * columns for rows, columns in (batch.shape for batch in planner.batches)) * 32 * 4
-    seen = []
+    costs = []
     for room in range(0, 8 * at_a_border, at_a_border // 4):
         # a quarter of what is free is for the borders where the sums are on the CPU too
         monkeypatch.setattr(lora_da.processes, "free_bytes", lambda device, room=room: 4 * room)
-        plan = planner(nothing)
-        seen.append(plan.cuts)
-        assert (plan.cuts - 1) * at_a_border <= plan.cpu_bytes <= room
+        plan = planner(in_fours / GIB)
+        costs.append(plan.cost)
+        assert plan.cpu_bytes <= room and plan.device_bytes <= plan.budget
+        assert plan.borders == room // at_a_border
+        assert plan.cuts == BLOCKS or plan.borders < 2
         assert served(plan) == sorted(layer.name for layer in planner.layers)
-    assert seen == sorted(seen) and set(seen) == {*range(1, BLOCKS + 1)}
+        assert ("memory of the CPU is short" in plan.warning) == (plan.cost > 2.5 * plenty.cost)
+    assert costs == sorted(costs, reverse=True) and costs[-1] == plenty.cost and costs[0] > 2.5 * plenty.cost
 
 
 @pytest.mark.parametrize("free", [1, 2**20, 2**34])
@@ -181,9 +187,18 @@ def test_an_unknown_architecture_is_run_in_passes() -> None:
 
 
 def test_the_lines() -> None:
-    def line(*segments: tuple[int, int], cpu: float = 0, why: str = "") -> str:
+    def line(*segments: tuple[int, int], cpu: float = 0, why: str = "", borders: int = 9, again: bool = False) -> str:
         return Plan(
-            tuple(Segment(a, b, ()) for a, b in segments), 2 * GIB, 64, int(cpu * GIB), 7 * GIB, GIB, why
+            tuple(Segment(a, b, ()) for a, b in segments),
+            2 * GIB,
+            64,
+            int(cpu * GIB),
+            7 * GIB,
+            GIB,
+            why,
+            borders,
+            again,
+            "",
         ).line()
 
     memory = "3.0 of 8.0 GiB"

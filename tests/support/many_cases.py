@@ -90,6 +90,8 @@ CASES: dict[str, Callable[[Path], dict[str, Any]]] = {
     "3 segments": lambda _: initialized(llama(), Way(cuts=3)),
     "2 segments in 3 parts": lambda _: initialized(llama(), Way(cuts=2, parts=3)),
     "3 passes": lambda _: initialized(llama(), Way(parts=3, cut=False)),
+    "4 segments, one border held": lambda _: initialized(llama(), Way(cuts=4, borders=3)),
+    "2 segments, checkpointed, no border held": lambda _: initialized(llama(), Way(cuts=2, again=True, borders=1)),
     "sample averaging": lambda _: initialized(llama(), Way(), preset="reference"),
     "full Fisher": lambda _: initialized(llama(), Way(cuts=2), full_fisher_up_to=4096),
     "fewer samples than processes": lambda _: initialized(llama(), Way(cuts=2), rows=batches(ROWS[:1], 1)),

@@ -14,8 +14,9 @@ from models import PREFIX
 from peft import PeftModel
 
 from lora_da.adapter import AdapterLayer, find_adapter
+from lora_da.collect.cuts import cut
 from lora_da.collect.forecast import Segment
-from lora_da.collect.plan import Plan, cut, make_plan
+from lora_da.collect.plan import Plan, make_plan
 from lora_da.collect.sums import SegmentSums
 from lora_da.collect.survey import Survey, survey_model
 from lora_da.model.state import estimation_mode
@@ -33,12 +34,15 @@ CPU = torch.device("cpu")
 class Way:
     """How a plan runs the samples: in `cuts` segments, each `parts` times for a part of its layers.
 
-    Where it is not `cut` the model counts as one that cannot be, and keeps its own checkpointing.
+    Where it is not `cut` the model counts as one that cannot be, and keeps its own checkpointing. Where it is `again`,
+    a block's activations are computed again in the backward; the CPU has room for so many `borders`, all if None.
     """
 
     cuts: int = 1
     parts: int = 1
     cut: bool = True
+    again: bool = False
+    borders: int | None = None
 
     def survey(self, surveyed: Survey) -> Survey:
         return surveyed if self.cut else surveyed.uncut("the test says so")
@@ -49,7 +53,8 @@ class Way:
         whole = cut(surveyed, layers, cuts)
         parts = self.parts if cuts == self.cuts else self.cuts * self.parts
         segments = [part for segment in whole for part in in_parts(segment, parts)]
-        return replace(plan, segments=tuple(segments))
+        borders = plan.borders if self.borders is None else self.borders
+        return replace(plan, segments=tuple(segments), checkpointed=self.again, borders=borders)
 
 
 ONE = Way()
@@ -60,6 +65,10 @@ WAYS = {
     "a segment for each block": Way(cuts=4),
     "2 segments in 3 parts": Way(cuts=2, parts=3),
     "3 passes": Way(parts=3, cut=False),
+    "one pass, checkpointed": Way(again=True),
+    "2 segments, checkpointed, no border held": Way(cuts=2, again=True, borders=1),
+    "a segment for each block, one border held": Way(cuts=4, borders=3),
+    "a segment for each block in 2 parts, no border held": Way(cuts=4, parts=2, borders=2),
 }
 
 
