@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from itertools import pairwise
+from itertools import chain, pairwise
 
 from lora_da.adapter import AdapterLayer
 from lora_da.collect.forecast import Segment
@@ -16,11 +16,11 @@ def cut(survey: Survey, layers: Sequence[AdapterLayer], cuts: int) -> list[Segme
     if cuts == 1:
         return [Segment(0, survey.n_blocks, tuple(layers))]
     n = survey.n_blocks
+    inside: list[list[AdapterLayer]] = [[] for _ in range(n)]
+    for layer in layers:
+        inside[survey.block_of[layer.name]].append(layer)
     borders = sorted({round(k * n / cuts) for k in range(cuts + 1)})
-    segments = [
-        Segment(a, b, tuple(layer for layer in layers if a <= survey.block_of[layer.name] < b))
-        for a, b in pairwise(borders)
-    ]
+    segments = [Segment(a, b, tuple(chain.from_iterable(inside[a:b]))) for a, b in pairwise(borders)]
     while segments and not segments[0].layers:
         segments.pop(0)
     return segments

@@ -38,12 +38,14 @@ class Forecast:
         batch_tokens: tokens in a batch at most, padding included.
         needs: what is taken of the layers.
         checkpointed: whether the activations of a block are computed again in the backward.
+        solved_within: bytes; a layer that takes more to be solved, its own sums included, is solved elsewhere.
     """
 
     survey: Survey
     batch_tokens: int
     needs: Needs
     checkpointed: bool
+    solved_within: float
 
     def bytes(self, segment: Segment) -> int:
         """All that it takes at once: its sums, beside running or solving."""
@@ -81,8 +83,10 @@ class Forecast:
         return tokens + weight + self.survey.itemsize * weights + head + self.survey.gathered_bytes
 
     def solving(self, layers: Sequence[AdapterLayer]) -> int:
-        """What the largest layer takes."""
-        return max((self.needs.solving(a.in_features, a.out_features) for a in layers), default=0)
+        """What the largest layer takes of those that are solved here."""
+        one_of_each = {(a.in_features, a.out_features): a for a in layers}
+        takes = ((self.sums([a]), self.needs.solving(*shape)) for shape, a in one_of_each.items())
+        return max((solving for sums, solving in takes if sums + solving <= self.solved_within), default=0)
 
 
 def border_bytes(batches: Sequence[Batch], survey: Survey, device: torch.device) -> int:

@@ -10,6 +10,7 @@ for some of its layers each time.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeAlias
@@ -170,7 +171,9 @@ class _Room:
         self._at_border = max(1, border_bytes(shares[0], survey, device))
         self._on_cpu = int((BORDER_SHARE if on_cpu else CPU_SHARE) * run.processes.free_bytes(torch.device("cpu")))
         self.borders = self._on_cpu // self._at_border
-        self.needed = Forecast(survey, max(b.n_positions for share in shares for b in share), needs, False)
+        largest = max(b.n_positions for share in shares for b in share)
+        # What a GPU has no room to solve is solved on the CPU.
+        self.needed = Forecast(survey, largest, needs, False, math.inf if on_cpu else self._budget)
 
     def cheapest(self, borders: int) -> Way:
         """With room for so many borders."""

@@ -67,12 +67,10 @@ def _kinds(needed: Forecast) -> Iterator[Forecast]:
 
 
 def _fewest(layers: Sequence[AdapterLayer], needed: Forecast, most: int, budget: int) -> Iterator[Way]:
-    """The fewest segments that fit, if any do."""
-    for cuts in range(1, most + 1):
-        way = Way(needed, cut(needed.survey, layers, cuts))
-        if way.fits(budget):
-            yield way
-            return
+    """The fewest segments that fit, if the smallest do."""
+    ways = (Way(needed, cut(needed.survey, layers, cuts)) for cuts in (most, *range(1, most + 1)))
+    if next(ways).fits(budget):
+        yield next(way for way in ways if way.fits(budget))
 
 
 def _in_parts(layers: Sequence[AdapterLayer], needed: Forecast, most: int, budget: int) -> Iterator[Way]:
