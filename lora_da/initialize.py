@@ -24,7 +24,7 @@ from lora_da.cache import CacheEntry, cache_folder
 from lora_da.cache.fingerprint import fingerprint
 from lora_da.collect import Planner, collect, make_plan
 from lora_da.config import LoraDAConfig
-from lora_da.memory import PeakMemory
+from lora_da.memory import PeakMemory, release
 from lora_da.model.sharding import compute_device, prepared
 from lora_da.model.state import drawing_mode, estimation_mode, left_out_of_the_loss, random_states
 from lora_da.processes import Processes, Run
@@ -115,6 +115,7 @@ def initialize_lora_da_weights(
     notes = [*notes_on(base, data.batches), *left_out_of_the_loss(base), *first_step.notes_on(numbers, data)]
     processes.warn(*describe_kept(solution.report, adapter), *(f"LoRA-DA: {note}" for note in notes))
     adapter.write(solution.factors, processes.together)
+    release(device)
 
     seconds = time.perf_counter() - started
     step_seconds = data.row_tokens * (step_rows or 0) * solution.report.token_seconds

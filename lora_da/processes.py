@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch import distributed as dist
 
 from lora_da.errors import LoraDAError
-from lora_da.memory import free_bytes, is_out_of_memory
+from lora_da.memory import free_bytes, is_host, is_out_of_memory
 from lora_da.model.blocks import NotSequential
 from lora_da.model.sharding import is_sharded
 
@@ -140,8 +140,8 @@ class Processes:
             dist.reduce(value, dst=owner)
 
     def free_bytes(self, device: torch.device) -> int:
-        """What every process may allocate on its device: the least of them, and its part of a CPU they share."""
-        sharing = int(os.environ.get("LOCAL_WORLD_SIZE", self.size)) if device.type == "cpu" else 1
+        """What every process may allocate on its device: the least of them, and its part of memory they share."""
+        sharing = int(os.environ.get("LOCAL_WORLD_SIZE", self.size)) if is_host(device) else 1
         return -self._largest(-(free_bytes(device) // sharing))
 
     def owners(self, costs: Mapping[str, float]) -> dict[str, int]:

@@ -78,6 +78,7 @@ class LayerSolver:
             self._population = float(data.population_size)
             self._population *= data.n_loss_tokens / data.n_samples if by_tokens else 1.0
         self._prepared: tuple[str, Any] | None = None  # of which input, and what
+        self._moved = False  # whether a layer was solved on the CPU for want of room elsewhere, and a warning said so
 
     def solve(self, layer: AdapterLayer, observed: Observed) -> LoraFactors | NotServed:
         """The layer's factors, or why it has none. Its statistics may be used up, but for Z.
@@ -116,7 +117,12 @@ class LayerSolver:
                 if device.type == "cpu":
                     raise LoraDAError(f"layer {layer.name} does not fit in the CPU's memory to be solved") from error
         self._prepared = None
-        logger.info("LoRA-DA: layer %s is solved on the CPU, %s cannot", layer.name, device)
+        logger.log(
+            logging.INFO if self._moved or device.type == "mps" else logging.WARNING,
+            "LoRA-DA: layer %s is solved on the CPU, which may take minutes: %s %s",
+            *(layer.name, device, "has no float64" if device.type == "mps" else "has no room for it"),
+        )
+        self._moved = True
         return self._factors_on(torch.device("cpu"), layer, observed)
 
     def _factors_on(self, device: torch.device, layer: AdapterLayer, observed: Observed) -> LoraFactors:

@@ -22,6 +22,7 @@ from lora_da.collect.sums import SegmentSums
 from lora_da.collect.survey import survey_model
 from lora_da.collect.timing import Stopwatch
 from lora_da.errors import LoraDAError
+from lora_da.memory import settle
 from lora_da.model.blocks import NotSequential
 from lora_da.model.experts import Routed
 from lora_da.needs import Needs
@@ -90,6 +91,7 @@ def collect(
     why_not = next(filter(None, run.processes.gathered(surveyed.why_not)), "")
     if why_not:  # in one process is in all
         surveyed = surveyed.uncut(why_not)
+    run.processes.everywhere(settle, run.device)
     while True:
         planned = plan(surveyed, layers, data.batches, needs, run)
         if planned.device_bytes > planned.budget:

@@ -89,7 +89,7 @@ class Feed:
             return self.borders.hidden[first].get(number, number + 1).detach()
 
     def entering(self, first: int, number: int, inputs: dict[str, Any]) -> Tensor | None:
-        """As `hidden`; where it is not held, the blocks below are run again from the nearest border that is."""
+        """What enters block `first`; where it is not held, blocks are run again from the nearest border that is."""
         start, sequence = self.borders.nearest(first), self.work.sequence
         hidden = self.hidden(start, number)
         if start == first or sequence is None:

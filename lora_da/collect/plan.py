@@ -23,7 +23,7 @@ from lora_da.collect.forecast import Forecast, Segment, border_bytes
 from lora_da.collect.keeping import cost, walk
 from lora_da.collect.survey import Survey
 from lora_da.collect.ways import Way, cheapest
-from lora_da.memory import GIB, used_bytes
+from lora_da.memory import GIB, is_host, used_bytes
 from lora_da.needs import Needs
 from lora_da.processes import Processes, Run
 from lora_da.samples.batch import Batch, shared
@@ -31,7 +31,7 @@ from lora_da.samples.batch import Batch, shared
 # Shares of the free memory that are planned with: allocators leave gaps, and the figures below are estimates.
 DEVICE_SHARE = 0.85
 CPU_SHARE = 0.5  # the user's other processes live there
-BORDER_SHARE = 0.25  # for the hidden states at borders where the model is on the CPU itself
+BORDER_SHARE = 0.25  # for the hidden states at borders where the model is in the same memory
 # Room for the gradients on both sides of a segment and for one hidden state further down: with it, a plan costs at most
 # so many times what it costs with room for all borders.
 ENOUGH_BORDERS, ENOUGH = 3, 2.5
@@ -161,26 +161,26 @@ class _Room:
     def __init__(
         self, survey: Survey, layers: Sequence[AdapterLayer], batches: Sequence[Batch], needs: Needs, run: Run
     ) -> None:
-        device, on_cpu = run.device, run.device.type == "cpu"
+        device, on_host = run.device, is_host(run.device)
         shares = shares_of(batches, run.processes)
-        share, free = CPU_SHARE if on_cpu else DEVICE_SHARE, _free_bytes(survey, run)
+        share, free = CPU_SHARE if on_host else DEVICE_SHARE, _free_bytes(survey, run)
         self._layers, self._device = layers, device
         self._budget = int(share * free if run.memory_budget is None else run.memory_budget * GIB)
         self._longest = max(b.shape[1] for share in shares for b in share)
         self._documents = sum(b.tokens.n_documents for b in batches)
         self._at_border = max(1, border_bytes(shares[0], survey, device))
-        self._on_cpu = int((BORDER_SHARE if on_cpu else CPU_SHARE) * run.processes.free_bytes(torch.device("cpu")))
+        self._on_cpu = int((BORDER_SHARE if on_host else CPU_SHARE) * run.processes.free_bytes(torch.device("cpu")))
         self.borders = self._on_cpu // self._at_border
         largest = max(b.n_positions for share in shares for b in share)
         # What a GPU has no room to solve is solved on the CPU.
-        self.needed = Forecast(survey, largest, needs, False, math.inf if on_cpu else self._budget)
+        self.needed = Forecast(survey, largest, needs, False, math.inf if on_host else self._budget)
 
     def cheapest(self, borders: int) -> Way:
-        """With room for so many borders."""
+        """The cheapest way, with room for so many borders."""
         return cheapest(self._layers, self.needed, self._longest, self._budget, borders)
 
     def plan(self, way: Way, borders: int) -> Plan:
-        """Of one way."""
+        """The plan of one way."""
         return Plan(
             segments=tuple(way.segments),
             device_bytes=way.bytes,

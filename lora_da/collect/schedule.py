@@ -7,7 +7,6 @@ import logging
 import math
 from collections.abc import Callable, Sequence
 
-import torch
 from tqdm import tqdm
 
 from lora_da.adapter import AdapterLayer
@@ -24,7 +23,7 @@ from lora_da.collect.segment import SegmentRun
 from lora_da.collect.selection import Selection
 from lora_da.collect.sums import SegmentSums
 from lora_da.errors import LoraDAError
-from lora_da.memory import is_out_of_memory
+from lora_da.memory import is_out_of_memory, release
 from lora_da.samples.batch import Batch, divided
 
 logger = logging.getLogger(__name__)
@@ -188,8 +187,7 @@ class Schedule:
     def _halve_batches(self, progress: Progress) -> bool:
         """Whether any batch could be divided, in any process."""
         gc.collect()  # what is left of a failed graph may be in cycles, as an offloading context's is
-        if self._work.run.device.type == "cuda":
-            torch.cuda.empty_cache()
+        release(self._work.run.device)
         halves = [batch.halves() for batch in self._feed.batches]
         if any(halves):
             self._divide(halves, progress)

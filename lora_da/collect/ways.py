@@ -20,7 +20,7 @@ class Way:
 
     @property
     def bytes(self) -> int:
-        """Of the device."""
+        """What it takes of the device."""
         return max(map(self.needed.bytes, self.segments))
 
     def fits(self, budget: int) -> bool:

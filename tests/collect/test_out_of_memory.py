@@ -190,7 +190,9 @@ class OnGpu:
 
 @pytest.mark.parametrize("call", [1, 4])
 @ways
-def test_the_solver_goes_on_on_the_cpu(way: str, call: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_solver_goes_on_on_the_cpu(
+    way: str, call: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     """A layer that cannot be solved on its GPU is solved on the CPU, the ones after it on the GPU again."""
     expected, full, asked = undisturbed(WAYS[way]), Full(monkeypatch, call), []
     statistics, solve = SegmentSums.take_statistics, lora_da.methods.lora_da.lora_da
@@ -205,8 +207,23 @@ def test_the_solver_goes_on_on_the_cpu(way: str, call: int, monkeypatch: pytest.
     initialize_lora_da_weights(model, BATCHES, CONFIG, show_progress=False, plan=Forced(WAYS[way]))
     layers = 6 * BLOCKS
     assert asked == ["cuda"] * call + ["cpu"] + ["cuda"] * (layers - call) and full.times == 1
+    warned = [r.message for r in caplog.records if "is solved on the CPU" in r.message and r.levelname == "WARNING"]
+    assert len(warned) == 1 and "which may take minutes: cuda has no room for it" in warned[0]
     for name, product in expected.products.items():
         assert torch.equal(product_of(model, name), product)
+
+
+def test_a_second_layer_on_the_cpu_is_not_warned_of(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    full, asked = Full(monkeypatch), list[str]()
+    statistics, solve = SegmentSums.take_statistics, lora_da.methods.lora_da.lora_da
+    monkeypatch.setattr(SegmentSums, "take_statistics", lambda *args: OnGpu(statistics(*args), asked))
+    monkeypatch.setattr(
+        lora_da.methods.lora_da, "lora_da", lambda *args: full.used(asked[-1] == "cuda") or solve(*args)
+    )
+    initialize_lora_da_weights(tiny(), BATCHES, CONFIG, show_progress=False, plan=Forced(Way()))
+    assert full.times == 6 * BLOCKS and sum("is solved on the CPU" in r.message for r in caplog.records) == 1
 
 
 @pytest.mark.parametrize("call", [1, 4])

@@ -139,8 +139,12 @@ def batches_of(row: int) -> list[Any]:
     return [SimpleNamespace(shape=(rows, row), n_positions=rows * row, tokens=tokens)] * (SAMPLES // rows)
 
 
-def planned(shape: Shape, card: int, cpu: int, row: int, monkeypatch: pytest.MonkeyPatch) -> Plan:
+def planned(
+    shape: Shape, card: int, cpu: int, row: int, monkeypatch: pytest.MonkeyPatch, is_integrated: bool = False
+) -> Plan:
     """The plan on a card of so many bytes, with so many free on the CPU."""
+    properties = SimpleNamespace(is_integrated=is_integrated)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
     free = {"cuda": card - CONTEXT - shape.loaded, "cpu": cpu}
     monkeypatch.setattr(lora_da.processes, "free_bytes", lambda device: free[device.type])
     monkeypatch.setattr(lora_da.collect.plan, "used_bytes", lambda device: shape.loaded)
@@ -171,3 +175,13 @@ def test_whatever_trains_has_a_plan(name: str, monkeypatch: pytest.MonkeyPatch) 
                 if plan.warning:
                     fit = int(SAMPLES * CPU_SHARE * cpu * GIB / (ENOUGH_BORDERS * at_a_border[row]))
                     assert f"set `samples` to {fit}" in plan.warning or not fit, where
+
+
+def test_memory_that_a_gpu_shares_with_the_cpu_counts_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is planned with on both sides is less than there is."""
+    shape, free = SHAPES["8B in 4 bits"], 32 * GIB
+    apart = planned(shape, free + CONTEXT + shape.loaded, free, 2048, monkeypatch)
+    assert apart.budget == int(DEVICE_SHARE * free)
+    plan = planned(shape, free + CONTEXT + shape.loaded, free, 2048, monkeypatch, is_integrated=True)
+    assert plan.borders < apart.borders
+    assert plan.budget + plan.borders * shape.at_a_border(2048) < free
