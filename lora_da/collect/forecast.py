@@ -17,6 +17,7 @@ from lora_da.tasks.head import CHUNK
 # Bytes a block keeps for its backward, beyond the inputs and outputs of its linear layers: norms, rotary embeddings,
 # attention, the activation function's own input.
 ACTIVATIONS = 1.5
+SOFTMAX = 4  # of a score of eager attention, in float32, kept for the backward beside the one in the model's dtype
 LOGIT_BYTES = 14  # a logit in the model's dtype and in float32, with gradients, and its softmax
 
 
@@ -36,6 +37,7 @@ class Forecast:
     Args:
         survey: of the model.
         batch_tokens: tokens in a batch at most, padding included.
+        longest: tokens of the longest row.
         needs: what is taken of the layers.
         checkpointed: whether the activations of a block are computed again in the backward.
         solved_within: bytes; a layer that takes more to be solved, its own sums included, is solved elsewhere.
@@ -43,6 +45,7 @@ class Forecast:
 
     survey: Survey
     batch_tokens: int
+    longest: int
     needs: Needs
     checkpointed: bool
     solved_within: float
@@ -64,23 +67,29 @@ class Forecast:
         features = self.survey.linear_features
         blocks = slice(segment.first, segment.stop)
         kept = ACTIVATIONS * self.survey.itemsize * sum(features[blocks])
-        weights = sum(self.survey.kept_weights[blocks])
+        weights, with_scores = sum(self.survey.kept_weights[blocks]), len(features[blocks])
         if not self.needs.sums.backward:  # nothing is kept beyond the block that runs
             kept = self.survey.itemsize * max(features)
-            weights = max(self.survey.kept_weights)
+            weights, with_scores = max(self.survey.kept_weights), 0
         elif self.checkpointed or self.survey.sequence is None:  # of a model that is not cut, by its own checkpointing
             entering = self.survey.bytes_per_token * len(features[blocks])
             kept = ACTIVATIONS * self.survey.itemsize * max(features[blocks]) + entering
-            weights = max(self.survey.kept_weights[blocks])
+            weights, with_scores = max(self.survey.kept_weights[blocks]), 1
         borders = 4 * self.survey.bytes_per_token
         copies = 4 * max((a.in_features + a.out_features for a in segment.layers if not a.is_head), default=0)
         # A product before it is added to its sum in float32, and a dequantised weight, forward or backward.
         weight = (4 + self.survey.itemsize) * max((a.in_features * a.out_features for a in segment.layers), default=0)
-        head = LOGIT_BYTES * CHUNK * self.survey.vocabulary if segment.stop == len(features) else 0
+        head = LOGIT_BYTES * CHUNK * self.survey.vocabulary
         if any(a.is_head for a in segment.layers):
             head *= 2  # d, and its copies to be summed
-        tokens = int(self.batch_tokens * (kept + borders + copies))
-        return tokens + weight + self.survey.itemsize * weights + head + self.survey.gathered_bytes
+        head = head + self.survey.cast_head if segment.stop == len(features) else 0
+        tokens = int(self.batch_tokens * (kept + borders + copies)) + self._scores(with_scores)
+        return tokens + weight + weights + head + self.survey.gathered_bytes
+
+    def _scores(self, blocks: int) -> int:
+        """Attention scores that are written out: kept of so many blocks, and their gradients, or copies, in one."""
+        of_a_score = (SOFTMAX + self.survey.itemsize) * blocks + 2 * SOFTMAX + self.survey.itemsize
+        return self.survey.eager_heads * self.batch_tokens * self.longest * of_a_score
 
     def solving(self, layers: Sequence[AdapterLayer]) -> int:
         """What the largest layer takes of those that are solved here."""

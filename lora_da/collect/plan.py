@@ -166,18 +166,18 @@ class _Room:
         share, free = CPU_SHARE if on_host else DEVICE_SHARE, _free_bytes(survey, run)
         self._layers, self._device = layers, device
         self._budget = int(share * free if run.memory_budget is None else run.memory_budget * GIB)
-        self._longest = max(b.shape[1] for share in shares for b in share)
         self._documents = sum(b.tokens.n_documents for b in batches)
         self._at_border = max(1, border_bytes(shares[0], survey, device))
         self._on_cpu = int((BORDER_SHARE if on_host else CPU_SHARE) * run.processes.free_bytes(torch.device("cpu")))
         self.borders = self._on_cpu // self._at_border
-        largest = max(b.n_positions for share in shares for b in share)
+        sizes = [(b.n_positions, b.shape[1]) for share in shares for b in share]
+        largest, longest = (max(of_all) for of_all in zip(*sizes, strict=True))
         # What a GPU has no room to solve is solved on the CPU.
-        self.needed = Forecast(survey, largest, needs, False, math.inf if on_host else self._budget)
+        self.needed = Forecast(survey, largest, longest, needs, False, math.inf if on_host else self._budget)
 
     def cheapest(self, borders: int) -> Way:
         """The cheapest way, with room for so many borders."""
-        return cheapest(self._layers, self.needed, self._longest, self._budget, borders)
+        return cheapest(self._layers, self.needed, self._budget, borders)
 
     def plan(self, way: Way, borders: int) -> Plan:
         """The plan of one way."""

@@ -5,9 +5,9 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import starmap
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -18,7 +18,7 @@ from lora_da.collect.sums import SegmentSums
 from lora_da.model.blocks import BlockSequence, NotSequential
 from lora_da.model.experts import Routed, find_routed
 from lora_da.model.gradients import gradients_must_pass
-from lora_da.model.sharding import gathered_bytes, shape
+from lora_da.model.sharding import compute_device, gathered_bytes, shape
 from lora_da.model.state import without_checkpointing
 from lora_da.needs import Needs
 from lora_da.tasks import Task
@@ -39,8 +39,10 @@ class Survey:
         vocabulary: width of the logits.
         linear_features: inputs and outputs of the linear layers of each block, summed: what it keeps for the backward.
         gathered_bytes: of the parameters that are gathered from other processes at once.
-        kept_weights: numbers in the dense weights of each block that may be kept for the backward beside them.
         devices: where the blocks are, by name.
+        kept_weights: bytes of the dense weights of each block that may be kept for the backward beside them.
+        cast_head: bytes of the copy of the head's weight that autocast makes; 0 where it makes none.
+        eager_heads: attention heads whose scores are written out; 0 where a kernel needs not.
     """
 
     sequence: BlockSequence | None
@@ -53,6 +55,8 @@ class Survey:
     vocabulary: int
     linear_features: tuple[int, ...]
     kept_weights: tuple[int, ...]
+    cast_head: int
+    eager_heads: int
     gathered_bytes: int
     devices: tuple[str, ...]
 
@@ -98,19 +102,25 @@ def survey_model(task: Task, layers: Sequence[AdapterLayer], inputs: Mapping[str
             except NotSequential as error:
                 why_not = str(error)
     layers_of = [_widths(block) for block in blocks or [model]]
-    width = shape(model.get_input_embeddings().weight)[-1] if hidden is None else hidden.shape[-1]
-    itemsize = (model.dtype if hidden is None else hidden.dtype).itemsize
+    embeddings, head = model.get_input_embeddings().weight, model.get_output_embeddings()
+    width, dtype = (shape(embeddings)[-1], model.dtype) if hidden is None else (hidden.shape[-1], hidden.dtype)
+    in_autocast = _autocast_dtype(embeddings)
     return Survey(
         sequence=None if why_not else sequence,
         why_not=why_not,
         block_of=block_of,
         routed=find_routed(blocks if task.has_experts else [], bases),
         reads_like=sums.reads_like,
-        bytes_per_token=width * itemsize,
-        itemsize=itemsize,
+        bytes_per_token=width * dtype.itemsize,
+        itemsize=dtype.itemsize,
         vocabulary=task.n_logits,
         linear_features=tuple(sum(map(sum, widths.values())) for widths in layers_of),
-        kept_weights=tuple(sum(starmap(_kept_weight, widths.items())) for widths in layers_of),
+        kept_weights=tuple(
+            sum(_kept_weight(layer, dtype, in_autocast) * i * o for layer, (i, o) in widths.items())
+            for widths in layers_of
+        ),
+        cast_head=0 if head is None else _cast(head, in_autocast) * width * task.n_logits,
+        eager_heads=_eager_heads(model.config),
         gathered_bytes=gathered_bytes(model, blocks),
         devices=_devices(blocks),
     )
@@ -155,7 +165,27 @@ def _widths(module: nn.Module) -> dict[nn.Module, tuple[int, int]]:
     return found
 
 
-def _kept_weight(layer: nn.Module, widths: tuple[int, int]) -> int:
-    """Numbers in the dense weight that the backward may hold on to: where a class of its own dequantises and multiplies
-    by plain autograd, as GPTQ's and AWQ's do, each layer's is kept until its backward."""
-    return 0 if isinstance(layer, (nn.Linear, Conv1D)) else widths[0] * widths[1]
+def _kept_weight(layer: nn.Module, dtype: torch.dtype, in_autocast: torch.dtype | None) -> int:
+    """Bytes of a number in the dense weight that the backward may hold on to: where a class of its own dequantises and
+    multiplies by plain autograd, as GPTQ's and AWQ's do, and where autocast casts it, until the layer's backward."""
+    return _cast(layer, in_autocast) if isinstance(layer, (nn.Linear, Conv1D)) else dtype.itemsize
+
+
+def _cast(layer: nn.Module, in_autocast: torch.dtype | None) -> int:
+    """Bytes of a number in the copy of a layer's weight that autocast makes; 0 where it makes none."""
+    weight = getattr(layer, "weight", None)
+    if in_autocast is None or not isinstance(weight, Tensor) or weight.dtype in (in_autocast, torch.float64):
+        return 0
+    return in_autocast.itemsize if weight.is_floating_point() else 0
+
+
+def _autocast_dtype(parameter: Tensor) -> torch.dtype | None:
+    """What products with a parameter are computed in by autocast; None where it is off."""
+    kind = compute_device(parameter).type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+
+
+def _eager_heads(config: Any) -> int:
+    """Attention heads of a model that computes attention step by step; 0 if it does not, or they are not known."""
+    heads = getattr(config.get_text_config(), "num_attention_heads", 0)
+    return heads if config._attn_implementation == "eager" and isinstance(heads, int) else 0

@@ -28,7 +28,7 @@ class Way:
         return all(self.needed.bytes(part) <= budget for part in self.segments)
 
 
-def cheapest(layers: Sequence[AdapterLayer], needed: Forecast, longest: int, budget: int, borders: int) -> Way:
+def cheapest(layers: Sequence[AdapterLayer], needed: Forecast, budget: int, borders: int) -> Way:
     """The cheapest way that fits; that which takes least where none does.
 
     Batches are made smaller where not one block fits, and where that does not help, segments are run in parts.
@@ -36,7 +36,6 @@ def cheapest(layers: Sequence[AdapterLayer], needed: Forecast, longest: int, bud
     Args:
         layers: those to be served.
         needed: what the largest batches take.
-        longest: tokens of the longest row.
         budget: bytes of the device.
         borders: for how many there is room on the CPU.
     """
@@ -51,9 +50,9 @@ def cheapest(layers: Sequence[AdapterLayer], needed: Forecast, longest: int, bud
         found = [way for kind in _kinds(needed) for way in _fewest(layers, kind, most, budget)]
         if found:
             return min(found, key=costs)
-        if needed.batch_tokens <= longest:
+        if needed.batch_tokens <= needed.longest:
             break
-        needed = replace(needed, batch_tokens=max(needed.batch_tokens // 2, longest))
+        needed = replace(needed, batch_tokens=max(needed.batch_tokens // 2, needed.longest))
     ways = [way for kind in _kinds(needed) for way in _in_parts(layers, kind, most, budget)]
     fitting = [way for way in ways if way.fits(budget)]
     return min(fitting, key=costs) if fitting else min(ways, key=lambda way: way.bytes)

@@ -128,7 +128,10 @@ def surveyed(shape: Shape) -> tuple[Survey, list[Any]]:
         vocabulary=shape.vocabulary,
         linear_features=(shape.features,) * shape.blocks,
         kept_weights=(0,) * shape.blocks,
+        cast_head=0,
+        eager_heads=0,
         gathered_bytes=0,
+        devices=("cuda:0",),
     )
     return survey, layers
 

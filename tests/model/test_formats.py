@@ -247,7 +247,7 @@ def test_dense_weights_that_the_backward_keeps_are_planned_with() -> None:
     saved: list[int] = []
 
     def note(t: torch.Tensor) -> torch.Tensor:
-        saved.append(t.numel())
+        saved.append(t.nbytes)
         return t
 
     for module in quantized.model.layers[0].modules():

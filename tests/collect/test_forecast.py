@@ -1,0 +1,77 @@
+"""What running takes, where it was counted as autograd saves it."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from dataclasses import replace
+
+import pytest
+import torch
+from architectures import BLOCKS, LLAMA
+from collecting import needs
+from models import documents, pad, with_lora
+from planning import surveyed_model
+from torch import Tensor, nn
+
+from lora_da.collect.forecast import Forecast, Segment
+from lora_da.collect.survey import Survey
+
+pytestmark = pytest.mark.once
+
+ROWS = documents((13, 13))
+TOKENS, COLUMNS = 26, 13
+
+
+def noting(saved: list[Tensor]) -> AbstractContextManager[None]:
+    """Note what is saved for the backward."""
+    return torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t)
+
+
+def running(survey: Survey, cuts: int, checkpointed: bool = False) -> int:
+    """What the topmost of some segments takes."""
+    topmost = Segment(BLOCKS - BLOCKS // cuts, BLOCKS, ())
+    return Forecast(survey, TOKENS, COLUMNS, needs(), checkpointed, 0).running(topmost)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_scores_of_eager_attention(dtype: torch.dtype) -> None:
+    """Those of every block that is kept, each once in float32 and, where that is another, in the model's dtype."""
+    base = LLAMA.base().to(dtype)
+    base.set_attn_implementation("eager")
+    saved: list[Tensor] = []
+    with noting(saved):
+        base.model(**{k: v for k, v in pad(ROWS).items() if k in ("input_ids", "attention_mask")})
+    scores = {t.untyped_storage().data_ptr(): t for t in saved if t.shape[-2:] == (COLUMNS, COLUMNS)}
+    kept = sum(t.nbytes for t in scores.values() if t.shape.numel() % base.config.num_attention_heads == 0)
+    survey = surveyed_model(with_lora(base, r=2), [pad(ROWS)])
+    assert survey.eager_heads == base.config.num_attention_heads
+    without = replace(survey, eager_heads=0)
+    for cuts, checkpointed, blocks in ((1, False, 4), (2, False, 2), (4, False, 1), (1, True, 1)):
+        counted = running(survey, cuts, checkpointed) - running(without, cuts, checkpointed)
+        assert kept * blocks / 4 <= counted <= 4 * kept * (blocks + 1) / 4
+
+
+def test_a_kernel_writes_no_scores() -> None:
+    base = LLAMA.base()
+    base.set_attn_implementation("sdpa")
+    assert surveyed_model(with_lora(base, r=2), [pad(ROWS)]).eager_heads == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_weights_that_autocast_copies(dtype: torch.dtype) -> None:
+    """Each block's until its backward, the head's while it runs; none where they are in its dtype already."""
+    base = LLAMA.base().to(dtype).requires_grad_(False)
+    with torch.autocast("cpu", torch.bfloat16):
+        survey = surveyed_model(with_lora(base, r=2, target_modules=["lm_head"]), [pad(ROWS)])  # no adapter in blocks
+        base = LLAMA.base().to(dtype).requires_grad_(False)
+        copied: dict[str, int] = {}
+        for name, layer in base.named_modules():
+            if isinstance(layer, nn.Linear):
+                saved: list[Tensor] = []
+                with noting(saved):
+                    layer(torch.randn(1, layer.in_features, dtype=dtype, requires_grad=True))
+                weight = layer.weight.data_ptr()
+                copied[name] = sum(t.nbytes for t in saved if t.data_ptr() != weight)
+    assert survey.cast_head == copied.pop("lm_head") == (dtype == torch.float32) * 2 * base.lm_head.weight.numel()
+    assert sum(survey.kept_weights) == sum(copied.values())
+    assert running(survey, 4) - running(replace(survey, cast_head=0), 4) == survey.cast_head
