@@ -104,7 +104,7 @@ def survey_model(task: Task, layers: Sequence[AdapterLayer], inputs: Mapping[str
     layers_of = [_widths(block) for block in blocks or [model]]
     embeddings, head = model.get_input_embeddings().weight, model.get_output_embeddings()
     width, dtype = (shape(embeddings)[-1], model.dtype) if hidden is None else (hidden.shape[-1], hidden.dtype)
-    in_autocast = _autocast_dtype(embeddings)
+    in_autocast = _autocast_dtype(compute_device(model, blocks))
     return Survey(
         sequence=None if why_not else sequence,
         why_not=why_not,
@@ -179,10 +179,9 @@ def _cast(layer: nn.Module, in_autocast: torch.dtype | None) -> int:
     return in_autocast.itemsize if weight.is_floating_point() else 0
 
 
-def _autocast_dtype(parameter: Tensor) -> torch.dtype | None:
-    """What products with a parameter are computed in by autocast; None where it is off."""
-    kind = compute_device(parameter).type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+def _autocast_dtype(device: torch.device) -> torch.dtype | None:
+    """What products on a device are computed in by autocast; None where it is off."""
+    return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
 
 
 def _eager_heads(config: Any) -> int:
