@@ -10,7 +10,7 @@ import torch
 
 from benchmarks import published
 from benchmarks.errors import BenchmarkError
-from benchmarks.floor import Products, plain_pass, targeted_shapes, training_step
+from benchmarks.floor import Products, counted, plain_pass, targeted_shapes, training_step
 from benchmarks.measure import Cost, measured
 from benchmarks.neighbours import Eva, LoraGA
 from benchmarks.ours import adapter_kept, init_batches, ours
@@ -97,7 +97,7 @@ def _plain_pass(prepared: Prepared) -> Outcome:
 
 def _products(prepared: Prepared) -> Outcome:
     shapes = targeted_shapes(prepared.peft_model, prepared.device)
-    products = Products(shapes, prepared.batches, prepared.device)
+    products = Products(shapes, counted(prepared.batches), prepared.device)
     _, cost = measured(products.run, prepared.device)
     listed = {
         "inputs": [[i, count] for i, count in shapes.inputs.items()],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -72,6 +73,11 @@ def targeted_shapes(peft_model: PeftModel, device: torch.device) -> Shapes:
     return shapes
 
 
+def counted(batches: Batches) -> list[int]:
+    """How many tokens of each batch count."""
+    return [int((tokens.document >= 0).sum()) for _, tokens in batches]
+
+
 class Products:
     """The products of all targeted layers on random x and d, made beforehand: dᵀx of each layer, xᵀx of each distinct
     input, as `lora_da.statistics` does them.
@@ -79,8 +85,8 @@ class Products:
     Layers of one shape add to the same sums, so that the memory is that of one layer of each shape.
     """
 
-    def __init__(self, shapes: Shapes, batches: Batches, device: torch.device) -> None:
-        self.tokens = [int((tokens.document >= 0).sum()) for _, tokens in batches]  # counted ones, in each batch
+    def __init__(self, shapes: Shapes, tokens: Sequence[int], device: torch.device) -> None:
+        self.tokens = list(tokens)  # counted ones, in each batch
         self._shapes, n = shapes, max(self.tokens)
         self._x = {i: _activations(n, i, device) for i in {i for _, i in shapes.layers}}
         self._d = {o: _activations(n, o, device) for o in {o for o, _ in shapes.layers}}

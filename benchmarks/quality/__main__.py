@@ -12,12 +12,11 @@ import itertools
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from benchmarks.command import run
-from benchmarks.measure import environment
+from benchmarks.quality.made_with import environment_of
 from benchmarks.quality.report import report
 from benchmarks.quality.results import Finished, append, read
 from benchmarks.quality.run import Runner
@@ -57,7 +56,7 @@ def _run(sweep: Sweep, arguments: argparse.Namespace) -> None:
         if (cell.model, cell.base) not in runners:
             runners = {(cell.model, cell.base): Runner(cell.model, cell.base, device, arguments.cache)}
         runner, corpus = runners[cell.model, cell.base], sweep.corpora[cell.task]
-        result = runner.run(cell, corpus, _environment(device), sweep.prediction)
+        result = runner.run(cell, corpus, environment_of(device), sweep.prediction)
         append(arguments.results, result)
         print(
             f"{position + 1} of {len(cells)}: {cell.task} {cell.start} rank {cell.rank} alpha/r {cell.alpha_over_r:g} "
@@ -65,24 +64,6 @@ def _run(sweep: Sweep, arguments: argparse.Namespace) -> None:
             f"{result.base_loss:.4f} → {result.final:.4f} in {result.train_seconds:.0f} s",
             flush=True,
         )
-
-
-def _environment(device: torch.device) -> dict[str, Any]:
-    made = environment(device)
-    on = made["hardware"]
-    gpu = f"{on['gpu']['name']}, " if on["gpu"] else ""
-    return {
-        "versions": made["versions"],
-        "hardware": f"{gpu}{on['cpu']}, {on['threads']} of {on['logical_cores']} cores",
-        "command": made["command"],
-        "commit": _commit(),
-        "date": made["date"],
-    }
-
-
-def _commit() -> str:
-    git = ["git", "describe", "--always", "--dirty"]
-    return subprocess.run(git, capture_output=True, text=True).stdout.strip() or "no git"
 
 
 def _in_processes(arguments: argparse.Namespace) -> None:
