@@ -1,5 +1,5 @@
 # make demo, make test, make test-fast, make lint, make table, make fuzz, make unsloth, make floors: each sets up what
-# it needs, once.
+# it needs, once. make gpu sets up nothing.
 
 PYTHON ?= python3
 # First and by itself, so that no other package chooses another build of it.
@@ -14,7 +14,7 @@ export AXOLOTL_DO_NOT_TRACK ?= 1
 # Threads that spin while they wait are several times slower where another process wants a core.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: demo test test-fast fuzz unsloth floors lint table classes clean
+.PHONY: demo test test-fast fuzz unsloth floors lint table classes gpu clean
 .DELETE_ON_ERROR:
 
 demo: $(AXOLOTL)/.ready
@@ -59,6 +59,12 @@ classes: $(AXOLOTL)/.ready $(NEWEST)/.ready
 # What works with what, as the tests' markers say, into docs/compatibility.md.
 table:
 	$(PYTHON) tests/support/table.py
+
+# On a CUDA GPU: the tests and measurements that want one, with the packages that PYTHON has; JSON and PNG go to OUT. The
+# script's first lines name the packages, and how a stage is run by itself.
+OUT ?= outputs/gpu
+gpu:
+	PYTHON="$(PYTHON)" OUT="$(OUT)" bash benchmarks/gpu.sh
 
 clean:
 	rm -rf .venv demo

@@ -48,7 +48,7 @@ def main() -> None:
     stage = arguments.stage
     print(f"{stage} on {place.name()}", flush=True)
     record = Record(place.file(stage), stage, place)
-    parts = _parts(stage, place, arguments.sweeps)
+    parts = stage_parts(stage, place, arguments.sweeps)
     left = run_parts(parts, record, place, arguments.minutes)
     _chart(record)
     if left:
@@ -58,7 +58,7 @@ def main() -> None:
         sys.exit(f"{stage} failed: {', '.join(failed)}")
 
 
-def _parts(stage: str, place: Place, sweeps: list[Path]) -> list[Part]:
+def stage_parts(stage: str, place: Place, sweeps: list[Path]) -> list[Part]:
     """The stage's parts; where a package is absent that its module needs, one that says so."""
     module, settings = STAGES[stage]
     if stage == "quality":

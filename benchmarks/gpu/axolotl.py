@@ -13,12 +13,14 @@ import yaml
 from safetensors.torch import load_file
 from torch import Tensor
 
+from axolotl_lora_da.bare_name import PLUGIN
 from benchmarks.tokenized_rows import Row
 
+ROOT = Path(__file__).parents[2]
 KERNELS = ("lora_mlp_kernel", "lora_qkv_kernel", "lora_o_kernel")
 # At a rate of zero, what is saved after a step is what was there before it.
 SETTINGS: dict[str, Any] = {
-    "plugins": ["lora_da"],
+    "plugins": [PLUGIN],
     "adapter": "qlora",
     "load_in_4bit": True,
     "lora_dropout": 0.0,
@@ -59,7 +61,7 @@ def first_adapter(folder: Path, settings: Mapping[str, Any], rows: Sequence[Row]
     written |= {"dataset_prepared_path": str(folder / "prepared"), "output_dir": str(folder / "adapter")}
     config.write_text(yaml.safe_dump(written), encoding="utf-8")
     command = [sys.executable, "-m", "axolotl.cli.train", str(config)]
-    ended = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    ended = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, cwd=ROOT, text=True)
     saved = folder / "adapter" / "adapter_model.safetensors"
     if ended.returncode or not saved.exists():
         raise RuntimeError(f"axolotl train ended with {ended.returncode}: {ended.stdout[-3000:]}")

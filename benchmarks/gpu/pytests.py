@@ -1,4 +1,4 @@
-"""The tests that are marked `gpu`, in a process of their own; on a CPU they run there, but for those of its memory."""
+"""The tests that are marked `gpu`, in a process of their own, on the stage's device; at toy size a few of them."""
 
 from __future__ import annotations
 
@@ -15,6 +15,8 @@ ROOT = Path(__file__).parents[2]
 FILE = ROOT / "tests" / "test_gpu.py"
 DEVICE = "LORA_DA_GPU_TESTS"  # the variable that names the device to the tests
 
+AT_TOY_SIZE = "test_presets"
+
 
 def parts(place: Place) -> list[Part]:
     return [Part("tests", lambda: _tests(place))]
@@ -27,6 +29,7 @@ def _tests(place: Place) -> Figures:
         # Warnings are errors for the releases that the project is developed with, not for those of a borrowed machine.
         command = [sys.executable, "-m", "pytest", str(FILE), "-m", "gpu", "-q", "-W", "default", "-rs"]
         command += [f"--junitxml={report}", "-p", "no:cacheprovider"]
+        command += ["-k", AT_TOY_SIZE] if place.toy else []
         environment = {**os.environ, DEVICE: place.device.type}
         ended = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
         print(ended.stdout[-6000:], flush=True)

@@ -31,8 +31,8 @@ TRIANGULAR = ("cholesky_solve", "linalg_solve_triangular", "triangular_solve")
 
 
 def parts(place: Place) -> list[Part]:
-    shapes = ((64, 64), (64, 192), (192, 64)) if place.toy else SHAPES
-    ranks = (4, 8) if place.toy else RANKS
+    shapes = ((64, 192),) if place.toy else SHAPES
+    ranks = (4,) if place.toy else RANKS
     return [Part(f"{i}→{o}, rank {r}", partial(_solved, place.device, i, o, r)) for i, o in shapes for r in ranks]
 
 

@@ -56,7 +56,7 @@ def model_folder(folder: Path) -> Path:
             pad_token_id=0,
             eos_token_id=1,
         )
-        LlamaForCausalLM(config).save_pretrained(folder)
+        LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)  # as it is quantised, and SmolLM2 kept
         tokens = Tokenizer(WordLevel(words, unk_token="<unk>"))
         tokens.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
         named = {"pad_token": "<pad>", "eos_token": "<eos>", "unk_token": "<unk>"}

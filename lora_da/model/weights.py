@@ -45,7 +45,9 @@ def is_readable(base: nn.Module) -> bool:
 def weight_norm(base: nn.Module) -> float | None:
     """‖W‖_F; None where W cannot be read."""
     weight = dense_weight(base)
-    return None if weight is None else torch.linalg.vector_norm(weight, dtype=torch.float32).item()
+    if weight is None:
+        return None
+    return torch.linalg.vector_norm(weight, dtype=torch.promote_types(weight.dtype, torch.float32)).item()
 
 
 def row_norms(base: nn.Module, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
