@@ -39,6 +39,7 @@ from transformers import BitsAndBytesConfig, LlamaForCausalLM
 
 from lora_da import InitReport, LoraDAConfig, initialize_lora_da_weights
 from lora_da.collect import Planner, make_plan
+from lora_da.collect.plan import in_segments
 from lora_da.memory import GIB
 from lora_da.methods import METHODS
 from lora_da.methods.presets import PRESETS
@@ -214,29 +215,33 @@ def capped(beyond: int) -> Iterator[None]:
         torch.cuda.set_per_process_memory_fraction(1.0, DEVICE)
 
 
-@MEMORY
-@pytest.mark.parametrize("way", [ONE, Way(cuts=6)], ids=["one pass", "streamed"])
-def test_no_more_memory_is_taken_than_was_forecast(way: Way) -> None:
-    initialize_lora_da_weights(wide(), long_rows(), as_solved(samples=2), show_progress=False)  # libraries take theirs
-    on, planner = wide(), Demanded(way)
+def estimated(on: PeftModel, segments: int | None = None, rows: int = 16) -> tuple[InitReport, int]:
+    """The report, and the bytes that were forecast beside the model."""
     torch.cuda.empty_cache()
+    used, planner = torch.cuda.memory_allocated(DEVICE), make_plan if segments is None else in_segments(segments)
+    report = initialize_lora_da_weights(on, long_rows(), as_solved(samples=rows), show_progress=False, plan=planner)
+    assert report.initialized == report.targeted
+    return report, report.forecast["device"] - used
+
+
+@MEMORY
+@pytest.mark.parametrize("segments", [1, 6], ids=["one pass", "streamed"])
+def test_no_more_memory_is_taken_than_was_forecast(segments: int) -> None:
+    estimated(wide(), rows=2)  # libraries take theirs
+    on = wide()
     torch.cuda.reset_peak_memory_stats(DEVICE)
-    initialize_lora_da_weights(on, long_rows(), as_solved(samples=16), show_progress=False, plan=planner)
-    (plan,) = planner.plans
-    assert torch.cuda.max_memory_allocated(DEVICE) <= plan.used + plan.device_bytes + WORKSPACE
+    report, _ = estimated(on, segments)
+    assert torch.cuda.max_memory_allocated(DEVICE) <= report.forecast["device"] + WORKSPACE
 
 
 @MEMORY
 def test_a_cap_changes_how_the_model_is_run_and_not_what_comes_out() -> None:
     """Half of what one pass takes: whether that is planned for or found out, the start is the same."""
-    whole, planner = wide(torch.float32), Demanded(ONE)
-    config = as_solved(samples=16)
-    initialize_lora_da_weights(whole, long_rows(), config, show_progress=False, plan=planner)
+    whole = wide(torch.float32)
+    _, needed = estimated(whole, 1)
     expected = {name: tensor.double().cpu() for name, tensor in adapter_weights(whole).items()}
     del whole
     on = wide(torch.float32)
-    with capped(planner.plans[0].device_bytes // 2 + WORKSPACE):
-        report = initialize_lora_da_weights(on, long_rows(), config, show_progress=False)
-    assert report.initialized == report.targeted
-    found = {name: tensor.double().cpu() for name, tensor in adapter_weights(on).items()}
-    assert farthest(found, expected) <= TURNED
+    with capped(needed // 2 + WORKSPACE):
+        estimated(on)
+    assert farthest({name: tensor.double().cpu() for name, tensor in adapter_weights(on).items()}, expected) <= TURNED

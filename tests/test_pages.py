@@ -37,6 +37,8 @@ def unknown(typed: str) -> bool:
             extras = re.fullmatch(r"\.\[([\w,]+)\]", package)
             project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
             return not (all(f"\n{e} = [" in project for e in extras[1].split(",")) if extras else package == MODEL)
+        case ["bash", script, *_]:
+            return not (ROOT / script).is_file()
         case [python, "-m", module, *_] if python.split("/")[-1] == "python":
             return importlib.util.find_spec(module) is None
     return True
@@ -48,7 +50,9 @@ def test_commands_exist() -> None:
     assert "make demo" in typed and [line for line in typed if unknown(line)] == []
 
 
-@pytest.mark.parametrize("typed", ["make tests", "pip install .[tlr]", "python -m benchmarks.cost", "axolotl lora"])
+@pytest.mark.parametrize(
+    "typed", ["make tests", "pip install .[tlr]", "python -m benchmarks.cost", "axolotl lora", "bash ci.sh"]
+)
 def test_a_command_that_is_not_there_is_found(typed: str) -> None:
     assert unknown(typed)
 
