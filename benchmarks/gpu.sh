@@ -24,7 +24,7 @@ cd "$(dirname "$0")/.."
 
 python="${PYTHON:-python3}"
 out="${OUT:-outputs/gpu}"
-export CUDA_VISIBLE_DEVICES="${CUDA_VISIBLE_DEVICES:-0}" # one process on several GPUs is another thing (nn.DataParallel)
+export CUDA_VISIBLE_DEVICES="${CUDA_VISIBLE_DEVICES-0}" # one process on several GPUs is another thing (nn.DataParallel)
 export HF_HUB_OFFLINE="${HF_HUB_OFFLINE:-1}" AXOLOTL_DO_NOT_TRACK=1 TOKENIZERS_PARALLELISM=false PYTHONUNBUFFERED=1
 limit="${LIMIT:-590}" # seconds that a stage may take
 

@@ -10,19 +10,19 @@ import tempfile
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import torch
 from datasets import Dataset
 from peft import get_peft_model
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import DataLoader
-from transformers import AutoTokenizer, TrainerCallback
+from transformers import AutoTokenizer
 from trl import SFTConfig, SFTTrainer
 
 from benchmarks.gpu import axolotl, toy
+from benchmarks.gpu.adapters import FirstStep, adapter_of, distances, quantiles
 from benchmarks.gpu.parts import MISSED, Figures, NotRun, Part, Place, need
 from benchmarks.measure import measured
 from benchmarks.qlora import load_model, lora_config
@@ -99,7 +99,7 @@ class Starts:
     def rounded(self) -> Figures:
         adapter, figures = self._train(CPU, {})
         save_file(adapter, self._file(ROUNDED))
-        return {**figures, **_quantiles(distances(adapter, self.kept(TRUTH)))}
+        return {**figures, **quantiles(distances(adapter, self.kept(TRUTH)))}
 
     def trained(self, name: str, args: Mapping[str, Any]) -> Figures:
         if name == "Liger":
@@ -120,8 +120,8 @@ class Starts:
 
     def judged(self, adapter: Mapping[str, Tensor]) -> Figures:
         """Hold an adapter against the truth, and against how far bf16 alone is from it."""
-        found = _quantiles(distances(adapter, self.kept(TRUTH)))
-        allowed = _quantiles(distances(self.kept(ROUNDED), self.kept(TRUTH)))
+        found = quantiles(distances(adapter, self.kept(TRUTH)))
+        allowed = quantiles(distances(self.kept(ROUNDED), self.kept(TRUTH)))
         far = [
             name for name, value in found.items() if value > WITHIN * allowed[name] + torch.finfo(torch.bfloat16).eps
         ]
@@ -175,44 +175,6 @@ class Starts:
         if not self._file(name).exists():
             raise NotRun(f"no {self._file(name)}, which the part {name!r} writes: take it out of the JSON beside it")
         return load_file(self._file(name))
-
-
-class FirstStep(TrainerCallback):
-    """Copies the adapter before the first step. List it after the initializer."""
-
-    def __init__(self) -> None:
-        self.adapter: dict[str, Tensor] = {}
-
-    def on_step_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
-        self.adapter = self.adapter or adapter_of(model)
-
-
-def adapter_of(model: nn.Module) -> dict[str, Tensor]:
-    """Copies on the CPU in float32, by the names that a saved adapter has."""
-    named = ((name.replace(".default", ""), p) for name, p in model.named_parameters() if "lora_" in name)
-    return {name: p.detach().float().cpu().clone() for name, p in named}
-
-
-def distances(adapter: Mapping[str, Tensor], truth: Mapping[str, Tensor]) -> dict[str, float]:
-    """How far lora_B·lora_A of each layer is from the truth's, relative to its size.
-
-    Raises:
-        ValueError: the layers are not the same.
-    """
-    if set(adapter) != set(truth):
-        raise ValueError(f"layers are not the truth's: {sorted(set(adapter) ^ set(truth))[:4]}")
-    found = {}
-    for name in (name for name in truth if "lora_A" in name):
-        one, other = (s[name.replace("lora_A", "lora_B")] @ s[name] for s in (adapter, truth))
-        found[name] = ((one - other).norm() / other.norm()).item()
-    return found
-
-
-def _quantiles(found: Mapping[str, float]) -> dict[str, float]:
-    """Sum up over the layers."""
-    ascending = sorted(found.values())
-    most = ascending[round(0.9 * (len(ascending) - 1))]
-    return {"median_difference": median(ascending), "ninth_tenth_difference": most, "worst_difference": ascending[-1]}
 
 
 def paragraphs() -> list[str]:
