@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,12 +20,11 @@ from lora_da.collect.plan import Plan, in_segments
 from lora_da.collect.survey import Survey
 from lora_da.memory import GIB, used_bytes
 from lora_da.methods import METHODS
-from lora_da.model.sharding import compute_device
 from lora_da.model.state import drawing_mode, estimation_mode
 from lora_da.needs import Needs
 from lora_da.processes import Processes, Run
 from lora_da.samples.batch import Batch
-from lora_da.samples.draw import draw
+from lora_da.samples.draw import Size, draw
 from lora_da.solve import LayerSolver
 from lora_da.tasks import find_task
 
@@ -79,7 +79,8 @@ class Watched:
         self, survey: Survey, layers: Sequence[AdapterLayer], batches: Sequence[Batch], needs: Needs, run: Run
     ) -> Plan:
         plan = in_segments(self.blocks)(survey, layers, batches, needs, run)
-        forecast = Forecast(survey, plan.batch_tokens, needs)
+        longest = max(batch.shape[1] for batch in batches)
+        forecast = Forecast(survey, plan.batch_tokens, longest, needs, plan.checkpointed, math.inf)
         for segment in plan.segments[::-1]:
             sums = forecast.sums(segment.layers)
             running, solving = forecast.running(segment), forecast.solving(segment.layers)
@@ -91,9 +92,9 @@ class Watched:
 def estimate(model: PeftModel, loader: DataLoader[Any], samples: int, device: torch.device) -> dict[str, Any]:
     """Collect and solve with one block in a segment: peaks and forecasts by phase, in GiB, the model included."""
     task, method, peaks = find_task(model.get_base_model()), METHODS["lora_da"], Peaks(device)
-    numbers, run = method.presets["default"], _run(model)
+    numbers, run = method.presets["default"], Run(Processes(), device, None, False)
     with drawing_mode():
-        data = draw(loader, samples, None, None, task.read, method.population)
+        data = draw(loader, Size(samples), None, None, task.read, method.population)
     solver, plan = LayerSolver(method, numbers, data), Watched(len(task.blocks), peaks)
 
     def solve(layer: AdapterLayer, observed: Observed) -> Any:
@@ -134,7 +135,3 @@ def _phases_seen(blocks: Sequence[torch.nn.Module], peaks: Peaks, plan: Watched)
     finally:
         for hook in hooks:
             hook.remove()
-
-
-def _run(model: PeftModel) -> Run:
-    return Run(Processes(), compute_device(model.get_base_model().get_input_embeddings().weight), None, False)
