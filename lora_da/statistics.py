@@ -108,6 +108,10 @@ class InputSums:
             self._mean, self.sigma_xx_ = self.sigma_xx_.div_(self.n_tokens), None
         return self._mean
 
+    def free(self) -> None:
+        """Forget Z, once all that share it have read it."""
+        self._mean = None
+
 
 class LayerSums:
     """Σ d xᵀ and Σ d dᵀ (or its diagonal Σ d²) over the counted tokens of one layer, as far as they are read.

@@ -78,8 +78,8 @@ def collect(
         data: the init samples.
         needs: what is taken of each layer.
         run: where.
-        solve_layer: takes a layer with what was collected of it, which is freed when the call returns, Z when the
-            segment's last layer is done; returns what can be sent to other processes.
+        solve_layer: takes a layer with what was collected of it, which is freed when the call returns, Z when the last
+            layer that reads it is done; returns what can be sent to other processes.
         plan: decides how the model is cut.
 
     Raises:

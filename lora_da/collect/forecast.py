@@ -51,8 +51,8 @@ class Forecast:
     solved_within: float
 
     def bytes(self, segment: Segment) -> int:
-        """All that it takes at once: its sums, beside running or solving."""
-        return self.sums(segment.layers) + max(self.running(segment), self.solving(segment.layers))
+        """All that it takes at once: its sums and running, or what is left of them and solving."""
+        return max(self.sums(segment.layers) + self.running(segment), self.solving(segment.layers))
 
     def sums(self, layers: Sequence[AdapterLayer]) -> int:
         """What the layers' sums take; those that share an input have one of it."""
@@ -92,10 +92,24 @@ class Forecast:
         return self.survey.eager_heads * self.batch_tokens * self.longest * of_a_score
 
     def solving(self, layers: Sequence[AdapterLayer]) -> int:
-        """What the largest layer takes of those that are solved here."""
-        one_of_each = {(a.in_features, a.out_features): a for a in layers}
-        takes = ((self.sums([a]), self.needs.solving(*shape)) for shape, a in one_of_each.items())
-        return max((solving for sums, solving in takes if sums + solving <= self.solved_within), default=0)
+        """What solving the layers takes with their sums, each of which is freed after its last reader; those that are
+        solved elsewhere take nothing."""
+        most, held, inputs = 0, 0, set()
+        for layer in reversed(in_solving_order(layers)):  # what is held when it is its turn is its own and those behind
+            held += gradient_bytes(layer.in_features, layer.out_features, self.needs)
+            source = self.survey.reads_like.get(layer.name, layer.name)
+            if self.needs.sums.input_cov and source not in inputs:
+                inputs.add(source)
+                held += input_bytes(layer.in_features)
+            solving = self.needs.solving_bytes(layer.in_features, layer.out_features)
+            if self.sums([layer]) + solving <= self.solved_within:
+                most = max(most, held + solving)
+        return most
+
+
+def in_solving_order(layers: Sequence[AdapterLayer]) -> list[AdapterLayer]:
+    """The layers of a segment as they are solved: the widest input, whose Z and its factor are the largest, last."""
+    return sorted(layers, key=lambda layer: layer.in_features)
 
 
 def border_bytes(batches: Sequence[Batch], survey: Survey, device: torch.device) -> int:

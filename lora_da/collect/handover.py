@@ -11,6 +11,7 @@ from tqdm import tqdm
 
 from lora_da.adapter import AdapterLayer
 from lora_da.collect.feed import Work
+from lora_da.collect.forecast import in_solving_order
 from lora_da.collect.sums import SegmentSums
 from lora_da.errors import LoraDAError
 from lora_da.memory import is_out_of_memory
@@ -81,8 +82,8 @@ class HandingOver(Generic[T]):
         self._n_units = data.n_loss_tokens if work.needs.averaging == "tokens" else data.n_samples
 
     def hand_over(self, layers: Sequence[AdapterLayer]) -> HandedOver[T]:
-        """Hand those over that are this process's."""
-        sums, processes = self._sums, self._work.run.processes
+        """Hand those over that are this process's, the widest input last; each Z is freed after its last reader."""
+        sums, processes, layers = self._sums, self._work.run.processes, in_solving_order(layers)
         done: HandedOver[T] = HandedOver()
         readers = {sums.reads_like.get(a.name): a.name for a in layers if a.name not in sums.misshapen}
         last_readers = set(readers.values())
@@ -105,6 +106,9 @@ class HandingOver(Generic[T]):
                     done.outcomes[name] = self._solve_layer(layer, observed)
                 else:
                     done.outcomes[name] = observed
+                del observed
+                if name in last_readers:
+                    sums.free_input(name)
             done.tokens[name] = sums.n_tokens(name)
         return done
 

@@ -51,3 +51,7 @@ class SegmentSums:
         """
         sums = self.by_layer.pop(name, None)
         return None if sums is None else sums.take_means(n_units, scale)
+
+    def free_input(self, name: str) -> None:
+        """Forget the mean of a layer's input, which nobody reads any more."""
+        self.inputs[self.reads_like[name]].free()
