@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
@@ -34,12 +35,13 @@ class Needs:
 
     Args:
         sums: taken over the samples.
-        solving: bytes that solving a layer of i inputs and o outputs takes beside them.
+        solving: bytes that solving a layer of i inputs and o outputs in float32 takes beside them.
         weight: whether the layer's weight is read, dequantised, one layer at a time.
         full_fisher_up_to: widest layer output whose Fisher is kept in full and not as its diagonal; infinite where
             nothing less will do.
         averaging: what d is the gradient of: a loss token's share of the mean over all `tokens`, or over its own
             sample's, so that all `samples` weigh the same.
+        float32_up_to: inputs of the widest layer that is surely solved in float32; wider ones may take float64.
     """
 
     sums: Sums
@@ -47,6 +49,11 @@ class Needs:
     weight: bool = False
     full_fisher_up_to: float = 0
     averaging: Averaging = "tokens"
+    float32_up_to: float = math.inf
+
+    def solving_bytes(self, in_features: int, out_features: int) -> int:
+        """What solving a layer takes at most, in the precision that it may need."""
+        return self.solving(in_features, out_features) * (1 if in_features <= self.float32_up_to else 2)
 
     def full_fisher(self, out_features: int) -> bool:
         """Whether the Fisher of so many outputs is kept in full."""

@@ -16,12 +16,13 @@ from lora_da.needs import Needs, Sums
 METHODS: dict[str, Method] = {
     "lora_da": Method(
         "lora_da",
-        # the damped copy of Z and its factor, D and what it is made of, in float32
-        Needs(Sums(), solving=lambda i, o: 4 * (2 * i**2 + 4 * i * o)),
+        # the factor of Z, and D with the basis of a few dozen vectors and their images
+        Needs(Sums(), solving=lambda i, o: 4 * (i**2 + 4 * i * o)),
         PRESETS,
         function_of("lora_da", "lora_da"),
         prepare=function_of("lora_da", "damp_input"),
         population=True,
+        float32_up_to=function_of("lora_da", "float32_up_to"),
     ),
     "filet": Method(
         "filet",
@@ -39,7 +40,8 @@ METHODS: dict[str, Method] = {
     ),
     "lora_one": Method(
         "lora_one",
-        Needs(Sums(input_cov=False, output_fisher=False), solving=lambda i, o: 4 * 3 * i * o),  # G scaled, in float64
+        # G scaled, the basis and its images, and the last of them in float64
+        Needs(Sums(input_cov=False, output_fisher=False), solving=lambda i, o: 4 * 3 * i * o),
         {"default": Numbers(averaging="tokens", gamma=128.0, first_step="gamma")},  # the paper's
         function_of("lora_one", "lora_one"),
     ),

@@ -122,7 +122,7 @@ def find_shift(input_cov: Tensor | None, numbers: Numbers) -> DomainShift:
     assert numbers.damping is not None
     damping, trace = numbers.damping, cov.diagonal().double().sum().item()
     mean, added = trace / len(cov), damping * trace / len(cov)
-    dense = cov if float32_suffices(cov, trace, added) else cov.double()
+    dense = cov if float32_suffices(cov, added) else cov.double()
     values, vectors = torch.linalg.eigh(dense / mean)  # λ and Q
     values = values.clamp_min(0)  # rounding leaves some a little below zero
     damped = values + damping

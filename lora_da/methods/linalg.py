@@ -1,36 +1,31 @@
-"""Leading eigenpairs of a symmetric operator, without forming it: block Krylov with restarts, checked by its residual.
+"""Leading eigenpairs of symmetric operators and singular triplets of matrices, and one eigenvalue alone.
 
 A dense `eigh` of a 1536-wide layer takes seconds on a CPU, of a 14336-wide one minutes, and all but r of its vectors
-are thrown away. Here the operator is applied to a few dozen vectors at a time; what does not converge is solved
-densely.
+are thrown away. Here an operator is applied to a few dozen vectors at a time; what does not converge is solved densely.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from lora_da.methods.krylov import BLOCKS, Eigenpairs, Operator, dense, iterate
+from lora_da.methods.orthonormal import orthonormal_to
+
 DENSE_UP_TO = 128  # narrower operators are cheaper to solve densely than to iterate on
 OVERSAMPLING = 8  # extra vectors in a block: they take the eigenvalues next to the wanted ones
-KRYLOV_BLOCKS = 8  # blocks in the basis before a restart
-CHECKED_AT = (2, 4, 6, 8)  # blocks at which the residual is looked at
-MAX_RESTARTS = 40
 # Of the residual, relative to the largest eigenvalue: in float64 what float32 sums can tell apart, in float32 what the
 # arithmetic reaches.
 TOLERANCE = {torch.float64: 1e-7, torch.float32: 1e-5}
-SINGULAR_TOLERANCE = 1e-10  # of squares: singular values of 1e-4 of the largest still stand out
-
-
-@dataclass(frozen=True)
-class Eigenpairs:
-    """`vectors` (n, k) orthonormal, `values` (k,) falling, `residual` ‖A V − V Λ‖_F / max|Λ|."""
-
-    values: Tensor
-    vectors: Tensor
-    residual: float
+# Of squares: in float64 singular values of 1e-4 of the largest still stand out.
+SINGULAR_TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-6}
+ROWS = 1024  # of a float32 matrix that are in float64 at a time
+POWER_STEPS = 20
+NEAR_LOOKS = (1, 2, 4)  # blocks
 
 
 def largest_eigenpairs(
@@ -45,28 +40,66 @@ def largest_eigenpairs(
         tolerance: residual at which to stop, that of the dtype if None. Beyond the last restart the operator is formed
             and solved densely.
     """
-    n, width = start.shape
-    tolerance = TOLERANCE[start.dtype] if tolerance is None else tolerance
-    if n <= max(DENSE_UP_TO, KRYLOV_BLOCKS * width):  # the basis would fill the whole space
-        return _dense(apply, start, k)
-    basis = torch.linalg.qr(start).Q
-    for _ in range(MAX_RESTARTS):
-        q, aq = basis, apply(basis)
-        for blocks in range(1, KRYLOV_BLOCKS + 1):
-            if blocks in CHECKED_AT:
-                keep, pairs = _rayleigh_ritz(q, aq, width, k)
-                if pairs.residual <= tolerance:
-                    return pairs
-            if blocks < KRYLOV_BLOCKS:
-                block = _orthonormal_to(q, aq[:, -width:])
-                q, aq = torch.cat([q, block], 1), torch.cat([aq, apply(block)], 1)  # (n, b·blocks)
-        basis = torch.linalg.qr(q @ keep).Q
-    return _dense(apply, start, k)
+    operator = Operator(apply, lambda image: image, lambda v, image: v.T @ image)
+    found = _solved(operator, start, k, TOLERANCE[start.dtype] if tolerance is None else tolerance)
+    return Eigenpairs(found.values[:k], found.vectors[:, :k], found.residual)
+
+
+def estimated_eigenvalue(apply: Callable[[Tensor], Tensor], start: Tensor, tolerance: float) -> float:
+    """A lower bound of the largest eigenvalue of a positive operator, by power iteration: products and norms alone.
+
+    Args:
+        apply: (n, b) → (n, b), the operator on a block of vectors; symmetric, positive semidefinite.
+        start: (n, b), first guesses, each of which is iterated on by itself.
+        tolerance: residual of the best of them, relative to the eigenvalue, at which to stop; the error is its square
+            where no other eigenvalue is close.
+    """
+    image, found = start, 0.0
+    for _ in range(POWER_STEPS):
+        v = image / torch.linalg.vector_norm(image, dim=0).clamp_min(torch.finfo(image.dtype).tiny)
+        image = apply(v)
+        values = (v * image).sum(0)
+        errors = torch.linalg.vector_norm(image - v * values, dim=0)
+        found, error = torch.stack([values, errors])[:, values.argmax()].tolist()
+        if error <= tolerance * found:
+            break
+    return found
+
+
+def largest_eigenvalue_near(
+    apply: Callable[[Tensor], Tensor], block: Tensor, others: Tensor, tolerance: float
+) -> float:
+    """The largest eigenvalue of a positive operator, from vectors whose span all but contains its eigenvector: a block
+    Krylov space that is looked at from the first block on.
+
+    Args:
+        apply: (n, b) → (n, b), the operator on a block of vectors; symmetric, positive semidefinite.
+        block: (n, b), orthonormal, b > 1.
+        others: (n, c), a further guess, for where that is not so.
+        tolerance: of the eigenvalue, relative.
+    """
+    width = block.shape[1]
+    q, image = block, apply(block)
+    for blocks in range(1, NEAR_LOOKS[-1] + 1):
+        if blocks in NEAR_LOOKS:
+            values, rotation = torch.linalg.eigh(q.T @ image)
+            top = rotation[:, -1:]
+            error = torch.linalg.vector_norm(image @ top - q @ top * values[-1])
+            missing = error * (error / (values[-1] - values[-width]))  # lower than these is what lies outside
+            value, missing = torch.stack([values[-1], torch.minimum(error, missing)]).tolist()
+            if missing <= tolerance * value:
+                return value
+        following = image[:, -width:] if blocks > 1 else torch.cat([image, others], 1)
+        block = orthonormal_to(q, following)
+        width = block.shape[1]
+        q, image = torch.cat([q, block], 1), torch.cat([image, apply(block)], 1)
+    return largest_eigenpairs(apply, block, 1, math.sqrt(tolerance)).values.item()
 
 
 @dataclass(frozen=True)
 class SingularTriplets:
-    """`left` (m, k) and `right` (n, k) orthonormal, `values` (k,) falling; `residual` of the eigenpairs behind them."""
+    """`left` (m, k) and `right` (n, k) orthonormal, `values` (k,) falling, all in float64; `residual` of the eigenpairs
+    behind them."""
 
     left: Tensor
     values: Tensor
@@ -75,48 +108,47 @@ class SingularTriplets:
 
 
 def largest_singular_triplets(matrix: Tensor, start: Tensor, k: int) -> SingularTriplets:
-    """The `k` largest singular values of a matrix and their vectors, in float64: their squares are what is iterated on,
-    and in float32 what is below a three-hundredth of the largest would drown.
+    """The `k` largest singular values of a matrix and their vectors: iterated on in its dtype, settled in float64.
+
+    Their squares are what is iterated on, in which float32 would lose all below a three-hundredth of the largest. So
+    the small problem is made of the images of the basis, and in float64: what remains is float32's rounding of the
+    matrix itself. One step of subspace iteration in float64 takes that away.
 
     Args:
-        matrix: (m, n), float64.
+        matrix: (m, n), float32 or float64, its largest entry around 1.
         start: (max(m, n), b) with b ≥ k, any block of noise.
         k: number of triplets, at most min(m, n).
     """
     if matrix.shape[0] < matrix.shape[1]:  # the smaller Gram matrix is the one to iterate on
         found = largest_singular_triplets(matrix.T, start, k)
         return SingularTriplets(found.right, found.values, found.left, found.residual)
-    pairs = largest_eigenpairs(lambda v: matrix.T @ (matrix @ v), matrix.T @ start, k, SINGULAR_TOLERANCE)
+    operator = Operator(lambda v: matrix @ v, lambda image: matrix.T @ image, lambda _, image: _gram(image))
+    pairs = _solved(operator, matrix.T @ start, k, SINGULAR_TOLERANCE[matrix.dtype])
+    right = pairs.vectors.double()  # (n, b)
+    if matrix.dtype != torch.float64:
+        right = torch.linalg.qr(_squared_product(matrix, right)).Q
     # Small values are more exact from the image of the vectors than as the roots of eigenvalues.
-    left, values, rotation = torch.linalg.svd(matrix @ pairs.vectors, full_matrices=False)
-    return SingularTriplets(left, values, pairs.vectors @ rotation.T, pairs.residual)
+    image = torch.cat([rows.double() @ right for rows in matrix.split(ROWS)])
+    left, values, rotation = torch.linalg.svd(image, full_matrices=False)
+    return SingularTriplets(left[:, :k], values[:k], right @ rotation[:k].T, pairs.residual)
 
 
-def _rayleigh_ritz(q: Tensor, aq: Tensor, width: int, k: int) -> tuple[Tensor, Eigenpairs]:
-    """The best pairs in the span of the orthonormal q (n, m), given A q: coefficients (m, width) and the first k."""
-    projected = q.T @ aq
-    values, rotation = torch.linalg.eigh((projected + projected.T) / 2)
-    keep = rotation[:, -width:].flip(1)
-    return keep, _pairs(values.flip(0)[:k], q @ keep[:, :k], aq @ keep[:, :k])
+def _solved(operator: Operator, start: Tensor, k: int, tolerance: float) -> Eigenpairs:
+    """Iterated where that is cheaper and converges; else densely."""
+    if start.shape[0] <= max(DENSE_UP_TO, BLOCKS * start.shape[1]):  # the basis would fill the whole space
+        return dense(operator, start, k)
+    return iterate(operator, start, k, tolerance) or dense(operator, start, k)
 
 
-def _orthonormal_to(q: Tensor, new: Tensor) -> Tensor:
-    """An orthonormal block spanning what `new` adds to the orthonormal `q`.
-
-    Projected and orthonormalised twice: once is not enough in floating point, nor where `new` adds almost nothing.
-    """
-    for _ in range(2):
-        new = torch.linalg.qr(new - q @ (q.T @ new)).Q
-    return new
+def _gram(image: Tensor) -> Tensor:
+    tall = image.double()
+    return tall.T @ tall
 
 
-def _dense(apply: Callable[[Tensor], Tensor], start: Tensor, k: int) -> Eigenpairs:
-    matrix = apply(torch.eye(start.shape[0], dtype=start.dtype, device=start.device))
-    values, vectors = torch.linalg.eigh((matrix + matrix.T) / 2)
-    values, vectors = values.flip(0)[:k], vectors.flip(1)[:, :k]
-    return _pairs(values, vectors, matrix @ vectors)
-
-
-def _pairs(values: Tensor, vectors: Tensor, image: Tensor) -> Eigenpairs:
-    scale = values.abs().max().clamp_min(torch.finfo(values.dtype).tiny)
-    return Eigenpairs(values, vectors, (torch.linalg.norm(image - vectors * values) / scale).item())
+def _squared_product(matrix: Tensor, right: Tensor) -> Tensor:
+    """matrixᵀ matrix right for right (n, b) in float64, a few rows of the matrix at a time."""
+    product = torch.zeros_like(right)
+    for rows in matrix.split(ROWS):
+        tall = rows.double()
+        product.addmm_(tall.T, tall @ right)
+    return product

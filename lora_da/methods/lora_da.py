@@ -8,21 +8,23 @@ With Z the input covariance, Y the output Fisher and G the gradient of a layer,
 
 and the model starts at W + s·lora_B·lora_A with lora_B·lora_A = (A0 B0)ᵀ / gamma. The base weight is not touched.
 
-Z is factored once for all layers that read it and never inverted. All of it runs on the device of the statistics, in
-float32 where the damping bounds Z's condition number and in float64 where it does not: on the layers of a real model
-with the default damping the two subspaces are 1e-5 apart and their objectives 1e-10, and a consumer GPU's float64 is
-64 times slower than its float32.
+Z is factored once for all layers that read it, in the memory of its damped copy, and never inverted. All of it runs on
+the device of the statistics, in float32 where the damping bounds Z's condition number and in float64 where it does not:
+on the layers of a real model with the default damping the two subspaces are 1e-5 apart and their objectives 1e-10, and
+a consumer GPU's float64 is 64 times slower than its float32.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from lora_da.methods.common import (
+    MAX_FLOAT32_CONDITION,
     LayerSpec,
     LoraFactors,
     UnsolvableLayer,
@@ -32,15 +34,16 @@ from lora_da.methods.common import (
     float32_suffices,
     noise,
     plain_energy_scale,
+    squared_norm,
 )
-from lora_da.methods.linalg import OVERSAMPLING, largest_eigenpairs
+from lora_da.methods.linalg import OVERSAMPLING, estimated_eigenvalue, largest_eigenpairs, largest_eigenvalue_near
 from lora_da.methods.method import Preset
 from lora_da.statistics import LayerStatistics
 
-# An eigenvalue's error is the square of its residual: at these, a norm and an order of magnitude are settled.
-NORM_TOLERANCE = 1e-4
-CONDITION_TOLERANCE = 0.1
-NORM_BLOCK = 4  # vectors in the block for a single eigenvalue
+NORM_TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5}
+CONDITION_TOLERANCE = 0.05  # an eigenvalue's error is at most that of its residual: one digit is settled
+GUESSES = 4  # for an eigenvalue of which nothing is known
+COLUMNS = 512  # of the inverse of a full Fisher that are held at a time
 
 
 @dataclass(frozen=True)
@@ -61,7 +64,16 @@ class DampedInput:
 
     def solve(self, right: Tensor) -> Tensor:
         """(Z + damping·I)⁻¹ right, for right (i, b)."""
-        return torch.cholesky_solve(right, self.factor)
+        return self.solve_(right.clone())
+
+    def solve_(self, right: Tensor) -> Tensor:
+        """The same in the memory of `right`. Two triangular solves: on CUDA `cholesky_solve` copies the factor."""
+        torch.linalg.solve_triangular(self.factor, right, upper=False, out=right)
+        return torch.linalg.solve_triangular(self.factor.T, right, upper=True, out=right)
+
+    def energy(self, directions: Tensor) -> Tensor:
+        """tr(Vᵀ Z V), Z undamped, for orthonormal directions V (i, b)."""
+        return (self.factor.T @ directions).square().sum() - self.damping * directions.shape[1]
 
 
 def lora_da(statistics: LayerStatistics, layer: LayerSpec, preset: Preset) -> LoraFactors:
@@ -84,12 +96,13 @@ def lora_da(statistics: LayerStatistics, layer: LayerSpec, preset: Preset) -> Lo
     damped_input: DampedInput = layer.prepared
     assert layer.population is not None, "the population was not asked for"
     dtype = damped_input.factor.dtype
-    inverse_fisher, damping_output = _inverse_fisher_diagonal(fisher.double(), preset)  # (o,)
+    inverse_fisher, damping_output = _inverse_fisher_diagonal(fisher, preset)  # (o,)
     variance = preset.variance_weight * inverse_fisher.sum().item() / layer.population
     # G and 1/Y may be as small and as large as they like: D is held in units of their largest entries.
-    grad_unit, fisher_unit = grad.abs().max(), inverse_fisher.max()
-    weighted = (grad / grad_unit).T.to(dtype) * (inverse_fisher / fisher_unit).to(dtype)  # (i, o)
-    direction = damped_input.solve(weighted).neg_()  # D / unit (i, o)
+    grad_unit, fisher_unit = torch.linalg.vector_norm(grad, torch.inf), inverse_fisher.max()
+    direction = torch.empty(grad.shape, dtype=dtype, device=grad.device)  # Dᵀ / unit (o, i)
+    torch.div(grad, grad_unit, out=direction).mul_((-inverse_fisher / fisher_unit).to(dtype).unsqueeze(1))
+    direction = damped_input.solve_(direction.T)  # D / unit (i, o)
     unit = grad_unit.item() * fisher_unit.item()
     variance /= unit**2
 
@@ -106,13 +119,14 @@ def lora_da(statistics: LayerStatistics, layer: LayerSpec, preset: Preset) -> Lo
     b0 = a0.T @ direction  # (r, o)
     size = unit
     if preset.normalize_step:  # the eigenvectors of Ω do not change with the scale of D
-        size = 1 / largest_eigenpairs(bias, a0, 1, NORM_TOLERANCE).values.sqrt().item()
-    captured = (b0.square().sum() / direction.square().sum()).item()
+        size = 1 / math.sqrt(_largest_square(bias, a0, start))
+    captured = squared_norm(b0) / squared_norm(direction)
     b0 = b0.double() * size
 
     scale = 1 / math.sqrt(preset.gamma)
     if preset.match_input_energy:
-        scale = plain_energy_scale(a0, damped_input.cov.to(dtype), layer.plain_variance)
+        energy, trace = damped_input.energy(a0), damped_input.cov.trace()
+        scale = plain_energy_scale(energy, trace, layer.rank, layer.plain_variance)
     lora_A, lora_B = a0.T.double() * scale, b0.T / (preset.gamma * scale)
     factors = LoraFactors(
         lora_A=lora_A,
@@ -140,36 +154,69 @@ def damp_input(input_cov: Tensor | None, preset: Preset) -> DampedInput:
         UnsolvableLayer: Z is not finite, zero, or not positive definite after damping.
     """
     input_cov = checked("input covariance", input_cov)
-    diagonal = input_cov.diagonal().double()
-    trace, added = diagonal.sum().item(), _damping(diagonal, preset)
-    dense = input_cov if float32_suffices(input_cov, trace, added) else input_cov.double()
-    factor = _cholesky(dense, added, "input covariance")
-    start = noise(factor.shape[0], min(NORM_BLOCK, factor.shape[0]), like=factor)
-    largest = largest_eigenpairs(lambda v: factor @ (factor.T @ v), start, 1, CONDITION_TOLERANCE).values
-    smallest = largest_eigenpairs(lambda v: torch.cholesky_solve(v, factor), start, 1, CONDITION_TOLERANCE).values
-    return DampedInput(input_cov, factor, added, (largest * smallest).item())
+    added = _damping(input_cov.diagonal().double(), preset)
+    dtype = torch.float32 if float32_suffices(input_cov, added) else torch.float64
+    factor = _factored_(input_cov.to(dtype, copy=True), added, "input covariance")
+    damped = DampedInput(input_cov, factor, added, math.nan)
+    guesses = noise(factor.shape[0], min(GUESSES, factor.shape[0]), like=factor)
+    undamped = estimated_eigenvalue(lambda v: input_cov @ v, guesses.to(input_cov.dtype), CONDITION_TOLERANCE)
+    inverse = estimated_eigenvalue(damped.solve, guesses, CONDITION_TOLERANCE)
+    return replace(damped, condition=(undamped + added) * inverse)
+
+
+def float32_up_to(preset: Preset) -> float:
+    """Inputs of the widest layer whose Z is factored in float32 whatever it is: its Frobenius norm is at most its
+    trace, i times its mean diagonal."""
+    return MAX_FLOAT32_CONDITION * preset.damping if preset.relative_damping else 0.0
+
+
+def _largest_square(bias: Callable[[Tensor], Tensor], a0: Tensor, start: Tensor) -> float:
+    """The square of D's largest singular value: the largest eigenvalue of D Dᵀ.
+
+    The variance term turns A0 a little away from its eigenvector, and may leave that out: beside A0 (i, r), an image of
+    noise is followed.
+    """
+    other = start[:, :1]
+    for _ in range(2):
+        other = other - a0 @ (a0.T @ other)
+        other = other / torch.linalg.vector_norm(other).clamp_min(torch.finfo(other.dtype).tiny)
+    return largest_eigenvalue_near(bias, torch.cat([a0, other], 1), start[:, 1:], NORM_TOLERANCE[a0.dtype])
 
 
 def _damping(diagonal: Tensor, preset: Preset) -> float:
     return preset.damping * diagonal.mean().item() if preset.relative_damping else preset.damping
 
 
-def _cholesky(matrix: Tensor, damping: float, name: str) -> Tensor:
-    damped = matrix.clone()
-    damped.diagonal().add_(damping)
-    cholesky, info = torch.linalg.cholesky_ex(damped)
+def _factored_(matrix: Tensor, damping: float, name: str) -> Tensor:
+    """L of the damped symmetric matrix, in its memory."""
+    matrix.diagonal().add_(damping)
+    columns = matrix.T  # as LAPACK lays matrices out
+    info = torch.empty((), dtype=torch.int32, device=matrix.device)
+    torch.linalg.cholesky_ex(columns, out=(columns, info))
     if info.item() != 0:
         raise UnsolvableLayer(f"its {name} is not positive definite with damping {damping:.3g}; set a larger damping")
-    return cholesky
+    return columns
 
 
 def _inverse_fisher_diagonal(fisher: Tensor, preset: Preset) -> tuple[Tensor, float]:
     """[Y⁻¹]_oo of the damped Y: the diagonal of the inverse if Y is full, 1/diag(Y) if only its diagonal is known."""
     if fisher.dim() == 2:
-        added = _damping(fisher.diagonal(), preset)
-        return torch.cholesky_inverse(_cholesky(fisher, added, "output Fisher")).diagonal(), added
+        added = _damping(fisher.diagonal().double(), preset)
+        factor = _factored_(fisher.to(torch.float64, copy=True), added, "output Fisher")
+        return _inverse_diagonal(factor), added
+    fisher = fisher.double()
     added = _damping(fisher, preset)
     damped = fisher + added
     if damped.min() <= 0:
         raise UnsolvableLayer("its output Fisher has a zero on the diagonal; set a damping above 0")
     return damped.reciprocal(), added
+
+
+def _inverse_diagonal(factor: Tensor) -> Tensor:
+    """The diagonal of (L Lᵀ)⁻¹, (o,): the squared norms of the columns of L⁻¹, a few at a time."""
+    parts = []
+    for first in range(0, len(factor), COLUMNS):
+        rest = factor[first:, first:]  # above its own row, a column of L⁻¹ is zero
+        columns = torch.eye(len(rest), min(COLUMNS, len(rest)), dtype=factor.dtype, device=factor.device)
+        parts.append(torch.linalg.solve_triangular(rest, columns, upper=False).square().sum(0))
+    return torch.cat(parts)

@@ -58,6 +58,8 @@ class Method:
         solve: one layer's factors from its statistics, what else is known of it, and the numbers.
         prepare: what it makes of Z and the numbers, once for all layers that read the same input; nothing if None.
         population: whether it asks for the size of the training set.
+        float32_up_to: inputs of the widest layer that is surely solved in float32 where it is set by these numbers;
+            all layers are if None.
 
     Raises:
         LoraDAError: there is no `default` among the presets.
@@ -69,6 +71,7 @@ class Method:
     solve: Callable[[LayerStatistics, LayerSpec, Any], LoraFactors]
     prepare: Callable[[Tensor | None, Any], Any] | None = None
     population: bool = False
+    float32_up_to: Callable[[Any], float] | None = None
 
     def __post_init__(self) -> None:
         if "default" not in self.presets:
@@ -83,7 +86,13 @@ class Method:
     def needs_with(self, numbers: Preset | Numbers) -> Needs:
         """What it reads where it is set by these numbers."""
         widest = max(self.needs.full_fisher_up_to, numbers.full_fisher_up_to)
-        return replace(self.needs, full_fisher_up_to=widest, averaging=numbers.averaging or "tokens")
+        float32_up_to = self.needs.float32_up_to if self.float32_up_to is None else self.float32_up_to(numbers)
+        return replace(
+            self.needs,
+            full_fisher_up_to=widest,
+            averaging=numbers.averaging or "tokens",
+            float32_up_to=float32_up_to,
+        )
 
 
 def function_of(module: str, name: str) -> Callable[..., Any]:
