@@ -46,7 +46,7 @@ def at_the_borders(patch: pytest.MonkeyPatch, model: PeftModel, full: Full, rows
     """While hidden states are laid down: a forward without gradient of which some are kept."""
     original = BlockSequence.run
 
-    def run(self: BlockSequence, hidden: Any, keep: Any = (), **inputs: Any) -> Any:
+    def run(self: BlockSequence, hidden: Any, keep: Any, **inputs: Any) -> Any:
         if keep:
             full.used(rows is not None and len(inputs["input_ids"]) > rows)
         return original(self, hidden, keep, **inputs)

@@ -78,9 +78,9 @@ def at_the_borders(patch: pytest.MonkeyPatch, model: PeftModel, fault: Fault) ->
     """While hidden states are laid down between segments."""
     original = BlockSequence.run
 
-    def run(self: BlockSequence, hidden: Any, keep: Any = (), **inputs: Any) -> Any:
-        kept = original(self, hidden, keep, **inputs)
-        return {number: fault(state) for number, state in kept.items()} if keep else kept
+    def run(self: BlockSequence, hidden: Any, keep: Any, **inputs: Any) -> Any:
+        faulty = {number: lambda state, put=put: put(fault(state)) for number, put in keep.items()}
+        return original(self, hidden, faulty, **inputs)
 
     patch.setattr(BlockSequence, "run", run)
 
