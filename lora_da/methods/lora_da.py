@@ -72,7 +72,9 @@ class DampedInput:
         return torch.linalg.solve_triangular(self.factor.T, right, upper=True, out=right)
 
     def energy(self, directions: Tensor) -> Tensor:
-        """tr(Vᵀ Z V), Z undamped, for orthonormal directions V (i, b)."""
+        """tr(Vᵀ Z V), Z undamped, for orthonormal directions V (i, b); in float64 by L, without a copy of Z."""
+        if self.cov.dtype == self.factor.dtype:
+            return (directions * (self.cov @ directions)).sum()
         return (self.factor.T @ directions).square().sum() - self.damping * directions.shape[1]
 
 
@@ -117,6 +119,7 @@ def lora_da(statistics: LayerStatistics, layer: LayerSpec, preset: Preset) -> Lo
     pairs = largest_eigenpairs(minus_omega, start, layer.rank)
     a0 = pairs.vectors * canonical_signs(pairs.vectors)  # (i, r)
     b0 = a0.T @ direction  # (r, o)
+    _check_finite(a0, b0)
     size = unit
     if preset.normalize_step:  # the eigenvectors of Ω do not change with the scale of D
         size = 1 / math.sqrt(_largest_square(bias, a0, start))
@@ -138,9 +141,13 @@ def lora_da(statistics: LayerStatistics, layer: LayerSpec, preset: Preset) -> Lo
         residual=pairs.residual,
         fisher_length=fisher_length(lora_A, lora_B, damped_input.cov, damped_input.damping, 1 / inverse_fisher),
     )
-    if not (torch.isfinite(factors.lora_A).all() and torch.isfinite(factors.lora_B).all()):
-        raise UnsolvableLayer("its solution is not finite")
+    _check_finite(factors.lora_A, factors.lora_B)
     return factors
+
+
+def _check_finite(*solution: Tensor) -> None:
+    if not all(torch.isfinite(part).all() for part in solution):
+        raise UnsolvableLayer("its solution is not finite")
 
 
 def damp_input(input_cov: Tensor | None, preset: Preset) -> DampedInput:

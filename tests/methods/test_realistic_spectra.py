@@ -27,7 +27,7 @@ def numbers(preset: Preset) -> dict:
 
 
 def lost(statistics: LayerStatistics, rank: int, preset: Preset) -> float:
-    """Of the bias that the oracle captures; and what is reported is what is captured."""
+    """How much less of the bias is captured than the oracle captures; what is reported is what is captured."""
     ours = solve_lora_da(statistics, rank, **numbers(preset))
     oracle = oracle_solve(*doubled(statistics), rank, **numbers(preset))
     captured = share(ours.lora_A, oracle.direction)
@@ -47,7 +47,7 @@ def test_it_captures_what_a_dense_solver_does(
 
 
 @pytest.mark.slow
-def test_of_a_wide_layer_too() -> None:
+def test_so_it_does_in_a_wide_layer() -> None:
     assert abs(lost(realistic(576, 1536, 1e8, 0.5), 8, PRESETS["default"])) <= CAPTURED
 
 

@@ -28,7 +28,7 @@ PER_LAYER = 12  # decompositions on average, those of Z among them
 
 
 def decompositions_per_layer(method: str, rank: int) -> float:
-    """Of a model wide enough for its layers to be iterated on, in segments of one block."""
+    """Counted over a run in segments of one block of a model wide enough for its layers to be iterated on."""
     base = tiny_llama(hidden_size=192, intermediate_size=288, num_hidden_layers=BLOCKS)
     population = {"population_size": POPULATION} if METHODS[method].population else {}
     model, settings = with_lora(base, r=rank), LoraDAConfig(samples=24, method=method, **population)

@@ -36,6 +36,6 @@ def doubled(s: LayerStatistics) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def share(rows: Tensor, direction: Tensor) -> float:
-    """Of ‖D‖²_F, D (i, o), what lies in the span of the rows (r, i)."""
+    """What share of ‖D‖²_F, D (i, o), lies in the span of the rows (r, i)."""
     basis = torch.linalg.qr(rows.double().T).Q
     return ((basis.T @ direction).square().sum() / direction.square().sum()).item()
