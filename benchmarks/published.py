@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from benchmarks.floor import require_gradient
 from benchmarks.tokenized_rows import Row
 from lora_da.adapter import find_adapter
-from lora_da.export.rows import collate
+from lora_da.samples.rows import collate
 
 GROUP = 8  # decoder layers whose Fisher is taken in one pass
 PROFILED_SAMPLES = 4

@@ -32,7 +32,7 @@ from lora_da import LoraDAConfig, initialize_lora_da_weights
 from lora_da.adapter import AdapterLayer, find_adapter
 from lora_da.collect import Observed, collect
 from lora_da.config import PRESETS
-from lora_da.export.rows import collate
+from lora_da.samples.rows import collate
 from lora_da.first_step import DOCUMENTS
 from lora_da.methods import METHODS
 from lora_da.methods.lora_da import damp_input

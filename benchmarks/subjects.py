@@ -17,7 +17,7 @@ from benchmarks.qlora import load_model, lora_config
 from benchmarks.random_llama import random_llama
 from benchmarks.tokenized_rows import Row, gsm8k_rows, random_rows
 from examples.smollm2 import prepare
-from lora_da.export.rows import collate
+from lora_da.samples.rows import collate
 
 RANK = 8
 

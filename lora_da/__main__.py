@@ -99,7 +99,8 @@ def _export(asked: argparse.Namespace, config: LoraDAConfig) -> None:
     from transformers import AutoTokenizer
 
     from lora_da.export.folder import check_output, export_initial_adapter
-    from lora_da.export.rows import TokenizedRows, collate
+    from lora_da.export.rows import TokenizedRows
+    from lora_da.samples.rows import collate
 
     device = _device(asked.device)
     check_output(asked.output, asked.overwrite)

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from benchmarks.errors import BenchmarkError
 from benchmarks.quality.corpora import Corpus
 from benchmarks.tokenized_rows import Row
-from lora_da.export.rows import collate
+from lora_da.samples.rows import collate
 from lora_da.samples.tokens import IGNORED
 
 BATCH = 16

@@ -15,7 +15,7 @@ from peft import PeftModel
 
 from benchmarks.quality.heldout import Heldout
 from benchmarks.tokenized_rows import Row
-from lora_da.export.rows import collate
+from lora_da.samples.rows import collate
 
 STEP = 10**0.25  # a quarter of a decade
 FIRST = 1e-3

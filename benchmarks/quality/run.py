@@ -31,7 +31,7 @@ from benchmarks.quality.results import ADAPTERS, Cell, Result, has_diverged
 from benchmarks.quality.starts import A_TIMES, FROZEN_A, freeze_A, ours, scale_A
 from benchmarks.tokenized_rows import Row
 from lora_da import InitReport
-from lora_da.export.rows import collate
+from lora_da.samples.rows import collate
 from lora_da.memory import GIB
 
 DTYPES = dict(zip(ADAPTERS, (torch.float32, torch.bfloat16), strict=True))

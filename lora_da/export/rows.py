@@ -8,10 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
 from jinja2 import TemplateError
-from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
@@ -139,16 +136,6 @@ class TokenizedRows(Dataset):
 
     def _written(self, messages: list[dict[str, Any]], prompt: bool = False) -> str:
         return str(self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt))
-
-
-def collate(rows: Sequence[Mapping[str, list[int]]]) -> dict[str, Tensor]:
-    """Rows padded on the right to the longest, (rows, columns) each."""
-    ids, labels = ([torch.tensor(row[name]) for row in rows] for name in ("input_ids", "labels"))
-    return {
-        "input_ids": pad_sequence(ids, batch_first=True),
-        "attention_mask": pad_sequence([torch.ones_like(row) for row in ids], batch_first=True),
-        "labels": pad_sequence(labels, batch_first=True, padding_value=IGNORED),
-    }
 
 
 def _row(rows: Sequence[Mapping[str, Any]], number: int) -> Mapping[str, Any]:

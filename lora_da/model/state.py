@@ -65,6 +65,21 @@ def estimation_mode(model: PeftModel, with_adapter: bool = False) -> Iterator[No
         yield
 
 
+@contextlib.contextmanager
+def reading_mode(model: nn.Module) -> Iterator[None]:
+    """Run forward passes alone, as in evaluation; leave with flags, attributes and random states as they were."""
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(torch.no_grad())
+        stack.enter_context(random_states())
+        stack.enter_context(flags_kept(model))
+        stack.enter_context(layer_by_layer(model))
+        model.eval()
+        for config in _configs(model):
+            if getattr(config, "use_cache", False):
+                stack.enter_context(_attribute(config, "use_cache", False))
+        yield
+
+
 def left_out_of_the_loss(model: nn.Module) -> list[str]:
     """Sentences on what training adds to its loss and the estimate, in estimation mode, does not."""
     if any(getattr(config, "output_router_logits", False) for config in _configs(model)):

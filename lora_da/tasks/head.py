@@ -135,6 +135,28 @@ def backward_from_head(mean_loss: MeanLoss, hidden: Tensor, tokens: BatchTokens,
     return total
 
 
+@torch.no_grad()
+def document_losses(mean_loss: MeanLoss, hidden: Tensor, tokens: BatchTokens) -> Tensor:
+    """The loss of each counted document alone, summed over its loss tokens.
+
+    Args:
+        mean_loss: over those that have a label.
+        hidden: (rows, columns, h), what the head reads.
+        tokens: the batch's counted tokens.
+
+    Returns:
+        (documents,) float32, on the model's device.
+    """
+    flat = hidden.flatten(0, 1)  # (p, h)
+    targets = tokens.targets.to(flat.device, non_blocking=True)
+    losses = torch.zeros(tokens.n_documents, dtype=torch.float32, device=flat.device)
+    for number in range(tokens.n_documents):
+        carries_loss = ((tokens.document == number) & (tokens.targets != IGNORED)).nonzero().flatten()
+        for positions in carries_loss.to(flat.device, non_blocking=True).split(CHUNK):
+            losses[number] += mean_loss(flat[positions], targets[positions]).float() * len(positions)
+    return losses
+
+
 def dependence(mean_loss: MeanLoss, hidden: Tensor, n_logits: int) -> list[int] | None:
     """Where the hidden states are that the loss of one label depends on, counted from the one that is to predict it.
 

@@ -16,7 +16,7 @@ from lora_da.model.forward import without_its_inputs
 from lora_da.model.sharding import shape
 from lora_da.model.streams import Streams
 from lora_da.samples.batch import Batch
-from lora_da.tasks.head import LossPass, MeanLoss, backward_from_head, dependence
+from lora_da.tasks.head import LossPass, MeanLoss, backward_from_head, dependence, document_losses
 from lora_da.tasks.inputs import model_inputs
 
 SUPPORTED = (
@@ -153,6 +153,12 @@ class LanguageModel(Task):
         with how.timed("forward"):
             hidden, mean_loss = self.decoded(inputs)
         return backward_from_head(mean_loss, hidden, batch.tokens, how)
+
+    @torch.no_grad()
+    def losses(self, batch: Batch, inputs: dict[str, Any]) -> Tensor:
+        """The loss of each counted document, summed over its loss tokens; (documents,) float32, on the device."""
+        hidden, mean_loss = self.decoded(inputs)
+        return document_losses(mean_loss, hidden, batch.tokens)
 
 
 def _label_at(behind: int) -> str:

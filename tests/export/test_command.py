@@ -21,7 +21,8 @@ from words import LETTERS, as_lines, tokenizer
 
 from lora_da import initialize_lora_da_weights
 from lora_da.__main__ import main
-from lora_da.export.rows import TokenizedRows, collate
+from lora_da.export.rows import TokenizedRows
+from lora_da.samples.rows import collate
 
 ROOT = Path(__file__).parents[2]
 ROWS = [{"prompt": " ".join(LETTERS[n % 5 :]), "completion": f" {' '.join(LETTERS[: 2 + n % 4])}"} for n in range(12)]

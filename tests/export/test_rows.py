@@ -11,7 +11,8 @@ from words import TEMPLATE, WORDS, as_lines, tokenizer
 
 from lora_da import LoraDAError
 from lora_da.export.files import load_rows
-from lora_da.export.rows import TokenizedRows, collate
+from lora_da.export.rows import TokenizedRows
+from lora_da.samples.rows import collate
 
 # As some models' do: what an earlier turn says depends on whether later ones follow.
 FORGETFUL = TEMPLATE.replace(

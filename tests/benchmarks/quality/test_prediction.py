@@ -14,7 +14,7 @@ pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
 from models import tiny_llama
 
 from benchmarks.quality.prediction import best_first_step, lowest
-from lora_da.export.rows import collate
+from lora_da.samples.rows import collate
 
 pytestmark = pytest.mark.once
 

@@ -1,0 +1,73 @@
+"""What the data turned out to hold: rows that train nothing, that repeat others, that are cut off, that stand out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+SAID_FROM = 0.01  # share of the rows: fewer are in the report, and no line is made of them
+NAMED = 5  # rows that a sentence names
+# What a sentence says of each reason's rows, one and several.
+SENTENCES = {
+    "masked": ("has no token that carries loss", "have no token that carries loss"),
+    "duplicate": ("repeats an earlier one", "repeat earlier ones"),
+    "cut": ("is cut off before its answer ends", "are cut off before their answers end"),
+    "loss": ("has a loss that stands out", "have a loss that stands out"),
+    "prompt": ("has an answer that its prompt does not help", "have answers that their prompts do not help"),
+}
+
+
+@dataclass(frozen=True)
+class Finding:
+    """A row that somebody should look at.
+
+    Args:
+        row: its index in the data.
+        reason: a key of `SENTENCES`.
+        figures: what it was told by: tokens, loss tokens, the earlier row, losses.
+    """
+
+    row: int
+    reason: str
+    figures: dict[str, float]
+
+
+@dataclass(frozen=True)
+class DataReport:
+    """What rows were looked at, and what was found.
+
+    Args:
+        rows, tokens, loss_tokens: that were looked at.
+        findings: by reason, then row.
+        unknown: what could not be looked for (reason → why).
+    """
+
+    rows: int
+    tokens: int
+    loss_tokens: int
+    findings: list[Finding] = field(default_factory=list)
+    unknown: dict[str, str] = field(default_factory=dict)
+
+    def rows_by(self, reason: str) -> list[int]:
+        """The rows that were found for a reason."""
+        return [finding.row for finding in self.findings if finding.reason == reason]
+
+    def matters(self, reason: str) -> bool:
+        """Whether so many rows were found that a line says so."""
+        return len(self.rows_by(reason)) >= max(1, SAID_FROM * self.rows)
+
+    def line(self) -> str | None:
+        """What a user sees, where it matters; None elsewhere."""
+        said = [self.sentence(reason) for reason in SENTENCES if self.matters(reason)]
+        return f"LoRA-DA: of {self.rows:,} rows that were read, {'; '.join(said)}" if said else None
+
+    def sentence(self, reason: str) -> str:
+        """How many rows were found for a reason, and the first of them."""
+        rows = self.rows_by(reason)
+        one, several = SENTENCES[reason]
+        return f"{len(rows):,} {one if len(rows) == 1 else several} ({_listed(rows)})"
+
+
+def _listed(rows: Sequence[int]) -> str:
+    named = ", ".join(map(str, rows[:NAMED]))
+    return f"row{'' if len(rows) == 1 else 's'} {named}{', …' if len(rows) > NAMED else ''}"

@@ -1,0 +1,42 @@
+"""What a row tells by its token ids and labels alone, in a few numbers, so that all rows of a dataset can be kept."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from lora_da.samples.tokens import IGNORED
+
+END = 4  # tokens that the end of an answer is told by
+
+
+@dataclass(frozen=True)
+class RowFacts:
+    """One row.
+
+    Args:
+        row: its index in the data.
+        tokens: in it.
+        loss_tokens: labels that a token before them predicts.
+        digest: the same for the same ids and labels.
+        end: the last tokens, as far back as they carry loss without a gap; `END` at most.
+    """
+
+    row: int
+    tokens: int
+    loss_tokens: int
+    digest: bytes
+    end: tuple[int, ...]
+
+
+def row_facts(row: int, ids: Sequence[int], labels: Sequence[int]) -> RowFacts:
+    """Look at one row, without its padding."""
+    numbers = np.asarray([ids, labels], dtype=np.int64)  # (2, tokens)
+    carries = numbers[1] != IGNORED
+    gap = np.flatnonzero(~carries[-END:])
+    end = numbers[0, -END:][gap[-1] + 1 if len(gap) else 0 :]
+    digest = hashlib.blake2b(numbers.tobytes(), digest_size=16).digest()
+    return RowFacts(row, numbers.shape[1], int(carries[1:].sum()), digest, tuple(end.tolist()))
