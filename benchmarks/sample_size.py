@@ -32,7 +32,6 @@ from lora_da import LoraDAConfig, initialize_lora_da_weights
 from lora_da.adapter import AdapterLayer, find_adapter
 from lora_da.collect import Observed, collect
 from lora_da.config import PRESETS
-from lora_da.samples.rows import collate
 from lora_da.first_step import DOCUMENTS
 from lora_da.methods import METHODS
 from lora_da.methods.lora_da import damp_input
@@ -40,6 +39,7 @@ from lora_da.model.sharding import compute_device
 from lora_da.model.state import drawing_mode, estimation_mode
 from lora_da.processes import Processes, Run
 from lora_da.samples.draw import Size, draw
+from lora_da.samples.rows import collate
 from lora_da.tasks import find_task
 
 SIZES = (8, 16, 32, 64, 128, 256)

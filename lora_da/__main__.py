@@ -10,6 +10,7 @@ import contextlib
 import importlib.util
 import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, get_args
 
@@ -22,10 +23,14 @@ DTYPES = ("auto", "bfloat16", "float16", "float32")
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the command; 0 if the adapter was saved, 1 after a sentence that says why not."""
+    """Run the command; 0 if it did what it is for, 1 after a sentence that says why not."""
     asked = _parse(arguments)
     try:
-        _export(asked, _config(asked))
+        config = _config(asked)
+        if asked.check:
+            _check(asked)
+        else:
+            _export(asked, config)
     except LoraDAError as error:
         print(f"lora_da: {error}", file=sys.stderr)
         return 1
@@ -36,7 +41,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         "python -m lora_da",
         description="Start a LoRA adapter from data (LoRA-DA, arXiv 2510.24561) and save it as an ordinary PEFT "
-        "adapter, to be trained by any trainer that starts from a saved one.",
+        "adapter, to be trained by any trainer that starts from a saved one; or look for faults in the data.",
         epilog="Rows hold `messages` (or ShareGPT's `conversations`), `prompt` and `completion`, `instruction` "
         "(`input`) and `output`, `question` and `answer`, or `text`. Loss is on the answers, on all of a `text`.",
     )
@@ -44,7 +49,17 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--data", required=True, type=Path, help=".json, .jsonl or .parquet file, or a folder of datasets.save_to_disk"
     )
-    parser.add_argument("--output", required=True, type=Path, help="folder for the adapter and lora_da_report.json")
+    parser.add_argument(
+        "--check",
+        action="store_true",
+        help="write no adapter, but look at all rows for what trains nothing, repeats, is cut off or stands out",
+    )
+    parser.add_argument(
+        "--output",
+        type=Path,
+        help="folder for the adapter and lora_da_report.json; of a check, for lora_da_check.json and .png "
+        "(default: the present one)",
+    )
     parser.add_argument("--overwrite", action="store_true", help="write into a folder that is not empty")
     parser.add_argument("--rank", type=int, default=16, help="r of the adapter (default: %(default)s)")
     parser.add_argument("--alpha", type=int, help="lora_alpha (default: twice the rank)")
@@ -72,7 +87,10 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--cache-dir", help="folder for solved factors: the same command then starts from them")
     parser.add_argument("--device", help="cpu, cuda, cuda:1 … (default: cuda if there is one)")
     parser.add_argument("--dtype", choices=DTYPES, default="auto", help="of the model (default: as it is stored)")
-    return parser.parse_args(arguments)
+    asked = parser.parse_args(arguments)
+    if asked.output is None and not asked.check:
+        parser.error("the following arguments are required: --output")
+    return asked
 
 
 def _config(asked: argparse.Namespace) -> LoraDAConfig:
@@ -91,31 +109,55 @@ def _config(asked: argparse.Namespace) -> LoraDAConfig:
 
 
 def _export(asked: argparse.Namespace, config: LoraDAConfig) -> None:
-    # What can be wrong is looked at before the next slow step.
-    rows = load_rows(asked.data)
-    _tell(f"{len(rows):,} rows; loading torch and transformers")
+    data, _, model = _loaded(asked)
     import torch
     from torch.utils.data import DataLoader
-    from transformers import AutoTokenizer
 
-    from lora_da.export.folder import check_output, export_initial_adapter
-    from lora_da.export.rows import TokenizedRows
+    from lora_da.export.folder import export_initial_adapter
     from lora_da.samples.rows import collate
 
-    device = _device(asked.device)
-    check_output(asked.output, asked.overwrite)
-    with _naming("--model", asked.model):
-        tokenizer = AutoTokenizer.from_pretrained(asked.model)
-    data = TokenizedRows(rows, tokenizer, asked.max_length)
-    _tell(f"loading {asked.model} on {device}")
-    with _naming("--model", asked.model):
-        model = _model(asked, device)
     torch.manual_seed(0)  # what keeps PEFT's random init is the same every time
     with _naming("--target-modules", " ".join(asked.target_modules or ["all-linear"])):
         peft_model = _with_adapter(model, asked)
     loader = DataLoader(data, collate_fn=collate)
     export_initial_adapter(peft_model, loader, asked.output, config, overwrite=asked.overwrite)
     _tell(f"saved in {asked.output}")
+
+
+def _check(asked: argparse.Namespace) -> None:
+    data, tokenizer, model = _loaded(asked)
+    from lora_da.doctor.check import check, check_and_save
+
+    look = partial(check, model, data, asked.max_length, _ends(tokenizer, model), tokenizer.decode)
+    for line in check_and_save(look, asked.output or Path(), model.device):
+        print(line)
+
+
+def _ends(tokenizer: Any, model: Any) -> set[int]:
+    """Tokens that end an answer; a chat model's configuration may name more than its tokenizer."""
+    generated = model.generation_config.eos_token_id
+    of_model = generated if isinstance(generated, list) else [generated]
+    return {token for token in (tokenizer.eos_token_id, *of_model) if token is not None}
+
+
+def _loaded(asked: argparse.Namespace) -> tuple[Any, Any, Any]:
+    """Rows, tokenizer and model; what can be wrong is looked at before the next slow step."""
+    rows = load_rows(asked.data)
+    _tell(f"{len(rows):,} rows; loading torch and transformers")
+    from transformers import AutoTokenizer
+
+    from lora_da.export.folder import check_output
+    from lora_da.export.rows import TokenizedRows
+
+    device = _device(asked.device)
+    if not asked.check:
+        check_output(asked.output, asked.overwrite)
+    with _naming("--model", asked.model):
+        tokenizer = AutoTokenizer.from_pretrained(asked.model)
+    data = TokenizedRows(rows, tokenizer, asked.max_length)
+    _tell(f"loading {asked.model} on {device}")
+    with _naming("--model", asked.model):
+        return data, tokenizer, _model(asked, device)
 
 
 @contextlib.contextmanager

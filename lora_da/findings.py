@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 SAID_FROM = 0.01  # share of the rows: fewer are in the report, and no line is made of them
@@ -12,7 +12,7 @@ SENTENCES = {
     "masked": ("has no token that carries loss", "have no token that carries loss"),
     "duplicate": ("repeats an earlier one", "repeat earlier ones"),
     "cut": ("is cut off before its answer ends", "are cut off before their answers end"),
-    "loss": ("has a loss that stands out", "have a loss that stands out"),
+    "loss": ("has a loss that stands out", "have losses that stand out"),
     "prompt": ("has an answer that its prompt does not help", "have answers that their prompts do not help"),
 }
 
@@ -24,12 +24,41 @@ class Finding:
     Args:
         row: its index in the data.
         reason: a key of `SENTENCES`.
-        figures: what it was told by: tokens, loss tokens, the earlier row, losses.
+        figures: what it was told by.
+        text: the end of it, for people to find it by.
     """
 
     row: int
     reason: str
     figures: dict[str, float]
+    text: str = ""
+
+
+@dataclass(frozen=True)
+class RowLoss:
+    """The loss of one row, in sums over its loss tokens.
+
+    Args:
+        row: its index in the data.
+        loss_tokens: of it.
+        loss: of the row as it is.
+        alone: the same where only its answer is read, and the token before; None where nothing else is before it.
+    """
+
+    row: int
+    loss_tokens: int
+    loss: float
+    alone: float | None
+
+    @property
+    def mean(self) -> float:
+        """Per loss token."""
+        return self.loss / self.loss_tokens
+
+    @property
+    def help(self) -> float | None:
+        """How much the prompt lowers the loss of its answer, summed."""
+        return None if self.alone is None else self.alone - self.loss
 
 
 @dataclass(frozen=True)
@@ -40,6 +69,7 @@ class DataReport:
         rows, tokens, loss_tokens: that were looked at.
         findings: by reason, then row.
         unknown: what could not be looked for (reason → why).
+        losses: of the rows that were run through the model.
     """
 
     rows: int
@@ -47,6 +77,13 @@ class DataReport:
     loss_tokens: int
     findings: list[Finding] = field(default_factory=list)
     unknown: dict[str, str] = field(default_factory=dict)
+    losses: list[RowLoss] = field(default_factory=list)
+
+    @property
+    def loss(self) -> float | None:
+        """Mean loss per loss token of the rows that were run; None where none were."""
+        n = sum(row.loss_tokens for row in self.losses)
+        return sum(row.loss for row in self.losses) / n if n else None
 
     def rows_by(self, reason: str) -> list[int]:
         """The rows that were found for a reason."""
@@ -57,9 +94,19 @@ class DataReport:
         return len(self.rows_by(reason)) >= max(1, SAID_FROM * self.rows)
 
     def line(self) -> str | None:
-        """What a user sees, where it matters; None elsewhere."""
+        """What a user sees beside other things, where it matters; None elsewhere."""
         said = [self.sentence(reason) for reason in SENTENCES if self.matters(reason)]
         return f"LoRA-DA: of {self.rows:,} rows that were read, {'; '.join(said)}" if said else None
+
+    def text(self) -> Iterator[str]:
+        """All of it for people, line by line."""
+        share = self.loss_tokens / self.tokens if self.tokens else 0.0
+        yield f"LoRA-DA: {self.rows:,} rows of {self.tokens:,} tokens, of which {share:.1%} carry loss"
+        if self.loss is not None:
+            yield f"mean loss {self.loss:.3f} per loss token"
+        found = [self.sentence(reason) for reason in SENTENCES if self.rows_by(reason)]
+        yield from found or ["nothing was found in them"]
+        yield from (f"not looked for, rows that {SENTENCES[reason][1]}: {why}" for reason, why in self.unknown.items())
 
     def sentence(self, reason: str) -> str:
         """How many rows were found for a reason, and the first of them."""

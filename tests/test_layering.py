@@ -27,6 +27,10 @@ BELOW = {
         *("lora_da.solution", "lora_da.adapter", "lora_da.config", "lora_da.report", "lora_da.samples"),
         *("lora_da.tasks", "lora_da.model", "lora_da.errors", "lora_da.__version__"),
     ),
+    "doctor": (
+        *("lora_da.findings", "lora_da.tasks", "lora_da.model", "lora_da.samples", "lora_da.memory"),
+        "lora_da.errors",
+    ),
     "export": (
         *("lora_da.initialize", "lora_da.config", "lora_da.processes", "lora_da.report", "lora_da.samples"),
         *("lora_da.tasks", "lora_da.errors"),
@@ -35,6 +39,7 @@ BELOW = {
 # The same of single files.
 BELOW_FILES = {
     "needs": (),
+    "findings": (),
     "statistics": ("lora_da.needs", "lora_da.memory"),
     "config": ("lora_da.methods", "lora_da.needs", "lora_da.errors"),
     "adapter": ("lora_da.model", "lora_da.errors"),
@@ -147,10 +152,12 @@ PLANTED = [
     ("lora_da/collect/x.py", "from lora_da.methods import METHODS", "the room collect knows"),
     ("lora_da/collect/__init__.py", "def f():\n    from lora_da.solve import LayerSolver", "the room collect knows"),
     ("lora_da/cache/x.py", "from lora_da.initialize import initialize_lora_da_weights", "the room cache knows"),
+    ("lora_da/doctor/x.py", "from lora_da.collect import collect", "the room doctor knows"),
     ("lora_da/export/x.py", "from lora_da.collect import collect", "the room export knows"),
     ("lora_da/needs.py", "from lora_da.statistics import LayerStatistics", "needs knows what is below it"),
     ("lora_da/first_step.py", "from lora_da.collect import Plan", "first_step knows what is below it"),
     ("lora_da/statistics.py", "from lora_da.processes import Processes", "statistics knows what is below it"),
+    ("lora_da/findings.py", "from lora_da.doctor.rows import look_at", "findings knows what is below it"),
     ("lora_da/config.py", "from lora_da.adapter import Adapter", "config knows what is below it"),
     ("lora_da/adapter.py", "from lora_da.processes import Processes", "adapter knows what is below it"),
     ("lora_da/processes.py", "from lora_da.collect import collect", "processes knows what is below it"),

@@ -55,7 +55,7 @@ PRESET = """
 """.split()
 
 COMMAND = """
-    --model --data --output --overwrite --rank --alpha --target-modules --load-in-4bit --load-in-8bit --samples
+    --model --data --check --output --overwrite --rank --alpha --target-modules --load-in-4bit --load-in-8bit --samples
     --max-length --method --preset --first-step --gamma --cache-dir --device --dtype
 """.split()
 

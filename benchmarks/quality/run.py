@@ -31,8 +31,8 @@ from benchmarks.quality.results import ADAPTERS, Cell, Result, has_diverged
 from benchmarks.quality.starts import A_TIMES, FROZEN_A, freeze_A, ours, scale_A
 from benchmarks.tokenized_rows import Row
 from lora_da import InitReport
-from lora_da.samples.rows import collate
 from lora_da.memory import GIB
+from lora_da.samples.rows import collate
 
 DTYPES = dict(zip(ADAPTERS, (torch.float32, torch.bfloat16), strict=True))
 EVALUATIONS = 20  # over a run, and one before it

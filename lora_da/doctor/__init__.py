@@ -1,1 +1,1 @@
-"""What is wrong with the data, as far as their rows tell: without a model, or by the losses of a model's forward pass."""
+"""What is wrong with the data: what rows tell by themselves, and by the losses of a model's forward pass."""

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from math import isfinite
 
 import torch
 from tqdm.auto import tqdm
 
 from lora_da.errors import LoraDAError
+from lora_da.findings import RowLoss
 from lora_da.memory import is_out_of_memory
 from lora_da.model.state import reading_mode
 from lora_da.samples.batch import BATCH_TOKENS, by_length
@@ -18,33 +19,6 @@ from lora_da.samples.tokens import IGNORED
 from lora_da.tasks.task import LanguageModel
 
 Row = Mapping[str, Sequence[int]]  # `input_ids` and `labels`
-
-
-@dataclass(frozen=True)
-class RowLoss:
-    """One row, in sums over its loss tokens.
-
-    Args:
-        row: its index in the data.
-        loss_tokens: of it.
-        loss: of the row as it is.
-        alone: the same where only its answer is read, and the token before; None where nothing else is before it.
-    """
-
-    row: int
-    loss_tokens: int
-    loss: float
-    alone: float | None
-
-    @property
-    def mean(self) -> float:
-        """Per loss token."""
-        return self.loss / self.loss_tokens
-
-    @property
-    def help(self) -> float | None:
-        """How much the prompt lowers the loss of its answer, summed."""
-        return None if self.alone is None else self.alone - self.loss
 
 
 def row_losses(
@@ -75,6 +49,11 @@ def row_losses(
             whole |= _losses(task, read, device)
             alone |= _losses(task, {row: answer for row, answer in answers.items() if answer is not None}, device)
             bar.update(sum(facts[number].tokens for number in group))
+    broken = next((row for row, loss in [*whole.items(), *alone.items()] if not isfinite(loss)), None)
+    if broken is not None:
+        raise LoraDAError(
+            f"the loss of row {broken} is not finite on this model; check its dtype (bf16 rather than fp16) and weights"
+        )
     return [RowLoss(row.row, row.loss_tokens, whole[row.row], alone.get(row.row)) for row in facts]
 
 
@@ -90,7 +69,8 @@ def answer_alone(row: Row) -> Row | None:
 
 def _losses(task: LanguageModel, rows: Mapping[int, Row], device: torch.device) -> dict[int, float]:
     """The summed loss of each row, by its number; in smaller batches where memory runs out."""
-    found, pending = {}, [list(rows)] if rows else []
+    found: dict[int, float] = {}
+    pending = [list(rows)] if rows else []
     while pending:
         group = pending.pop()
         try:

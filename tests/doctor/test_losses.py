@@ -12,7 +12,8 @@ from picture import differences, picture
 from tolerances import LOSS
 
 from lora_da import LoraDAError
-from lora_da.doctor.losses import RowLoss, answer_alone, row_losses
+from lora_da.doctor.losses import answer_alone, row_losses
+from lora_da.findings import RowLoss
 from lora_da.samples.facts import row_facts
 from lora_da.tasks import find_task
 
@@ -88,4 +89,11 @@ def test_a_row_that_does_not_fit_is_named(monkeypatch: pytest.MonkeyPatch) -> No
     model = tiny_llama()
     full(model, monkeypatch, at=1)
     with pytest.raises(LoraDAError, match=r"out of memory with row \d+ alone, of \d+ tokens; free memory"):
+        losses_of(model)
+
+
+def test_a_loss_that_is_no_number_is_refused() -> None:
+    model = tiny_llama()
+    torch.nn.init.constant_(model.lm_head.weight, float("nan"))
+    with pytest.raises(LoraDAError, match=r"the loss of row \d+ is not finite on this model; check its dtype"):
         losses_of(model)

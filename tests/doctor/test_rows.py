@@ -51,9 +51,7 @@ def test_rows_without_a_loss_token() -> None:
         rows[row] = (rows[row][0], [IGNORED] * len(rows[row][0]))
     found = looked_at(rows)
     assert found.rows_by("masked") == planted == [finding.row for finding in found.findings]
-    assert found.line() == (
-        "LoRA-DA: of 200 rows that were read, 3 have no token that carries loss (rows 3, 50, 199)"
-    )
+    assert found.line() == ("LoRA-DA: of 200 rows that were read, 3 have no token that carries loss (rows 3, 50, 199)")
 
 
 def test_a_label_that_nothing_predicts_is_no_loss_token() -> None:
