@@ -126,18 +126,11 @@ def _export(asked: argparse.Namespace, config: LoraDAConfig) -> None:
 
 def _check(asked: argparse.Namespace) -> None:
     data, tokenizer, model = _loaded(asked)
-    from lora_da.doctor.check import check, check_and_save
+    from lora_da.doctor.check import check, check_and_save, ends_of
 
-    look = partial(check, model, data, asked.max_length, _ends(tokenizer, model), tokenizer.decode)
+    look = partial(check, model, data, asked.max_length, ends_of(tokenizer, model), tokenizer.decode)
     for line in check_and_save(look, asked.output or Path(), model.device):
         print(line)
-
-
-def _ends(tokenizer: Any, model: Any) -> set[int]:
-    """Tokens that end an answer; a chat model's configuration may name more than its tokenizer."""
-    generated = model.generation_config.eos_token_id
-    of_model = generated if isinstance(generated, list) else [generated]
-    return {token for token in (tokenizer.eos_token_id, *of_model) if token is not None}
 
 
 def _loaded(asked: argparse.Namespace) -> tuple[Any, Any, Any]:

@@ -70,6 +70,7 @@ class DataReport:
         findings: by reason, then row.
         unknown: what could not be looked for (reason → why).
         losses: of the rows that were run through the model.
+        notes: sentences on rows that were gone before.
     """
 
     rows: int
@@ -78,6 +79,7 @@ class DataReport:
     findings: list[Finding] = field(default_factory=list)
     unknown: dict[str, str] = field(default_factory=dict)
     losses: list[RowLoss] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
 
     @property
     def loss(self) -> float | None:
@@ -107,6 +109,7 @@ class DataReport:
         found = [self.sentence(reason) for reason in SENTENCES if self.rows_by(reason)]
         yield from found or ["nothing was found in them"]
         yield from (f"not looked for, rows that {SENTENCES[reason][1]}: {why}" for reason, why in self.unknown.items())
+        yield from self.notes
 
     def sentence(self, reason: str) -> str:
         """How many rows were found for a reason, and the first of them."""

@@ -97,6 +97,13 @@ def check_and_save(look: Callable[[], DataReport], folder: Path, device: torch.d
     return [*report.text(), f"looked at in {spent}", f"rows and figures: {file}", f"picture: {drawn}"]
 
 
+def ends_of(tokenizer: Any, model: Any) -> set[int]:
+    """Tokens that end an answer; a chat model's configuration may name more of them than its tokenizer."""
+    generated = model.generation_config.eos_token_id
+    of_model = generated if isinstance(generated, list) else [generated]
+    return {token for token in (tokenizer.eos_token_id, *of_model) if token is not None}
+
+
 def as_json(report: DataReport) -> dict[str, Any]:
     """The report for programs; a row's losses are a list of row, loss tokens, mean loss, and help of its prompt."""
     fields = dataclasses.asdict(report)

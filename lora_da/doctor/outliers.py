@@ -1,27 +1,29 @@
-"""Rows whose loss stands out among those with about as many loss tokens.
+"""Rows whose loss stands out among those with about as many loss tokens, and whose prompts do not help.
 
 A short answer's loss varies more than a long one's, so rows are sorted by their loss tokens and each is compared with
 its peers: how many scaled median absolute deviations it is from their median. Neither is moved by a few bad rows.
+
+A high loss finds text unlike the others'. An answer that belongs to another prompt is usual text, and is told by how
+much its prompt lowers its loss, which is about nothing; that says something where nothing is unusual among the peers.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
 from lora_da.findings import Finding, RowLoss
 
 PEERS = 100  # rows that a row is compared with, about
 ENOUGH = 20  # rows to tell a usual loss by
 NORMAL = 1.4826  # standard deviations of a normal distribution in a median absolute deviation
-FURTHEST = 4.0  # standard deviations from the median: one row of a normal distribution in 30,000
-UNHELPED = 2.5  # the same of a prompt's help, whose lower tail is short: no less than nothing is to be expected
+FURTHEST = 4.0  # of a loss, standard deviations from the median: one row of a normal distribution in 30,000
+UNHELPED = 2.5  # the same of a prompt's help, downwards, where the tail is short,
+LITTLE = 0.25  # and at most so much of the usual help is left
 # What two rows may differ by without standing out, however alike the others are: in log loss, and in nats.
 LEAST_LOG, LEAST_HELP = 0.05, 1.0
-
-Numbers = NDArray[np.float64]
 
 
 def standing_out(losses: Sequence[RowLoss]) -> tuple[list[Finding], str]:
@@ -35,30 +37,49 @@ def standing_out(losses: Sequence[RowLoss]) -> tuple[list[Finding], str]:
     """
     if len(losses) < ENOUGH:
         return [], f"{len(losses)} rows with different losses are too few to tell a usual one by"
-    heights = _among_peers(losses, lambda row: float(np.log(max(row.mean, 1e-9))), LEAST_LOG)
+    high = _among_peers(losses, lambda row: float(np.log(max(row.mean, 1e-9))), LEAST_LOG)
     found = [
-        Finding(row.row, "loss", {"loss": row.mean, "deviations": float(height), "loss_tokens": row.loss_tokens})
-        for row, height in zip(losses, heights, strict=True)
-        if height > FURTHEST
+        Finding(row.row, "loss", {"loss": row.mean, "loss_tokens": row.loss_tokens, "deviations": peers.away})
+        for row, peers in zip(losses, high, strict=True)
+        if peers.away > FURTHEST
     ]
-    with_prompt = [row for row in losses if row.help is not None]
-    if len(with_prompt) >= ENOUGH:
-        depths = -_among_peers(with_prompt, lambda row: row.help or 0.0, LEAST_HELP)
-        found += [
-            Finding(row.row, "prompt", {"help": row.help or 0.0, "deviations": float(depth), "loss": row.mean})
-            for row, depth in zip(with_prompt, depths, strict=True)
-            if depth > UNHELPED
-        ]
+    helped = [row for row in losses if row.help is not None]
+    if len(helped) >= ENOUGH:
+        for row, peers in zip(helped, _among_peers(helped, lambda row: row.help or 0.0, LEAST_HELP), strict=True):
+            unusual = peers.away < -UNHELPED and peers.value < LITTLE * peers.median
+            if unusual and peers.median > UNHELPED * peers.spread:
+                figures = {"help": peers.value, "usual_help": peers.median, "loss": row.mean}
+                found.append(Finding(row.row, "prompt", {**figures, "deviations": peers.away}))
     return found, ""
 
 
-def _among_peers(losses: Sequence[RowLoss], figure: Callable[[RowLoss], float], least: float) -> Numbers:
-    """How many deviations each row's figure is above the median of its peers, (rows,)."""
+@dataclass(frozen=True)
+class _Among:
+    """A row's figure, and the median and spread of its peers'."""
+
+    value: float
+    median: float
+    spread: float
+
+    @property
+    def away(self) -> float:
+        """Deviations above the median."""
+        return (self.value - self.median) / self.spread
+
+
+def _among_peers(losses: Sequence[RowLoss], figure: Callable[[RowLoss], float], least: float) -> list[_Among]:
+    """Each row among its peers.
+
+    Args:
+        losses: of all rows.
+        figure: of a row.
+        least: that a spread is taken for.
+    """
     values = np.array([figure(row) for row in losses])
     by_size = np.argsort([row.loss_tokens for row in losses], kind="stable")
-    deviations = np.zeros(len(losses))
+    found: dict[int, _Among] = {}
     for peers in np.array_split(by_size, max(1, len(losses) // PEERS)):
-        median = np.median(values[peers])
-        spread = NORMAL * np.median(np.abs(values[peers] - median))
-        deviations[peers] = (values[peers] - median) / max(spread, least)
-    return deviations
+        median = float(np.median(values[peers]))
+        spread = max(least, NORMAL * float(np.median(np.abs(values[peers] - median))))
+        found |= {int(row): _Among(float(values[row]), median, spread) for row in peers}
+    return [found[row] for row in range(len(losses))]

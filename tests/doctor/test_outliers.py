@@ -57,6 +57,19 @@ def test_a_prompt_that_does_not_help_stands_out() -> None:
     assert set(rows_for(found, "prompt")) >= {5, 300} and not {5, 300} & set(rows_for(found, "loss"))
 
 
+def test_where_prompts_help_little_nothing_is_told_by_them() -> None:
+    """Rounding of a help that is nothing for all has lowest rows too."""
+    chance = np.random.default_rng(0)
+    found = [RowLoss(row.row, row.loss_tokens, row.loss, row.loss + chance.normal(5, 10)) for row in losses()]
+    assert rows_for(found, "prompt") == []
+
+
+def test_a_prompt_that_helps_less_is_no_prompt_that_does_not_help() -> None:
+    found = losses()
+    found[5] = RowLoss(5, 100, 310.0, 350.0)
+    assert 5 not in rows_for(found, "prompt")
+
+
 def test_rows_without_prompts_are_told_by_their_loss_alone() -> None:
     bare = [RowLoss(row.row, row.loss_tokens, row.loss, None) for row in losses()]
     assert rows_for(bare, "prompt") == []

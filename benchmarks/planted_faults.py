@@ -1,0 +1,135 @@
+"""What the check of the data finds of planted faults: `python -m benchmarks.planted_faults --task nl2bash`.
+
+Two losses of every row are measured as `python -m lora_da --check` does: with its answer, and with another row's. Then,
+many times over, 5 % of the rows are given the other answer, 5 % are repeated, and 2 % lose all their labels; counted is
+what is found, and how many of the other answers are among as many rows with the highest loss, and with the least help
+of their prompt.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from benchmarks.command import RESULTS, run
+from benchmarks.measure import environment
+from benchmarks.quality.corpora import data_file
+from examples.smollm2 import prepare
+from lora_da.doctor.losses import Row, row_losses
+from lora_da.doctor.outliers import standing_out
+from lora_da.doctor.rows import look_at
+from lora_da.export.files import load_rows
+from lora_da.export.rows import TokenizedRows
+from lora_da.findings import RowLoss
+from lora_da.samples.facts import row_facts
+from lora_da.tasks import find_task
+from lora_da.tasks.task import LanguageModel
+
+TASKS = {
+    "nl2bash": ("nl2bash_train.jsonl", "completion"),
+    "gsm8k": ("gsm8k_train.jsonl", "answer"),
+    "e2e": ("e2e_train.jsonl", "completion"),
+    "arc": ("arc_easy_train.json", "output"),
+}
+OTHER_ANSWERS, REPEATED, MASKED = 0.05, 0.05, 0.02
+LENGTH, DRAWS = 1024, 200
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--task", choices=TASKS, required=True)
+    parser.add_argument("--rows", type=int, default=200, help="the first of the training file (default: %(default)s)")
+    parser.add_argument("--output", type=Path, default=RESULTS / "planted_faults", help="folder")
+    asked = parser.parse_args()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    file, answer = TASKS[asked.task]
+    rows: list[Any] = [load_rows(data_file(file))[number] for number in range(asked.rows)]
+    folder = prepare()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).to(device)
+    clean, others = (tokenized(r, tokenizer) for r in (rows, with_other_answers(rows, answer)))
+    right, wrong = (losses(base, r, device) for r in (clean, others))
+    found, _ = standing_out(right)
+    counts = look_at([row_facts(n, r["input_ids"], r["labels"]) for n, r in enumerate(clean)], LENGTH, [])
+    result = {
+        "task": asked.task,
+        "rows": asked.rows,
+        **environment(device),
+        "clean": [(finding.row, finding.reason) for finding in [*counts.findings, *found]],
+        "loss": [row.mean for row in right],
+        "loss_with_other_answer": [row.mean for row in wrong],
+        "help": [row.help for row in right],
+        "help_with_other_answer": [row.help for row in wrong],
+        **mean_of([planted(clean, right, wrong, random.Random(draw)) for draw in range(DRAWS)]),
+    }
+    asked.output.mkdir(parents=True, exist_ok=True)
+    (asked.output / f"{asked.task}.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    print(json.dumps({key: value for key, value in result.items() if not key.startswith(("loss", "help"))}))
+
+
+def with_other_answers(rows: Sequence[dict[str, Any]], answer: str) -> list[dict[str, Any]]:
+    """Every row with the answer of another one, each answer once."""
+    order = list(range(len(rows)))
+    random.Random(0).shuffle(order)
+    follows = dict(zip(order, [*order[1:], order[0]], strict=True))
+    return [{**row, answer: rows[follows[number]][answer]} for number, row in enumerate(rows)]
+
+
+def tokenized(rows: Sequence[dict[str, Any]], tokenizer: Any) -> list[Row]:
+    found = TokenizedRows(rows, tokenizer, LENGTH)
+    return [found[number] for number in range(len(rows))]
+
+
+def losses(base: Any, rows: Sequence[Row], device: torch.device) -> list[RowLoss]:
+    task = find_task(base)
+    assert isinstance(task, LanguageModel)
+    facts = [row_facts(number, row["input_ids"], row["labels"]) for number, row in enumerate(rows)]
+    return row_losses(task, rows, facts, device, show_progress=True)
+
+
+def planted(
+    clean: Sequence[Row], right: Sequence[RowLoss], wrong: Sequence[RowLoss], chance: random.Random
+) -> dict[str, float]:
+    """Plant faults at random; what was found of them."""
+    order = list(range(len(clean)))
+    chance.shuffle(order)
+    n_other, n_repeated, n_masked = (round(share * len(clean)) for share in (OTHER_ANSWERS, REPEATED, MASKED))
+    other, repeated = set(order[:n_other]), order[n_other:][:n_repeated]
+    masked = order[n_other + n_repeated :][:n_masked]
+    rows = [dict(row) for row in clean]
+    for row, of in zip(repeated, order[-n_repeated:], strict=True):
+        rows[row] = rows[of]
+    for row in masked:
+        rows[row]["labels"] = [-100] * len(rows[row]["labels"])
+    facts = look_at([row_facts(n, row["input_ids"], row["labels"]) for n, row in enumerate(rows)], LENGTH, [])
+    again = set(facts.rows_by("duplicate"))
+    out = {*repeated, *masked, *again}
+    judged = [(wrong if n in other else right)[n] for n in range(len(clean)) if n not in out]
+    named = {finding.row for finding in standing_out(judged)[0]}
+    exact = len(again) == n_repeated and facts.rows_by("masked") == sorted(masked)
+
+    def precision(figure: Callable[[RowLoss], float]) -> float:
+        return len(other & {row.row for row in sorted(judged, key=figure)[:n_other]}) / n_other
+
+    return {
+        "counts_exact": float(exact),
+        "precision_by_loss": precision(lambda row: -row.mean),
+        "precision_by_help": precision(lambda row: row.help or 0.0),
+        "named_of_other_answers": len(named & other) / n_other,
+        "named_of_clean": len(named - other) / (len(judged) - n_other),
+    }
+
+
+def mean_of(draws: Sequence[dict[str, float]]) -> dict[str, float]:
+    return {key: sum(draw[key] for draw in draws) / len(draws) for key in draws[0]}
+
+
+if __name__ == "__main__":
+    run(main)
