@@ -9,6 +9,7 @@ of their prompt.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import random
 from collections.abc import Callable, Sequence
@@ -46,32 +47,42 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--task", choices=TASKS, required=True)
     parser.add_argument("--rows", type=int, default=200, help="the first of the training file (default: %(default)s)")
+    parser.add_argument("--again", action="store_true", help="judge the losses on file, measure none")
     parser.add_argument("--output", type=Path, default=RESULTS / "planted_faults", help="folder")
     asked = parser.parse_args()
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     file, answer = TASKS[asked.task]
-    rows: list[Any] = [load_rows(data_file(file))[number] for number in range(asked.rows)]
+    loaded = load_rows(data_file(file))
+    rows: list[Any] = [loaded[number] for number in range(asked.rows)]
     folder = prepare()
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).to(device)
     clean, others = (tokenized(r, tokenizer) for r in (rows, with_other_answers(rows, answer)))
-    right, wrong = (losses(base, r, device) for r in (clean, others))
-    found, _ = standing_out(right)
+    path = asked.output / f"{asked.task}.json"
+    if not asked.again:
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).to(device)
+        measured = {
+            "task": asked.task,
+            "rows": asked.rows,
+            **environment(device),
+            "losses": [dataclasses.astuple(row) for row in losses(base, clean, device)],
+            "losses_with_other_answers": [dataclasses.astuple(row) for row in losses(base, others, device)],
+        }
+        write(path, measured)
+    measured = json.loads(path.read_text(encoding="utf-8"))
+    right, wrong = ([RowLoss(*row) for row in measured[key]] for key in ("losses", "losses_with_other_answers"))
     counts = look_at([row_facts(n, r["input_ids"], r["labels"]) for n, r in enumerate(clean)], LENGTH, [])
-    result = {
-        "task": asked.task,
-        "rows": asked.rows,
-        **environment(device),
-        "clean": [(finding.row, finding.reason) for finding in [*counts.findings, *found]],
-        "loss": [row.mean for row in right],
-        "loss_with_other_answer": [row.mean for row in wrong],
-        "help": [row.help for row in right],
-        "help_with_other_answer": [row.help for row in wrong],
+    named = [*counts.findings, *standing_out(right)[0]]
+    judged = {
+        "named_of_clean_data": [(finding.row, finding.reason) for finding in named],
         **mean_of([planted(clean, right, wrong, random.Random(draw)) for draw in range(DRAWS)]),
     }
-    asked.output.mkdir(parents=True, exist_ok=True)
-    (asked.output / f"{asked.task}.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    print(json.dumps({key: value for key, value in result.items() if not key.startswith(("loss", "help"))}))
+    write(path, {**measured, **judged})
+    print(json.dumps(judged))
+
+
+def write(path: Path, result: dict[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(result) + "\n", encoding="utf-8")
 
 
 def with_other_answers(rows: Sequence[dict[str, Any]], answer: str) -> list[dict[str, Any]]:

@@ -24,6 +24,7 @@ from lora_da.cache import CacheEntry, cache_folder
 from lora_da.cache.fingerprint import fingerprint
 from lora_da.collect import Planner, collect, make_plan
 from lora_da.config import LoraDAConfig
+from lora_da.doctor.rows import look_at
 from lora_da.memory import PeakMemory, release
 from lora_da.model.sharding import compute_device, prepared
 from lora_da.model.state import drawing_mode, estimation_mode, left_out_of_the_loss, random_states
@@ -33,6 +34,7 @@ from lora_da.samples.draw import Size, draw
 from lora_da.solution import describe_kept, solution_of
 from lora_da.solve import LayerSolver, servable
 from lora_da.tasks import RewardLoss, find_task
+from lora_da.tasks.causal import Causal
 from lora_da.tasks.inputs import notes_on
 
 
@@ -122,6 +124,7 @@ def initialize_lora_da_weights(
     step_seconds *= 1 if processes.sharded else processes.size  # which have shared the tokens
     report = replace(
         solution.report,
+        data=look_at(data.looked_at, None, ()) if isinstance(task, Causal) else None,
         notes=notes,
         settings=config.settings(),
         seconds=seconds,

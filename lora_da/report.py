@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lora_da.findings import DataReport
+
 REPORT_FILE = "lora_da_report.json"
 
 
@@ -92,6 +94,7 @@ class InitReport:
         settings: method, preset and numbers used.
         layers: per initialised layer.
         first_step: what was measured of it; None where it was not.
+        data: what the rows told that were read for it; None where it has read none.
         notes: sentences on what training does otherwise than the estimate.
     """
 
@@ -115,6 +118,7 @@ class InitReport:
     settings: dict[str, Any] = dataclasses.field(default_factory=dict)
     layers: dict[str, LayerReport] = dataclasses.field(default_factory=dict)
     first_step: FirstStepReport | None = None
+    data: DataReport | None = None
     notes: list[str] = dataclasses.field(default_factory=list)
     skipped: str | None = None
     from_cache: bool = False
@@ -127,7 +131,8 @@ class InitReport:
         return sum(self.timings.get(part, 0.0) for part in ("forward", "head", "backward")) / self.tokens
 
     def line(self) -> str:
-        """What a user sees: one line, and one more where the first step was measured."""
+        """What a user sees: one line, and one more each where the first step was measured, and where the data are to be
+        looked at."""
         if self.skipped is not None:
             return f"LoRA-DA: left the adapter as it is: {self.skipped}"
         failed = f" (kept PEFT's init: {', '.join(self.failed)})" if self.failed else ""
@@ -140,7 +145,9 @@ class InitReport:
             f"peak {self.memory_of} memory {self.peak_memory_gib:.1f} GiB; "
             f"{'from the cache' if self.from_cache else self.plan}"
         )
-        return done if self.first_step is None else f"{done}\n{self.first_step.line()}"
+        found = None if self.data is None else self.data.line()
+        first_step = None if self.first_step is None else self.first_step.line()
+        return "\n".join(filter(None, (done, first_step, found)))
 
     def save(self, folder: str | os.PathLike[str]) -> Path:
         """Write the report as JSON beside the adapter."""

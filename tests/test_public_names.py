@@ -62,7 +62,7 @@ COMMAND = """
 REPORT = """
     initialized targeted failed left samples sample_unit tokens loss_tokens population_size loss seconds steps
     peak_memory_gib
-    memory_of plan forecast timings settings layers first_step notes skipped from_cache
+    memory_of plan forecast timings settings layers first_step data notes skipped from_cache
 """.split()
 SETTINGS = [*OPTIONS, "relative_damping", "normalize_step", "match_input_energy"]
 LAYER = """

@@ -91,7 +91,8 @@ def _adapter(adapter: Adapter) -> dict[str, Any]:
 
 def _data(data: InitData, words: _Words) -> dict[str, Any]:
     batches = {"batches": data.batches, "others": data.others}
-    counted = {f.name: getattr(data, f.name) for f in dataclasses.fields(data) if f.name not in batches}
+    apart = {*batches, "looked_at"}  # rows that only the report tells of
+    counted = {f.name: getattr(data, f.name) for f in dataclasses.fields(data) if f.name not in apart}
     return {"counted": counted} | {name: [_batch(b, words) for b in group] for name, group in batches.items()}
 
 

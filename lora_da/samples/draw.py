@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import math
-from collections.abc import Callable, Iterable, Mapping, Sized
+from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, IterableDataset, Subset
 
 from lora_da.errors import LoraDAError
 from lora_da.samples.batch import BATCH_TOKENS, Batch, by_length, divided
+from lora_da.samples.facts import RowFacts, row_facts, rows_in
 from lora_da.samples.generators import generators_kept
 from lora_da.samples.tokens import read_tokens
 
@@ -53,6 +54,7 @@ class InitData:
         unit: what a sample is: `row`, or `document (from …)`.
         others: batches of other documents, which no statistic sees.
         row_tokens: positions in a row, on average.
+        looked_at: what every row told that was met while these were drawn, those that carry no loss too.
     """
 
     batches: list[Batch]
@@ -63,6 +65,7 @@ class InitData:
     unit: str
     others: list[Batch] = field(default_factory=list)
     row_tokens: float = 0.0
+    looked_at: list[RowFacts] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -87,12 +90,14 @@ class _OwnRows:
         collate: makes batches of rows; None where they are ready.
         count: how many the whole dataset has; None where that is unknown.
         unit: what `count` counts: each `item` of the dataset, or each `row` of its batches.
+        order: the rows' indices in the dataset, as they are read; ascending from 0 if None.
     """
 
     rows: Iterable[Any]
     collate: Collate | None
     count: int | None
     unit: str
+    order: Sequence[int] | None = None
 
 
 def read_causal(inputs: Mapping[str, Any], limit: int) -> Batch:
@@ -167,6 +172,7 @@ def _draw(own: _OwnRows, size: Size, population: int | None, read: Read, needs_p
         unit=f"document (from {boundaries[0]})" if boundaries else "row",
         others=_batched(seen_apart, collate, read),
         row_tokens=sum(d.batch.n_positions for d in drawn) / sum(d.batch.tokens.rows for d in drawn),
+        looked_at=reading.looked_at,
     )
 
 
@@ -179,11 +185,13 @@ class _Reading:
 
     Attributes:
         rows, documents: met so far.
+        looked_at: what these rows told.
         ended: whether there was no more.
     """
 
     def __init__(self, own: _OwnRows, read: Read) -> None:
         self.rows, self.documents, self.ended = 0, 0, False
+        self.looked_at: list[RowFacts] = []
         self._own, self._read, self._items = own, read, iter(own.rows)
 
     def take(self, documents: int, tokens: float) -> list[_Drawn]:
@@ -199,6 +207,7 @@ class _Reading:
             inputs = item if collate is None else collate([copy.deepcopy(item)])
             batch = self._read(inputs, missing)
             found = batch.tokens.n_found
+            self._look_at(inputs)
             held = _documents_within(batch, tokens, at_least=0 if drawn else 1)
             is_last = held < batch.tokens.n_documents
             if is_last and held:
@@ -213,6 +222,12 @@ class _Reading:
                 return drawn
         self.ended = True
         return drawn
+
+    def _look_at(self, inputs: Mapping[str, Any]) -> None:
+        for ids, labels in rows_in(inputs):
+            number = len(self.looked_at)
+            order = self._own.order
+            self.looked_at.append(row_facts(number if order is None else order[number], ids, labels))
 
 
 def _documents_within(batch: Batch, tokens: float, at_least: int) -> int:
@@ -285,10 +300,11 @@ def _own_rows(dataloader: Iterable[Any], seed: int | None) -> _OwnRows:
         ready = DataLoader(dataset, None, collate_fn=copy.deepcopy if worker else _as_it_is, **worker)
         return _OwnRows((collate(copy.deepcopy(batch)) for batch in ready), None, n_rows, "item")
     # In batches of one: Axolotl's packing replaces the part of torch that fetches single rows.
+    order = dataset.indices if isinstance(dataset, Subset) else None
     rows: Iterable[Any] = DataLoader(dataset, 1, collate_fn=_copy_of_the_only if worker else _the_only, **worker)
     if worker:
         rows = map(copy.deepcopy, rows)
-    return _OwnRows(rows, collate, n_rows, "item")
+    return _OwnRows(rows, collate, n_rows, "item", order)
 
 
 def _own_worker(dataloader: Any) -> dict[str, Any]:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+from torch import Tensor
 
+from lora_da.samples.batch import NOT_TEXT
 from lora_da.samples.tokens import IGNORED
 
 END = 4  # tokens that the end of an answer is told by
@@ -40,3 +43,22 @@ def row_facts(row: int, ids: Sequence[int], labels: Sequence[int]) -> RowFacts:
     end = numbers[0, -END:][gap[-1] + 1 if len(gap) else 0 :]
     digest = hashlib.blake2b(numbers.tobytes(), digest_size=16).digest()
     return RowFacts(row, numbers.shape[1], int(carries[1:].sum()), digest, tuple(end.tolist()))
+
+
+def rows_in(inputs: Mapping[str, Any]) -> Iterator[tuple[list[int], list[int]]]:
+    """Ids and labels of each row of a batch, without what its mask calls padding.
+
+    None where not every token has a label, or where rows hold more than text.
+
+    Args:
+        inputs: the collator's output.
+    """
+    ids, labels, mask = (inputs.get(name) for name in ("input_ids", "labels", "attention_mask"))
+    if not isinstance(ids, Tensor) or not isinstance(labels, Tensor) or ids.dim() != 2 or labels.shape != ids.shape:
+        return
+    if any(NOT_TEXT.match(name) for name in inputs):
+        return
+    masked = isinstance(mask, Tensor) and mask.shape == ids.shape
+    for row in range(len(ids)):
+        real = mask[row] != 0 if masked else slice(None)  # type: ignore[index]
+        yield ids[row][real].tolist(), labels[row][real].tolist()
