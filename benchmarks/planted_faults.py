@@ -34,10 +34,10 @@ from lora_da.tasks import find_task
 from lora_da.tasks.task import LanguageModel
 
 TASKS = {
-    "nl2bash": ("nl2bash_train.jsonl", "completion"),
-    "gsm8k": ("gsm8k_train.jsonl", "answer"),
-    "e2e": ("e2e_train.jsonl", "completion"),
-    "arc": ("arc_easy_train.json", "output"),
+    "nl2bash": ("nl2bash_{}.jsonl", "completion"),
+    "gsm8k": ("gsm8k_{}.jsonl", "answer"),
+    "e2e": ("e2e_{}.jsonl", "completion"),
+    "arc": ("arc_easy_{}.json", "output"),
 }
 OTHER_ANSWERS, REPEATED, MASKED = 0.05, 0.05, 0.02
 LENGTH, DRAWS = 1024, 200
@@ -46,22 +46,24 @@ LENGTH, DRAWS = 1024, 200
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--task", choices=TASKS, required=True)
-    parser.add_argument("--rows", type=int, default=200, help="the first of the training file (default: %(default)s)")
+    parser.add_argument("--split", choices=("train", "test"), default="test", help="the file (default: %(default)s)")
+    parser.add_argument("--rows", type=int, default=200, help="the first of the file (default: %(default)s)")
     parser.add_argument("--again", action="store_true", help="judge the losses on file, measure none")
     parser.add_argument("--output", type=Path, default=RESULTS / "planted_faults", help="folder")
     asked = parser.parse_args()
     file, answer = TASKS[asked.task]
-    loaded = load_rows(data_file(file))
+    loaded = load_rows(data_file(file.format(asked.split)))
     rows: list[Any] = [loaded[number] for number in range(asked.rows)]
     folder = prepare()
     tokenizer = AutoTokenizer.from_pretrained(folder)
     clean, others = (tokenized(r, tokenizer) for r in (rows, with_other_answers(rows, answer)))
-    path = asked.output / f"{asked.task}.json"
+    path = asked.output / f"{asked.task}_{asked.split}.json"
     if not asked.again:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).to(device)
         measured = {
             "task": asked.task,
+            "split": asked.split,
             "rows": asked.rows,
             **environment(device),
             "losses": [dataclasses.astuple(row) for row in losses(base, clean, device)],
