@@ -35,7 +35,7 @@ from benchmarks.sample_size import BATCH, HELD_OUT, LENGTH, RANK, TASKS
 from lora_da import InitReport, LoraDAConfig, initialize_lora_da_weights
 from lora_da.adapter import find_adapter
 from lora_da.config import PRESETS
-from lora_da.export.rows import collate
+from lora_da.samples.rows import collate
 
 SAMPLES, POPULATION = 64, 2000
 LONGEST, SHORTEST = 0, -7  # powers of two

@@ -29,8 +29,8 @@ from benchmarks.qlora import load_model, lora_config
 from benchmarks.tokenized_rows import Row
 from examples.smollm2 import prepare
 from lora_da import LoraDAConfig, initialize_lora_da_weights
-from lora_da.export.rows import collate
 from lora_da.memory import GIB
+from lora_da.samples.rows import collate
 from trl_integration import LoraDAInitializer
 
 ROOT = Path(__file__).parents[2]

@@ -16,7 +16,7 @@ from lora_da.collect import Observed, collect
 from lora_da.collect.sums import SegmentSums
 from lora_da.model.state import estimation_mode
 from lora_da.processes import Processes, Run
-from lora_da.samples.draw import draw
+from lora_da.samples.draw import Size, draw
 from lora_da.tasks import find_task
 
 pytestmark = pytest.mark.once
@@ -38,7 +38,7 @@ def handed_over() -> tuple[list[int], dict[str, list[str]]]:
         return 0
 
     with estimation_mode(model):
-        data = draw(batches(documents(8), 4), 8, None, 8, task.read, True)
+        data = draw(batches(documents(8), 4), Size(8), None, 8, task.read, True)
         collect(task, find_adapter(model).layers, data, needs(full=False), run, look)
     return widths, alive
 

@@ -130,7 +130,9 @@ def _of_cuda(patch: pytest.MonkeyPatch, gpus: FakeGpus) -> None:
         gpus.peak[of(device)] = gpus.live[of(device)]
 
     streams = {number: Stream(number) for number in range(gpus.n)}
-    properties = SimpleNamespace(total_memory=gpus.memory, name="fake", major=9, minor=0, multi_processor_count=1)
+    properties = SimpleNamespace(
+        total_memory=gpus.memory, name="fake", is_integrated=0, major=9, minor=0, multi_processor_count=1
+    )
     replaced: dict[str, Any] = {
         "Event": Event,
         "Stream": Stream,
@@ -144,6 +146,7 @@ def _of_cuda(patch: pytest.MonkeyPatch, gpus: FakeGpus) -> None:
         "empty_cache": lambda: None,
         "get_device_capability": lambda device=None: (9, 0),
         "get_device_properties": lambda device=None: properties,
+        "get_per_process_memory_fraction": lambda device=None: 1.0,
         "get_rng_state": lambda device=None: torch.zeros(16, dtype=torch.uint8),
         "is_available": lambda: True,
         "is_bf16_supported": lambda *_, **__: True,
@@ -152,6 +155,7 @@ def _of_cuda(patch: pytest.MonkeyPatch, gpus: FakeGpus) -> None:
         "max_memory_allocated": lambda device=None: gpus.peak[of(device)],
         "mem_get_info": lambda device=None: (gpus.memory - gpus.live[of(device)], gpus.memory),
         "memory_allocated": lambda device=None: gpus.live[of(device)],
+        "memory_stats": lambda device=None: {},
         "memory_reserved": lambda device=None: gpus.live[of(device)],
         "reset_peak_memory_stats": reset,
         "set_device": lambda device: exchange(of(device).index),
