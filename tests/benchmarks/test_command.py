@@ -36,5 +36,13 @@ def test_every_command_ends_so(path):
 
 def test_commands_are_found():
     assert {path.name for path in COMMANDS} == {
-        *("__main__.py", "curves.py", "init_cost.py", "planted_faults.py", "report.py", "sample_size.py", "step_length.py"),
+        *(
+            "__main__.py",
+            "curves.py",
+            "init_cost.py",
+            "planted_faults.py",
+            "report.py",
+            "sample_size.py",
+            "step_length.py",
+        ),
     }
