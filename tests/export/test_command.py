@@ -66,7 +66,8 @@ def expected_adapter(model, quantisation=None, samples=8, **lora):
 @pytest.mark.slow
 def test_in_a_process_of_its_own(tmp_path, model, data):
     """Progress goes to stderr, the one line to stdout."""
-    arguments = command(model, data, tmp_path / "out", "--rank", "4", "--alpha", "8", "--samples", "8")
+    options = ["--rank", "4", "--alpha", "8", "--samples", "8", "--first-step", "gamma"]
+    arguments = command(model, data, tmp_path / "out", *options)
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(
         [sys.executable, "-m", "lora_da", *arguments], env=environment, capture_output=True, text=True, cwd=tmp_path

@@ -10,9 +10,10 @@ import pytest
 import torch
 from models import Document, documents, pad, tiny_llama, with_lora
 from peft import PeftModel
+from settings import as_solved
 from torch.utils.data import DataLoader
 
-from lora_da import LoraDAConfig, initialize_lora_da_weights
+from lora_da import initialize_lora_da_weights
 from lora_da.collect.borders import Border
 from lora_da.collect.plan import Plan, Planner, in_segments, make_plan
 from lora_da.report import InitReport
@@ -42,7 +43,7 @@ def long_documents(count: int, length: int) -> list[Document]:
 
 
 def initialize(model: PeftModel, data: Any, samples: int, plan: Planner = make_plan) -> InitReport:
-    config = LoraDAConfig(samples=samples, population_size=samples)
+    config = as_solved(samples=samples, population_size=samples)
     return initialize_lora_da_weights(model, data, config, show_progress=False, plan=plan)
 
 

@@ -13,10 +13,10 @@ pytest.importorskip("liger_kernel", reason="Liger is not installed")
 from axolotl_runs import STARTED, Project, difference, train
 from datasets import Dataset
 from models import documents
+from settings import as_solved
 from trainers import base, sft
 
 from axolotl_lora_da.bare_name import PLUGIN
-from lora_da import LoraDAConfig
 from trl_integration import LoraDAInitializer
 
 pytestmark = [pytest.mark.axolotl, pytest.mark.slow, pytest.mark.filterwarnings("default")]
@@ -53,7 +53,7 @@ def sft_interpreted(config: str) -> None:
         base(folder / "base"),
         Dataset.from_list(ROWS),
         Path(config).with_suffix(""),
-        LoraDAInitializer(LoraDAConfig(samples=SAMPLES)),
+        LoraDAInitializer(as_solved(samples=SAMPLES)),
         use_liger_kernel=True,
         bf16=False,
         learning_rate=0.0,
@@ -68,7 +68,7 @@ def test_axolotls_liger_plugin(project, head, monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "1")  # read when Triton is imported
     flags = {"liger_rope": True, "liger_rms_norm": True, "liger_glu_activation": True, head: True}
     plugins = [PLUGIN, "axolotl.integrations.liger.LigerPlugin"]
-    settings = {"plugins": plugins, "lora_da": {"samples": SAMPLES}, **flags}
+    settings = {"plugins": plugins, "lora_da": {"samples": SAMPLES, "first_step": "gamma"}, **flags}
     run = project.run(head, interpreted, forked=False, **settings)
     assert run.lines() == [STARTED]
     assert run.steps == 1
