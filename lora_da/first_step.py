@@ -1,11 +1,11 @@
 """How far along lora_B·lora_A training starts, measured.
 
 A method gives the direction of each layer's first step; how far it holds is another question. Read as a Newton step of
-the Fisher, LoRA-DA's is tens of thousands of times too long on real models, and a length that serves one task and one
-`lora_alpha` is off on others. So every layer's step is given the same length in the Fisher, which lets no layer move
-the predictions more than another, and a few lengths are tried by forward passes over documents that the estimate has
-not seen, all layers together; the one with the lowest loss is kept. Where none is lower than the base's, lora_B is zero
-and training starts at the base, with the lora_A that was found.
+the Fisher, LoRA-DA's is tens of thousands of times too long on a real model (benchmarks/results/step_length), and a
+length that serves one task and one `lora_alpha` is off on others. So every layer's step is given the same length in the
+Fisher, which lets no layer move the predictions more than another, and a few lengths are tried by forward passes over
+documents that the estimate has not seen, all layers together; the one with the lowest loss is kept. Where none is lower
+than the base's, lora_B is zero and training starts at the base, with the lora_A that was found.
 """
 
 from __future__ import annotations
