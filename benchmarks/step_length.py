@@ -35,6 +35,7 @@ from benchmarks.sample_size import BATCH, HELD_OUT, LENGTH, RANK, TASKS
 from lora_da import InitReport, LoraDAConfig, initialize_lora_da_weights
 from lora_da.adapter import find_adapter
 from lora_da.config import PRESETS
+from lora_da.first_step import spectral_norm
 from lora_da.samples.rows import collate
 
 SAMPLES, POPULATION = 64, 2000
@@ -92,9 +93,7 @@ def ladder(model: PeftModel, report: InitReport, shares: str, loss: Callable[[],
             assert length, "the method knows no length"
             b /= length
         factors[layer.name] = a, b
-        triangles = (torch.linalg.qr(m.double(), mode="r").R for m in (b, a.T))
-        left, right = triangles
-        norms.append(layer.scaling * float(torch.linalg.matrix_norm(left @ right.T, 2)))
+        norms.append(layer.scaling * spectral_norm(a, b))
     solved = math.sqrt(sum(norm**2 for norm in norms) / len(norms))
     losses = {}
     for length in lengths():

@@ -5,24 +5,21 @@ from __future__ import annotations
 import copy
 import logging
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
-from accelerate.data_loader import IterableDatasetShard
-from torch.utils.data import DataLoader, IterableDataset, Subset
 
 from lora_da.errors import LoraDAError
 from lora_da.samples.batch import BATCH_TOKENS, Batch, by_length, divided
 from lora_da.samples.facts import RowFacts, row_facts, rows_in
 from lora_da.samples.generators import generators_kept
+from lora_da.samples.source import Collate, OwnRows, n_rows_of, own_rows
 from lora_da.samples.tokens import read_tokens
 
 logger = logging.getLogger(__name__)
 
-T = TypeVar("T")
-Collate = Callable[[list[Any]], Mapping[str, Any]]
 Read = Callable[[Mapping[str, Any], int], Batch]
 
 
@@ -81,25 +78,6 @@ class _Drawn:
         return self.batch.tokens.n_documents
 
 
-@dataclass(frozen=True)
-class _OwnRows:
-    """The user's data, read by a loader of our own.
-
-    Args:
-        rows: of the dataset, or ready batches.
-        collate: makes batches of rows; None where they are ready.
-        count: how many the whole dataset has; None where that is unknown.
-        unit: what `count` counts: each `item` of the dataset, or each `row` of its batches.
-        order: the rows' indices in the dataset, as they are read; ascending from 0 if None.
-    """
-
-    rows: Iterable[Any]
-    collate: Collate | None
-    count: int | None
-    unit: str
-    order: Sequence[int] | None = None
-
-
 def read_causal(inputs: Mapping[str, Any], limit: int) -> Batch:
     """Count as causal language modelling does; `Task.read` of others differs."""
     return Batch(inputs, read_tokens(inputs, limit))
@@ -132,10 +110,10 @@ def draw(
         LoraDAError: empty data, all labels masked, no length where one is needed.
     """
     with generators_kept(dataloader):
-        return _draw(_own_rows(dataloader, seed), size, population, read, needs_population)
+        return _draw(own_rows(dataloader, seed), size, population, read, needs_population)
 
 
-def _draw(own: _OwnRows, size: Size, population: int | None, read: Read, needs_population: bool) -> InitData:
+def _draw(own: OwnRows, size: Size, population: int | None, read: Read, needs_population: bool) -> InitData:
     collate, n_rows = own.collate, own.count
     if needs_population and population is None and n_rows is None:
         raise LoraDAError(
@@ -189,7 +167,7 @@ class _Reading:
         ended: whether there was no more.
     """
 
-    def __init__(self, own: _OwnRows, read: Read) -> None:
+    def __init__(self, own: OwnRows, read: Read) -> None:
         self.rows, self.documents, self.ended = 0, 0, False
         self.looked_at: list[RowFacts] = []
         self._own, self._read, self._items = own, read, iter(own.rows)
@@ -212,7 +190,7 @@ class _Reading:
             is_last = held < batch.tokens.n_documents
             if is_last and held:
                 batch = self._read(inputs, held)
-            self.rows += 1 if self._own.unit == "item" else _rows(inputs)
+            self.rows += 1 if self._own.unit == "item" else n_rows_of(inputs)
             self.documents += found
             if batch.tokens.n_documents and held:
                 drawn.append(_Drawn(batch, item, batch.tokens.n_documents == found))
@@ -266,74 +244,3 @@ def _collated(members: list[_Drawn], collate: Collate, read: Read) -> list[Batch
     if same_loss and same_tokens and not too_large and not together.moves_positions():
         return [together]
     return [d.batch for d in members]
-
-
-def _own_rows(dataloader: Iterable[Any], seed: int | None) -> _OwnRows:
-    """Read the same data with a loader of our own."""
-    dataset = getattr(dataloader, "dataset", None)
-    while isinstance(dataset, IterableDatasetShard):  # accelerate's, of which each process sees a part
-        dataset = dataset.dataset
-    n_rows = len(dataset) if isinstance(dataset, Sized) else None
-    if seed is not None and (n_rows is None or isinstance(dataset, IterableDataset)):
-        raise LoraDAError(
-            f"`seed: {seed}` asks for random samples, which needs a DataLoader over a dataset with a length, not "
-            f"{type(dataset if dataset is not None else dataloader).__name__}: leave `seed` unset"
-        )
-    if dataset is None or not hasattr(dataloader, "collate_fn"):
-        n_rows = sum(map(_rows, dataloader)) if isinstance(dataloader, (list, tuple)) else None
-        return _OwnRows(dataloader, None, n_rows, "row")
-    if n_rows is not None and not isinstance(dataset, IterableDataset):
-        if seed is None:
-            order: Any = range(n_rows)
-        else:
-            order = torch.randperm(n_rows, generator=torch.Generator("cpu").manual_seed(seed), device="cpu").tolist()
-        dataset = Subset(dataset, order)
-    elif isinstance(dataset, Iterable) and iter(dataset) is iter(dataset):
-        raise LoraDAError(
-            "the dataset can be iterated over only once: samples taken from it would be missing in training; "
-            "use one that starts anew with each iteration"
-        )
-    # Rows are copied before they are collated: many collators pad the ones they are given in place.
-    collate = dataloader.collate_fn
-    worker = _own_worker(dataloader)
-    if getattr(dataloader, "batch_sampler", dataloader) is None:  # the dataset's items are batches already
-        ready = DataLoader(dataset, None, collate_fn=copy.deepcopy if worker else _as_it_is, **worker)
-        return _OwnRows((collate(copy.deepcopy(batch)) for batch in ready), None, n_rows, "item")
-    # In batches of one: Axolotl's packing replaces the part of torch that fetches single rows.
-    order = dataset.indices if isinstance(dataset, Subset) else None
-    rows: Iterable[Any] = DataLoader(dataset, 1, collate_fn=_copy_of_the_only if worker else _the_only, **worker)
-    if worker:
-        rows = map(copy.deepcopy, rows)
-    return _OwnRows(rows, collate, n_rows, "item", order)
-
-
-def _own_worker(dataloader: Any) -> dict[str, Any]:
-    """Arguments for a loader that reads the rows where the user's does, if something is set up there; else in this
-    process.
-
-    What a worker hands over is in shared memory, an open file for each tensor as long as either side keeps it: both
-    copy what they keep.
-    """
-    if not isinstance(dataloader, DataLoader) or not dataloader.num_workers or dataloader.worker_init_fn is None:
-        return {}
-    shared = ("worker_init_fn", "multiprocessing_context", "timeout", "prefetch_factor")
-    return {"num_workers": 1, **{name: getattr(dataloader, name) for name in shared}}
-
-
-def _as_it_is(item: T) -> T:
-    return item
-
-
-def _the_only(rows: list[T]) -> T:
-    return rows[0]
-
-
-def _copy_of_the_only(rows: list[T]) -> T:
-    return copy.deepcopy(rows[0])
-
-
-def _rows(batch: Any) -> int:
-    """The rows of a batch; 0 for a malformed one, which is refused when it is read."""
-    inputs = batch if isinstance(batch, Mapping) else {}
-    rows = next((inputs[key] for key in ("labels", "input_ids") if inputs.get(key) is not None), None)
-    return len(rows) if isinstance(rows, torch.Tensor) and rows.dim() > 0 else 0
