@@ -49,9 +49,7 @@ def random_A(statistics: LayerStatistics, layer: LayerSpec, preset: Preset) -> L
     """Leave A random, as plain LoRA draws it, and take the Newton step of the damped quadratic model in its subspace:
     B = −Y⁻¹ G Aᵀ (A Z Aᵀ)⁻¹. What the subspace is worth beside the step."""
     grad, cov, fisher = _double(statistics)
-    seed = hash(grad.abs().sum().item()) % 2**31  # another one for each layer
-    drawn = torch.randn(layer.rank, len(cov), generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    lora_A = drawn * math.sqrt(layer.plain_variance)
+    lora_A = _drawn(grad, layer.rank, layer)
     damping, damped = preset.damping * cov.diagonal().mean().item(), _damped(fisher, preset)
     energy = lora_A @ cov @ lora_A.T + damping * lora_A @ lora_A.T
     lora_B = -torch.linalg.solve(energy, lora_A @ grad.T).T / damped.unsqueeze(1)
@@ -79,9 +77,37 @@ def double_scale(statistics: LayerStatistics, layer: LayerSpec, preset: Preset) 
     return _scaled(lora_da(statistics, layer, preset), 2.0)
 
 
+def equal_energies(statistics: LayerStatistics, layer: LayerSpec, preset: Preset) -> LoraFactors:
+    """The default, every row a of its A with the same input energy a Z aᵀ, that of plain LoRA's; the step unchanged."""
+    factors, (_, cov, _) = lora_da(statistics, layer, preset), _double(statistics)
+    a = factors.lora_A.double()
+    energy = ((a @ cov) * a).sum(1)
+    by = (layer.plain_variance * cov.trace() / energy).sqrt()
+    return replace(factors, lora_A=a * by.unsqueeze(1), lora_B=factors.lora_B / by)
+
+
+def half_random(statistics: LayerStatistics, layer: LayerSpec, preset: Preset) -> LoraFactors:
+    """The default of half the rank, and for the other half rows as plain LoRA draws them, with no B."""
+    chosen = layer.rank // 2
+    half = lora_da(statistics, replace(layer, rank=chosen), preset)
+    drawn = _drawn(_double(statistics)[0], layer.rank - chosen, layer)
+    b = torch.cat([half.lora_B, half.lora_B.new_zeros(len(half.lora_B), layer.rank - chosen)], 1)
+    return replace(half, lora_A=torch.cat([half.lora_A, drawn.to(half.lora_A)]), lora_B=b)
+
+
+_TRIED = (
+    half_powers,
+    gradient,
+    fisher_metric,
+    random_A,
+    slope_matched,
+    half_scale,
+    double_scale,
+    equal_energies,
+    half_random,
+)
 CANDIDATES: dict[str, Method] = {
-    solve.__name__: replace(METHODS["lora_da"], name=solve.__name__, solve=solve)
-    for solve in (half_powers, gradient, fisher_metric, random_A, slope_matched, half_scale, double_scale)
+    solve.__name__: replace(METHODS["lora_da"], name=solve.__name__, solve=solve) for solve in _TRIED
 }
 
 
@@ -89,6 +115,13 @@ def _double(statistics: LayerStatistics) -> tuple[Tensor, Tensor, Tensor]:
     """G (o, i), Z (i, i) and the diagonal of Y (o,)."""
     assert statistics.grad is not None and statistics.input_cov is not None and statistics.output_fisher is not None
     return statistics.grad.double(), statistics.input_cov.double(), statistics.output_fisher.double()
+
+
+def _drawn(grad: Tensor, rows: int, layer: LayerSpec) -> Tensor:
+    """Rows of lora_A as plain LoRA's are distributed, (rows, i), others for each layer and the same in each run."""
+    seed = hash(grad.abs().sum().item()) % 2**31
+    drawn = torch.randn(rows, grad.shape[1], generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return drawn * math.sqrt(layer.plain_variance)
 
 
 def _damped(fisher: Tensor, preset: Preset) -> Tensor:

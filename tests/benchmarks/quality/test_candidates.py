@@ -148,6 +148,26 @@ def test_a_scale_changes_how_the_step_is_shared(name: str, factor: float) -> Non
     assert torch.allclose(step(scaled), step(default), atol=1e-12)
 
 
+def test_equal_energies_are_plain_loras_row_by_row() -> None:
+    statistics = layer()
+    default, found = solve_lora_da(statistics, RANK, **SETTINGS), solved("equal_energies", statistics)
+    expected = PLAIN_VARIANCE * statistics.input_cov.double().trace().item()
+    for row in found.lora_A:
+        assert energy(row[None], statistics) == pytest.approx(expected, rel=1e-6)
+    assert torch.allclose(step(found), step(default), atol=1e-12)
+
+
+def test_half_random_is_the_default_of_half_the_rank_beside_rows_without_a_step() -> None:
+    statistics = layer()
+    found, half = solved("half_random", statistics), solve_lora_da(statistics, RANK // 2, **SETTINGS)
+    assert torch.equal(found.lora_A[: RANK // 2], half.lora_A)
+    assert torch.allclose(step(found), step(half), atol=1e-12)
+    wide = layer(i=4000)
+    drawn = solved("half_random", wide).lora_A[RANK // 2 :]
+    assert float(drawn.var()) == pytest.approx(PLAIN_VARIANCE, rel=0.1)  # four and a half standard errors
+    assert torch.equal(solved("half_random", wide).lora_A[RANK // 2 :], drawn)
+
+
 def step(factors: LoraFactors) -> Tensor:
     return factors.lora_B @ factors.lora_A
 
