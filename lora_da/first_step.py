@@ -59,6 +59,22 @@ def notes_on(numbers: Preset | Numbers, data: InitData) -> list[str]:
     ]
 
 
+def chosen(
+    solution: Solution,
+    kind: str | None,
+    model: PeftModel,
+    task: Task,
+    adapter: Adapter,
+    data: InitData,
+    run: Run,
+    batch_tokens: int,
+) -> Solution:
+    """The solution with the first step that `first_step` in the settings names: `measured`, `none`, or as solved."""
+    if kind == "measured":
+        return with_measured_length(solution, model, task, adapter, data, run, batch_tokens)
+    return with_zero_B(solution) if kind == "none" else solution
+
+
 def with_zero_B(solution: Solution) -> Solution:
     """The solution with lora_B zero: the model starts as it is."""
     return _scaled(solution, dict.fromkeys(solution.factors, 0.0))
@@ -99,7 +115,7 @@ def with_measured_length(
     def at(length: float) -> Solution:
         return _scaled(solution, {name: weight * length / unit for name, weight in weights.items()})
 
-    batches = list(data.others) if processes.sharded else shared(data.others, processes.size)[processes.rank]
+    batches = shared(data.others, processes.shares)[processes.rank % processes.shares]
     n_loss_tokens = sum(int(batch.tokens.loss_tokens.sum()) for batch in data.others)
 
     def loss_at(length: float) -> float:
@@ -112,7 +128,7 @@ def with_measured_length(
     with adapter.kept(), without_checkpointing(model):
         losses = search(loss_at)
     best = min(losses, key=losses.__getitem__)
-    chosen = at(best)
+    kept = at(best)
     report = FirstStepReport(
         documents=sum(batch.tokens.n_documents for batch in data.others),
         loss_before=losses[0.0],
@@ -121,8 +137,8 @@ def with_measured_length(
         tried=sorted(losses.items()),
         seconds=time.perf_counter() - began,
     )
-    timings = {**chosen.report.timings, "first step": report.seconds}
-    return replace(chosen, report=replace(chosen.report, first_step=report, timings=timings))
+    timings = {**kept.report.timings, "first step": report.seconds}
+    return replace(kept, report=replace(kept.report, first_step=report, timings=timings))
 
 
 def search(loss_at: Callable[[float], float]) -> dict[float, float]:

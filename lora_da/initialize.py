@@ -107,11 +107,8 @@ def initialize_lora_da_weights(
             solver = LayerSolver(method, numbers, data)
             collected = collect(task, adapter.layers, data, needs, run, solver.solve, plan)
             solution = processes.everywhere(solution_of, collected, adapter, data, needs)
-        if numbers.first_step == "measured":
-            at_once = collected.plan.batch_tokens
-            solution = first_step.with_measured_length(solution, peft_model, task, adapter, data, run, at_once)
-        elif numbers.first_step == "none":
-            solution = first_step.with_zero_B(solution)
+        at_once = collected.plan.batch_tokens
+        solution = first_step.chosen(solution, numbers.first_step, peft_model, task, adapter, data, run, at_once)
         if entry is not None:
             processes.once(entry.store, solution)
     notes = [*notes_on(base, data.batches), *left_out_of_the_loss(base), *first_step.notes_on(numbers, data)]
@@ -119,19 +116,14 @@ def initialize_lora_da_weights(
     adapter.write(solution.factors, processes.together)
     release(device)
 
-    seconds = time.perf_counter() - started
-    step_seconds = data.row_tokens * (step_rows or 0) * solution.report.token_seconds
-    step_seconds *= 1 if processes.sharded else processes.size  # which have shared the tokens
     report = replace(
         solution.report,
         data=look_at(data.looked_at, None, ()) if isinstance(task, Causal) else None,
         notes=notes,
         settings=config.settings(),
-        seconds=seconds,
-        steps=seconds / step_seconds if step_seconds else None,
         peak_memory_gib=memory.gib(),
         memory_of=memory.name,
-    )
+    ).taking(time.perf_counter() - started, data.row_tokens * (step_rows or 0) * processes.shares)
     return say(report) if show_progress else report
 
 

@@ -54,6 +54,11 @@ class Processes:
         """The same processes, with a model that may be sharded over them."""
         return Processes(is_sharded(model))
 
+    @property
+    def shares(self) -> int:
+        """How many shares the samples are divided into: one where every process runs all."""
+        return 1 if self.sharded else self.size
+
     @contextlib.contextmanager
     def together(self) -> Iterator[None]:
         """All processes leave the block, or all raise what one of them raised in it. An interrupt is not waited with.

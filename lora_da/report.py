@@ -123,6 +123,17 @@ class InitReport:
     skipped: str | None = None
     from_cache: bool = False
 
+    def taking(self, seconds: float, step_tokens: float) -> InitReport:
+        """The report of what took this long.
+
+        Args:
+            seconds: wall time.
+            step_tokens: tokens of a training step, of all processes that the samples were shared over; 0 where they are
+                not known.
+        """
+        step_seconds = step_tokens * self.token_seconds
+        return dataclasses.replace(self, seconds=seconds, steps=seconds / step_seconds if step_seconds else None)
+
     @property
     def token_seconds(self) -> float:
         """Seconds of the forward and backward of a token in this process; 0 where there was no backward."""
