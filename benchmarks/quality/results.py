@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.errors import BenchmarkError
+from benchmarks.quality.movement import Figures
 
 ADAPTERS = ("float32", "bf16")  # as Axolotl and Unsloth, and as TRL trains them on a 4-bit base
 
@@ -86,6 +87,7 @@ class Result:
         full: (step, loss) on all held-out rows, the last one the end; empty in old results.
         step_seconds: median wall time of a step, no evaluation in it; None in old results.
         exact_match: share of the generated answers that are the true ones; None if not asked for.
+        movement: (step, figures) of the adapter, see `Movement.figures`; empty in old results.
     """
 
     cell: Cell
@@ -107,6 +109,7 @@ class Result:
     full: Sequence[tuple[int, float]] = field(default_factory=list)
     step_seconds: float | None = None
     exact_match: float | None = None
+    movement: Sequence[tuple[int, Figures]] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -175,7 +178,8 @@ def _result(fields: Any, where: str) -> Result:
         heldout, full = (
             [(int(step), float(loss)) for step, loss in curve] for curve in (fields["heldout"], fields.get("full", ()))
         )
-        result = Result(**{**fields, "cell": cell, "heldout": heldout, "full": full})
+        movement = [(int(step), figures) for step, figures in fields.get("movement", ())]
+        result = Result(**{**fields, "cell": cell, "heldout": heldout, "full": full, "movement": movement})
         if not heldout:
             raise ValueError("heldout is empty")
     except (TypeError, KeyError, ValueError) as error:

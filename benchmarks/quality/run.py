@@ -25,6 +25,7 @@ from benchmarks.quality.base import load_base
 from benchmarks.quality.corpora import Corpus, SeedRows, split_rows, spread
 from benchmarks.quality.exact_match import exact_match
 from benchmarks.quality.heldout import Heldout, find_choice
+from benchmarks.quality.movement import Figures, Movement
 from benchmarks.quality.neighbours import OWN_BASE, eva, on_its_own_base
 from benchmarks.quality.prediction import best_first_step
 from benchmarks.quality.results import ADAPTERS, Cell, Result, has_diverged
@@ -37,6 +38,7 @@ from lora_da.samples.rows import collate
 DTYPES = dict(zip(ADAPTERS, (torch.float32, torch.bfloat16), strict=True))
 EVALUATIONS = 20  # over a run, and one before it
 WARMUP = 0.1  # of the steps
+MOVED_AT = (0.25, 0.5, 0.75, 1.0)  # shares of the steps after which the adapter's movement is looked at
 PREDICTED_FROM = 32  # rows that the first step is looked at on
 
 
@@ -48,6 +50,7 @@ class Curve:
     heldout: list[tuple[int, float]]
     full: list[tuple[int, float]]
     step_seconds: list[float]
+    movement: list[tuple[int, Figures]]
 
 
 class _Observer(TrainerCallback):
@@ -59,14 +62,17 @@ class _Observer(TrainerCallback):
     """
 
     def __init__(self, some: Heldout, all_rows: Heldout, cell: Cell) -> None:
-        self.curve = Curve([], [], [], [])
+        self.curve = Curve([], [], [], [], [])
         self._some, self._all, self._cell = some, all_rows, cell
         self._every = max(1, cell.steps // EVALUATIONS)
         self._full_at = {round(share * cell.steps) for share in cell.full_at}
+        self._moved_at = {round(share * cell.steps) for share in MOVED_AT}
+        self._movement: Movement | None = None
         self._began = 0.0
 
     def on_train_begin(self, args: Any, state: Any, _control: Any, model: PeftModel, **_: Any) -> None:
         check_adapters(model, self._cell.adapters)
+        self._movement = Movement(model)
         self._look(0, model)
 
     def on_step_begin(self, args: Any, state: Any, _control: Any, **_: Any) -> None:
@@ -80,6 +86,9 @@ class _Observer(TrainerCallback):
             self._look(state.global_step, model)
         if state.global_step in self._full_at:
             self.curve.full.append((state.global_step, self._all.measure(model.get_base_model())[0]))
+        if state.global_step in self._moved_at:
+            assert self._movement is not None
+            self.curve.movement.append((state.global_step, self._movement.figures()))
 
     def on_log(self, args: Any, state: Any, _control: Any, logs: dict[str, Any], **_: Any) -> None:
         if "loss" in logs:
@@ -153,6 +162,7 @@ class Runner:
             full=[*curve.full, (cell.steps, final)],
             step_seconds=median(curve.step_seconds),
             exact_match=exact,
+            movement=curve.movement,
         )
 
     def _base_loss(self, heldout: Heldout, cell: Cell) -> float:
