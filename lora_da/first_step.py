@@ -141,9 +141,9 @@ def with_measured_length(
     return replace(kept, report=replace(kept.report, first_step=report, timings=timings))
 
 
-def search(loss_at: Callable[[float], float]) -> dict[float, float]:
-    """Losses by length, 0 among them: longer and longer as long as that lowers the loss, or shorter until it is below
-    that of 0. A loss that is no number counts as infinite."""
+def search(loss_at: Callable[[float], float], first: float = FIRST_LENGTH) -> dict[float, float]:
+    """Losses by length, 0 and the first among them: longer and longer as long as that lowers the loss, or shorter until
+    it is below that of 0. A loss that is no number counts as infinite."""
 
     def tried(length: float) -> float:
         loss = loss_at(length)
@@ -151,12 +151,12 @@ def search(loss_at: Callable[[float], float]) -> dict[float, float]:
         return losses[length]
 
     losses: dict[float, float] = {}
-    base, length = tried(0.0), FIRST_LENGTH
+    base, length = tried(0.0), first
     best = tried(length)
     while best >= base and len(losses) <= MOST_TRIALS:
         length *= SHORTER
         best = tried(length)
-    while length >= FIRST_LENGTH and best < base and len(losses) <= MOST_TRIALS:
+    while length >= first and best < base and len(losses) <= MOST_TRIALS:
         length *= LONGER
         if tried(length) >= best:
             break
