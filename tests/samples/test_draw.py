@@ -1,19 +1,13 @@
-"""Which samples are drawn, what they stand for, and that the user's data stay where they were."""
+"""Which samples are drawn, and what they stand for."""
 
 from __future__ import annotations
 
 import copy
-import functools
 import logging
-import os
-import random
-import resource
-import weakref
-from collections.abc import Mapping
 
-import numpy as np
 import pytest
 import torch
+from drawing import DOCUMENTS, ids, loader, masked, seen, take
 from models import (
     IGNORED,
     HeldIterator,
@@ -26,49 +20,13 @@ from models import (
     tiny_llama,
     with_lora,
 )
-from picture import differences, random_picture
 from settings import as_solved
-from torch.utils.data import (
-    BatchSampler,
-    DataLoader,
-    Dataset,
-    RandomSampler,
-    SequentialSampler,
-    Subset,
-    get_worker_info,
-)
+from torch.utils.data import DataLoader
 
 from lora_da import LoraDAError, initialize_lora_da_weights
-from lora_da.model.state import estimation_mode
 from lora_da.samples.draw import Size, draw, read_causal
 
-DOCUMENTS = documents(30, seed=1)
 ROWS = [DOCUMENTS[first : first + 3] for first in range(0, 30, 3)]  # ten packed rows of three documents
-
-
-def loader(rows=DOCUMENTS, batch_size=4, collate=pad, **options):
-    return DataLoader(rows, batch_size, collate_fn=collate, **options)
-
-
-def take(dataloader, samples, seed=None, population=None):
-    return draw(dataloader, Size(samples), seed, population, read_causal, True)
-
-
-def seen(data):
-    """The drawn documents, as lists of token ids, in an order of their own: batches are made by length."""
-    found = []
-    for batch in data.batches:
-        ids, tokens = batch.inputs["input_ids"].flatten(), batch.tokens
-        found += [ids[tokens.document == number].tolist() for number in range(tokens.n_documents)]
-    return sorted(found)
-
-
-def ids(rows):
-    return sorted(row["input_ids"] for row in rows)
-
-
-def masked(row):
-    return {**row, "labels": [IGNORED] * len(row["labels"])}
 
 
 @pytest.mark.parametrize("shuffle", [False, True])
@@ -178,218 +136,6 @@ def test_an_iterator_is_read_no_further_than_needed():
     iterator = iter(batches(DOCUMENTS, 4))
     take(iterator, 6, population=30)
     assert torch.equal(next(iterator)["input_ids"], pad(DOCUMENTS[8:12])["input_ids"])
-
-
-def test_a_shuffling_loader_is_not_moved():
-    """Training draws the order it would have drawn: generators and samplers are as before."""
-
-    def shuffled():
-        generator = torch.Generator().manual_seed(3)
-        sampler = RandomSampler(DOCUMENTS, generator=generator)
-        return loader(sampler=sampler, generator=generator), generator
-
-    untouched, _ = shuffled()
-    torch.manual_seed(4)
-    wanted = [batch["input_ids"].tolist() for batch in untouched]
-
-    used, generator = shuffled()
-    state = generator.get_state()
-    sampler, model = used.sampler, with_lora(tiny_llama())
-    torch.manual_seed(4)
-    before = random_picture()
-    with estimation_mode(model):
-        take(used, 6)
-        take(used, 6, seed=1)
-    assert differences(before, random_picture()) == []
-    assert torch.equal(generator.get_state(), state) and used.sampler is sampler
-    assert [batch["input_ids"].tolist() for batch in used] == wanted
-
-    next(iter(used))  # what must not happen can be seen
-    assert not torch.equal(generator.get_state(), state)
-
-
-class Untouchable(SequentialSampler):
-    def __iter__(self):
-        raise AssertionError("the user's sampler was used")
-
-
-class Here(list):
-    """Rows that are to be read in this process."""
-
-    def __getitem__(self, number):
-        assert get_worker_info() is None, "a worker was started"
-        return super().__getitem__(number)
-
-
-def test_samplers_and_workers_are_not_used():
-    for options in ({"sampler": Untouchable(DOCUMENTS)}, {"num_workers": 2}):
-        assert seen(take(loader(Here(DOCUMENTS), **options), 5)) == ids(DOCUMENTS[:5])
-    sampler = BatchSampler(Untouchable(DOCUMENTS), 4, drop_last=False)
-    data = take(DataLoader(DOCUMENTS, batch_sampler=sampler, collate_fn=pad), 5)
-    assert seen(data) == ids(DOCUMENTS[:5]) and data.population_size == 30
-
-
-class OpenedInWorkers(Dataset):
-    """Rows that are there only where a worker's beginning has opened them."""
-
-    def __init__(self, rows):
-        self.closed, self.rows = rows, None
-
-    def __len__(self):
-        return len(self.closed)
-
-    def __getitem__(self, number):
-        return self.rows[number]
-
-
-def open_rows(number):
-    dataset = get_worker_info().dataset
-    dataset = getattr(dataset, "dataset", dataset)
-    dataset.rows = dataset.closed
-
-
-@pytest.mark.parametrize(("context", "seed"), [("fork", None), ("fork", 3), ("spawn", None)])
-def test_rows_are_read_where_a_worker_has_opened_them(context, seed):
-    dataset = OpenedInWorkers(DOCUMENTS)
-    options = {"num_workers": 2, "worker_init_fn": open_rows, "multiprocessing_context": context}
-    if context == "fork":  # a spawned worker takes seconds to begin
-        assert len(next(iter(loader(dataset, **options)))["input_ids"]) == 4, "the user's own loop works"
-    data = take(loader(dataset, **options), 5, seed)
-    assert data.n_samples == 5 and data.population_size == 30 and dataset.rows is None
-    if seed is None:
-        assert seen(data) == ids(DOCUMENTS[:5])
-
-
-def test_so_are_ready_batches():
-    ready = OpenedInWorkers(batches(DOCUMENTS, 2))
-    dataloader = DataLoader(ready, batch_size=None, num_workers=1, worker_init_fn=open_rows)
-    assert seen(take(dataloader, 4)) == ids(DOCUMENTS[:4])
-
-
-GENERATORS = {
-    "random": (lambda: random.Random(0), lambda g: g.random()),
-    "numpy": (lambda: np.random.default_rng(0), lambda g: float(g.random())),
-    "numpy's old": (lambda: np.random.RandomState(0), lambda g: float(g.rand())),
-    "torch": (lambda: torch.Generator().manual_seed(0), lambda g: torch.rand((), generator=g).item()),
-}
-
-
-class Changing(Dataset):
-    """Each row is one of the documents, as a generator decides that `hold` puts somewhere."""
-
-    def __init__(self, kind, hold):
-        make, self.draw = GENERATORS[kind]
-        self.held, self.take_out = hold(make())
-
-    def __len__(self):
-        return len(DOCUMENTS)
-
-    def __getitem__(self, number):
-        return DOCUMENTS[int(self.draw(self.take_out(self.held)) * len(DOCUMENTS))]
-
-
-class Holder:
-    def __init__(self, generator):
-        self.generator = generator
-
-    def get(self):
-        return self.generator
-
-
-class Slotted:
-    __slots__ = ("generator", "never_set")
-
-    def __init__(self, generator):
-        self.generator = generator
-
-
-def enclosed(generator):
-    return lambda: generator
-
-
-HOLDERS = {
-    "attribute": lambda generator: (generator, lambda held: held),
-    "dictionary": lambda generator: ({"a": [generator]}, lambda held: held["a"][0]),
-    "object": lambda generator: (Holder(generator), lambda held: held.generator),
-    "slot": lambda generator: (Slotted(generator), lambda held: held.generator),
-    "method": lambda generator: (Holder(generator).get, lambda held: held()),
-    "function": lambda generator: (enclosed(generator), lambda held: held()),
-    "partial": lambda generator: (functools.partial(lambda g: g, generator), lambda held: held()),
-}
-
-
-@pytest.mark.parametrize("wrap", [lambda rows: rows, lambda rows: Subset(rows, range(20))], ids=["whole", "part"])
-@pytest.mark.parametrize("hold", HOLDERS)
-@pytest.mark.parametrize("kind", GENERATORS)
-def test_training_is_handed_the_same_rows_by_a_generator_of_the_datasets_own(kind, hold, wrap):
-    def batches_of(drawn):
-        dataset = wrap(Changing(kind, HOLDERS[hold]))
-        if drawn:
-            take(loader(dataset), 7)
-        return [batch["input_ids"].tolist() for batch in loader(dataset)]
-
-    assert batches_of(drawn=True) == batches_of(drawn=False)
-
-
-def test_and_by_one_of_the_collators():
-    def batches_of(drawn):
-        generator = random.Random(0)
-
-        def collate(rows):
-            return pad(generator.sample(rows, 1) * len(rows))
-
-        dataloader = loader(collate=collate)
-        if drawn:
-            take(dataloader, 7)
-        return [batch["input_ids"].tolist() for batch in dataloader]
-
-    assert batches_of(drawn=True) == batches_of(drawn=False)
-
-
-def test_what_has_no_state_is_passed_by():
-    """The system's randomness, what is gone, and a mapping that would read a file for each of its values."""
-
-    class Lazy(Mapping):
-        def __len__(self):
-            return 1
-
-        def __iter__(self):
-            return iter("a")
-
-        def __getitem__(self, name):
-            raise AssertionError("it was read")
-
-    rows = Changing("random", HOLDERS["attribute"])
-    gone = Holder(None)
-    rows.others = [random.SystemRandom(), weakref.proxy(gone), weakref.ref(gone), Lazy()]
-    del gone
-    before = rows.held.getstate()
-    assert take(loader(rows), 3).n_samples == 3 and rows.held.getstate() == before
-
-
-def test_rows_of_tensors_from_a_worker_keep_no_files_open():
-    """A tensor that a worker hands over is an open file for as long as it is kept."""
-    rows = [{name: torch.tensor(values) for name, values in row.items()} for row in documents(200, seed=2)]
-
-    def collate(several):
-        return pad([{name: values.tolist() for name, values in row.items()} for row in several])
-
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    opened = len(os.listdir("/proc/self/fd"))
-    resource.setrlimit(resource.RLIMIT_NOFILE, (opened + 150, hard))
-    try:
-        options = {"num_workers": 1, "worker_init_fn": lambda number: None, "multiprocessing_context": "fork"}
-        assert take(loader(rows, collate=collate, **options), 200).n_samples == 200
-    finally:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-
-
-def test_generators_are_left_where_they_were_by_an_error_too():
-    dataset = Changing("random", HOLDERS["attribute"])
-    before = dataset.held.getstate()
-    with pytest.raises(LoraDAError):
-        take(loader(dataset, collate=lambda rows: {"labels": None}), 3)
-    assert dataset.held.getstate() == before
 
 
 def grabbing(rows):
