@@ -111,7 +111,7 @@ def _section(section: Section, controls: Sequence[str], folder: Path) -> list[st
     for comparison in section.comparisons:
         lines += [f"{comparison.conditions.task}, final loss at every rate:", "", *tables.rates(comparison)]
         lines += [f"{comparison.conditions.task}, each rate by itself:", "", *tables.settings(comparison)]
-        lines += tables.costs(comparison)
+        lines += [*tables.costs(comparison), *tables.movement(comparison)]
     return lines
 
 

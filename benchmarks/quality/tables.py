@@ -18,6 +18,7 @@ from benchmarks.quality.analysis import (
 from benchmarks.quality.formatting import NOTHING, average, learning_rate, loss, percent, share
 from benchmarks.quality.goals import GOALS, Verdict, verdicts
 from benchmarks.quality.intervals import interval, mean, spread
+from benchmarks.quality.movement import FIGURES
 from benchmarks.quality.pairs import (
     diverged,
     own_difference,
@@ -197,6 +198,24 @@ def costs(comparison: Comparison) -> list[str]:
         "",
         *table(header, rows),
     ]
+
+
+def movement(comparison: Comparison) -> list[str]:
+    """How the adapters have moved, a row for each rate, start and looked-at step; nothing where no run was looked at.
+    Means over seeds of what is a median over layers, and of that over their kinds."""
+    rows = []
+    rates = sorted({rate for runs in comparison.starts.values() for rate in runs.by_rate})
+    for rate, (label, runs) in product(rates, comparison.starts.items()):
+        seen = [dict(result.movement) for result in runs.at(rate).values() if result.movement]
+        for step in sorted(set[int]().union(*seen)):
+            told = [of[step] for of in seen if step in of]
+            figures = [mean(mean(figures[name].values()) for figures in told) for name in FIGURES]
+            rows.append([learning_rate(rate), label, str(step), *(f"{figure:.3g}" for figure in figures)])
+    if not rows:
+        return []
+    header = ["rate", "start", "step", "‖sBA‖ ÷ ‖W‖", "from the start ÷ ‖W‖", "effective rank"]
+    header += ["share of A turned away", "‖A‖ ÷ at the start"]
+    return [f"{comparison.conditions.task}, how the adapters move:", "", *table(header, rows)]
 
 
 def predictions(comparisons: Sequence[Comparison]) -> list[str]:

@@ -59,6 +59,7 @@ def result(
         "full": [],
         "step_seconds": None,
         "exact_match": None,
+        "movement": [],
         "environment": {"versions": {"torch": "2"}, "hardware": "two cores", "command": "run", "commit": "abc"},
     }
     fields |= {name: changes.pop(name) for name in list(changes) if name in fields}

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from quality_results import BASE_LOSS, cell, grid, result
 
+from benchmarks.quality.movement import FIGURES
 from benchmarks.quality.results import Finished, Result
 
 pytest.importorskip("matplotlib")
@@ -173,3 +174,20 @@ def test_what_a_start_takes_is_said(tmp_path: Path) -> None:
     assert row(costs, "default")[1:] == ["1.5000", "2.5", "9.0", "1.50 (process)", "7"]
     assert row(costs, "plain")[1:] == ["1.5000", "2.0", "60.0", "1.50 (process)", "–"]
     assert row(costs, "3")[1:] == ["two cores", "torch 2", "abc", "`run`"]
+
+
+def test_movement_is_a_mean_over_seeds_and_kinds(tmp_path: Path) -> None:
+    def figures(of_q: float, of_k: float) -> dict[str, dict[str, float]]:
+        return {name: {"q_proj": of_q, "k_proj": of_k} for name in FIGURES}
+
+    results = [
+        result("plain", seed=0, movement=[(15, figures(1, 2)), (30, figures(0, 0))]),
+        result("plain", seed=1, movement=[(15, figures(3, 4))]),
+        result("default", seed=0),
+    ]
+    markdown = written(tmp_path, results)
+    _, found = markdown.split("gsm8k, how the adapters move:")
+    assert row(found, "0.001", "plain", "15")[3:] == ["2.5"] * len(FIGURES)
+    assert row(found, "0.001", "plain", "30")[3:] == ["0"] * len(FIGURES)
+    assert "default" not in found.split("## Made with")[0]
+    assert "how the adapters move" not in written(tmp_path, [result()])
