@@ -331,7 +331,7 @@ def test_a_row_that_does_not_fit_is_named(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_the_cost_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Forwards of 16 documents: the base's, and one for each length."""
+    """Forwards of a few documents: the base's, and one for each length."""
     model = with_lora(tiny_llama())
     rows = few_tokens(documents(SAMPLES + 2 * DOCUMENTS))
     with seen_by_the_body(model, monkeypatch) as calls:
