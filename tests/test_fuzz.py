@@ -44,7 +44,8 @@ def outcome(configuration: Configuration, output: Path) -> str:
         before = {name: p.detach().clone() for name, p in model.named_parameters()}
         with pytest.raises(LoraDAError, match=SENTENCES[refusal]):
             configuration.start(model, output)
-        assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+        # SFTTrainer casts adapters of a 4-bit base to bfloat16 when it is made
+        assert all(torch.equal(p, before[name].to(p.dtype)) for name, p in model.named_parameters())
         return refusal
     report = configuration.start(model, output)
     assert report.initialized == report.targeted and report.skipped is None
