@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 from lora_da.findings import DataReport
 
 REPORT_FILE = "lora_da_report.json"
+NAMED = 5  # of many layers: experts may be hundreds
 
 
 @dataclass(frozen=True)
@@ -146,7 +148,7 @@ class InitReport:
         looked at."""
         if self.skipped is not None:
             return f"LoRA-DA: left the adapter as it is: {self.skipped}"
-        failed = f" (kept PEFT's init: {', '.join(self.failed)})" if self.failed else ""
+        failed = f" (kept PEFT's init: {listed(list(self.failed))})" if self.failed else ""
         steps = "" if self.steps is None else f" ({self.steps:.1f} training steps)"
         method = self.settings.get("method", "lora_da")
         other = "" if method == "lora_da" else f" by {method}"
@@ -166,3 +168,8 @@ class InitReport:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(dataclasses.asdict(self), indent=2) + "\n", encoding="utf-8")
         return path
+
+
+def listed(names: Sequence[str]) -> str:
+    """The first names, and how many more there are."""
+    return ", ".join(names[:NAMED]) + (f" and {len(names) - NAMED} more" if len(names) > NAMED else "")

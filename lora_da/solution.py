@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from lora_da.adapter import Adapter, AdapterLayer, describe_left
 from lora_da.collect import Collected, HandedOver
@@ -44,13 +44,15 @@ def solution_of(collected: Collected[LoraFactors], adapter: Adapter, data: InitD
     Raises:
         LoraDAError: too many layers have no solution, or no expert of a mixture was seen with a token.
     """
-    outcomes = collected.layers.outcomes | _of_rounding(collected.layers)
+    outcomes = collected.layers.outcomes | _of_rounding(collected.layers) | _unseen(adapter, collected)
     kept = {name: outcome for name, outcome in outcomes.items() if isinstance(outcome, NotServed)}
     factors = {name: outcome for name, outcome in outcomes.items() if not isinstance(outcome, NotServed)}
     failed = {name: outcome.why for name, outcome in kept.items() if outcome.failed}
     left = {name: outcome.why for name, outcome in kept.items() if not outcome.failed}
     _check_failed(failed, len(adapter.layers))
     _check_experts(left, collected)
+    if not factors:
+        raise LoraDAError(f"no layer can be started from data: {describe_left(left)}; target others")
     plan = collected.plan
     report = InitReport(
         initialized=len(factors),
@@ -88,6 +90,13 @@ def _of_rounding(layers: HandedOver[LoraFactors]) -> dict[str, NotServed]:
     }
 
 
+def _unseen(adapter: Adapter, collected: Collected[LoraFactors]) -> dict[str, NotServed]:
+    """The slices of parameters of which no slice was seen with a token: more than idle experts."""
+    slices = {layer.name: layer.slice for layer in adapter.layers if layer.slice is not None}
+    seen = {slices[name].stack for name in collected.layers.tokens if name in slices}
+    return {name: NotServed(s.why_unseen, failed=False) for name, s in slices.items() if s.stack not in seen}
+
+
 def _layer_report(layer: AdapterLayer, factors: LoraFactors, tokens: int, needs: Needs) -> LayerReport:
     return LayerReport(
         rank=layer.rank,
@@ -121,10 +130,10 @@ def describe_kept(report: InitReport, adapter: Adapter) -> list[str]:
 
 def _check_experts(left: Mapping[str, str], collected: Collected[LoraFactors]) -> None:
     """Refuse a mixture of which no expert was seen with a token: all of them idle means that nothing was seen."""
-    routed = collected.routed
-    seen = {routed[name].mixture for name in collected.layers.outcomes if name in routed and name not in left}
+    routed = {name: r.mixture for name, r in collected.routed.items() if isinstance(r.expert, nn.Module)}
+    seen = {routed[name] for name in collected.layers.tokens if name in routed}
     for name in left:
-        if routed[name].mixture not in seen:
+        if name in routed and routed[name] not in seen:
             raise LoraDAError(
                 f"layer {name} and all other experts beside it were never seen with a token: their forward is replaced "
                 "(a fused kernel?); switch the kernel off or take them out of target_modules"

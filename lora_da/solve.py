@@ -16,7 +16,6 @@ from lora_da.errors import LoraDAError
 from lora_da.memory import is_out_of_memory
 from lora_da.methods.common import LayerSpec, LoraFactors, UnsolvableLayer
 from lora_da.methods.method import Method, Numbers, Preset
-from lora_da.model.weights import dense_weight
 from lora_da.samples.draw import InitData
 from lora_da.statistics import NotServed, full_float32
 
@@ -42,8 +41,8 @@ def servable(adapter: Adapter, method: Method) -> Adapter:
         }
     if method.needs.weight:
         # the smallest of each kind: it is dequantised to see whether it can be
-        kinds = {_kind(a): a.base for a in sorted(adapter.layers, key=lambda a: -a.in_features * a.out_features)}
-        unreadable = {kind for kind, base in kinds.items() if dense_weight(base) is None}
+        kinds = {_kind(a): a for a in sorted(adapter.layers, key=lambda a: -a.in_features * a.out_features)}
+        unreadable = {kind for kind, layer in kinds.items() if layer.weight() is None}
         left |= {
             a.name: f"method {method.name} needs its weight, which PEFT cannot dequantise"
             for a in adapter.layers

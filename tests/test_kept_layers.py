@@ -8,7 +8,7 @@ import pytest
 import torch
 from faults import poison
 from logs import warnings_of
-from models import LAYERS, PREFIX, adapter_weights, batches, documents, tiny_llama, tiny_mixtral, tiny_opt, with_lora
+from models import LAYERS, PREFIX, adapter_weights, batches, documents, tiny_llama, tiny_opt, with_lora
 from oracle import oracle_statistics
 from picture import differences, picture
 from settings import as_solved
@@ -133,33 +133,15 @@ def test_a_tied_head(caplog):
     assert report.initialized == 2 and len(warnings_of(caplog)) == 1
 
 
-@pytest.mark.compat("target-parameters")
-def test_expert_tensors(caplog):
-    """Experts that are parameter tensors are named; the attention beside them is initialised."""
-    model = with_lora(
-        tiny_mixtral(),
-        target_modules=["q_proj", "v_proj"],
-        target_parameters=["mlp.experts.gate_up_proj", "mlp.experts.down_proj"],
-    )
-    before = adapter_weights(model)
-    report = initialize(model)
-    assert changed(before, model) == {f"{LAYERS}.{i}.self_attn.{name}" for i in (0, 1) for name in ("q_proj", "v_proj")}
-    assert report.initialized == 4 and report.targeted == 4 + len(report.left)
-    assert report.left and all(".mlp.experts" in name for name in report.left)
-    assert set(report.left.values()) == {"a parameter tensor (target_parameters)"}
-    (warning,) = warnings_of(caplog)
-    assert all(name in warning for name in report.left)
-
-
 def test_many_layers_of_other_kinds(caplog):
-    """The warning stays one readable line: five names, and how many more."""
+    """The warning stays one readable line: five names, and how many more, and their kind once."""
     base = tiny_llama(num_hidden_layers=7)
     for layer in base.model.layers:
         layer.mlp.act_fn = WithConvolution(48)
     report = initialize(with_lora(base, target_modules=["q_proj", "conv"]))
     assert len(report.left) == 7
     (warning,) = warnings_of(caplog)
-    assert warning.count("(Conv1d)") == 5 and warning.endswith("and 2 more")
+    assert warning.count("conv,") == 4 and warning.endswith("conv and 2 more (Conv1d)")
 
 
 @pytest.fixture(autouse=True)

@@ -17,6 +17,7 @@ PRODUCT = ("lora_da/*", "axolotl_lora_da/*", "trl_integration/*")
 BELOW = {
     "samples": ("lora_da.errors",),
     "model": ("lora_da.samples", "lora_da.memory", "lora_da.errors"),
+    "adapter": ("lora_da.model", "lora_da.errors"),
     "tasks": ("lora_da.model", "lora_da.samples", "lora_da.errors"),
     "methods": ("lora_da.statistics", "lora_da.needs", "lora_da.errors"),
     "collect": (
@@ -42,7 +43,6 @@ BELOW_FILES = {
     "findings": (),
     "statistics": ("lora_da.needs", "lora_da.memory"),
     "config": ("lora_da.methods", "lora_da.needs", "lora_da.errors"),
-    "adapter": ("lora_da.model", "lora_da.errors"),
     "processes": ("lora_da.model", "lora_da.memory", "lora_da.errors"),
     "solve": (
         *("lora_da.collect.handover", "lora_da.methods", "lora_da.adapter", "lora_da.model.weights"),
@@ -87,15 +87,20 @@ RULES = (
         ("tests/support/oracle.py", "tests/support/method_oracles.py"),
         ("lora_da", "axolotl_lora_da", "trl_integration"),
     ),
-    Imports("only the adapter knows PEFT's layers", PRODUCT, ("peft.tuners",), but=("lora_da/adapter.py",)),
+    Imports(
+        "only the adapter knows PEFT's layers",
+        PRODUCT,
+        ("peft.tuners",),
+        but=("lora_da/adapter/find.py", "lora_da/adapter/stacks.py"),
+    ),
     Attributes(
         "hooks belong to the estimation",
         PRODUCT,
         r"register_(\w+_)?hook",
         but=("lora_da/collect/collector.py", "lora_da/collect/selection.py", "lora_da/model/gradients.py"),
     ),
-    Attributes("only the adapter writes", PRODUCT, r"copy_", but=("lora_da/adapter.py",)),
-    Attributes("only the adapter writes", PRODUCT, r"data", but=("lora_da/adapter.py",), set_only=True),
+    Attributes("only the adapter writes", PRODUCT, r"copy_", but=("lora_da/adapter/layer.py",)),
+    Attributes("only the adapter writes", PRODUCT, r"data", but=("lora_da/adapter/layer.py",), set_only=True),
     StandardLibrary("the start-up hook is standard library", ("axolotl_lora_da/__init__.py", "*/bare_name.py")),
     StandardLibrary(
         "a config loads without torch",
@@ -134,7 +139,7 @@ def test_relative_imports_are_not_used():
 
 
 PLANTED = [
-    ("lora_da/adapter.py", "import axolotl.utils", "the core knows no host"),
+    ("lora_da/adapter/find.py", "import axolotl.utils", "the core knows no host"),
     ("lora_da/x.py", "def f():\n    from trl import SFTTrainer", "the core knows no host"),
     ("lora_da/x.py", "import importlib\nimportlib.import_module('pydantic')", "the core knows no host"),
     ("lora_da/methods/x.py", "from torch import nn", "a method sees tensors and numbers only"),
@@ -159,7 +164,7 @@ PLANTED = [
     ("lora_da/statistics.py", "from lora_da.processes import Processes", "statistics knows what is below it"),
     ("lora_da/findings.py", "from lora_da.doctor.rows import look_at", "findings knows what is below it"),
     ("lora_da/config.py", "from lora_da.adapter import Adapter", "config knows what is below it"),
-    ("lora_da/adapter.py", "from lora_da.processes import Processes", "adapter knows what is below it"),
+    ("lora_da/adapter/x.py", "from lora_da.processes import Processes", "the room adapter knows what is below it"),
     ("lora_da/processes.py", "from lora_da.collect import collect", "processes knows what is below it"),
     ("lora_da/solve.py", "from lora_da.collect.schedule import Schedule", "solve knows what is below it"),
     ("lora_da/solution.py", "from lora_da.cache import CacheEntry", "solution knows what is below it"),
@@ -209,7 +214,8 @@ def test_every_rule_can_fail(rule):
 @pytest.mark.parametrize(
     ("path", "source"),
     [
-        ("lora_da/adapter.py", "from peft.tuners.lora import LoraLayer\nweight.copy_(x)"),
+        ("lora_da/adapter/find.py", "from peft.tuners.lora import LoraLayer"),
+        ("lora_da/adapter/layer.py", "weight.copy_(x)"),
         ("lora_da/collect/collector.py", "layer.register_forward_hook(f)"),
         ("lora_da/model/gradients.py", "layer.register_forward_hook(f)"),
         ("axolotl_lora_da/plugin.py", "from axolotl.integrations.base import BasePlugin\nimport lora_da.errors"),

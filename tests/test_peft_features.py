@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from judge import truth, worst_start
-from models import PREFIX, batches, documents, pad, tiny_gpt2, tiny_llama, tiny_mixtral, with_lora
+from models import PREFIX, batches, documents, pad, tiny_gpt2, tiny_llama, with_lora
 from peft import LoraConfig
 from peft.optimizers import create_lorafa_optimizer, create_loraplus_optimizer
 from picture import content, differences, named_tensors, picture
@@ -170,18 +170,6 @@ def test_only_the_chosen_adapter_is_written() -> None:
 
 def tensors_of(model, excluding: str) -> dict[str, str]:
     return {name: content(tensor) for name, tensor in named_tensors(model) if excluding not in name}
-
-
-@pytest.mark.compat("target-parameters")
-def test_expert_tensors_beside_layers_are_left_bit_by_bit() -> None:
-    base = tiny_mixtral()
-    model = with_lora(copy.deepcopy(base), target_modules=["q_proj"], target_parameters=["mlp.experts.gate_up_proj"])
-    before = tensors_of(model, "q_proj")
-    report = initialize(model)
-    assert set(report.layers) == layers(OF_ATTENTION[:1])
-    assert set(report.left.values()) == {"a parameter tensor (target_parameters)"}
-    assert tensors_of(model, "q_proj") == before
-    assert worst_start(model, report, truth(base, DOCUMENTS, report.layers), 12) <= START
 
 
 OTHER_INITS = ["pissa", "pissa_niter_4", "olora", "eva", "corda", "loftq", "orthogonal", "lora_ga", "mica"]

@@ -25,6 +25,7 @@ from lora_da.errors import LoraDAError
 from lora_da.memory import settle
 from lora_da.model.blocks import NotSequential
 from lora_da.model.experts import Routed
+from lora_da.model.slices import expert_by_expert
 from lora_da.needs import Needs
 from lora_da.processes import Run
 from lora_da.samples.draw import InitData
@@ -85,6 +86,20 @@ def collect(
     Raises:
         LoraDAError: the loss is not finite, a layer was never reached, or one layer and one row do not fit in memory.
     """
+    with expert_by_expert(layer.base for layer in layers if layer.slice is not None):
+        return _collect_as_fits(task, layers, data, needs, run, solve_layer, plan)
+
+
+def _collect_as_fits(
+    task: Task,
+    layers: Sequence[AdapterLayer],
+    data: InitData,
+    needs: Needs,
+    run: Run,
+    solve_layer: SolveLayer[T],
+    plan: Planner,
+) -> Collected[T]:
+    """See `collect`."""
     surveyed = run.processes.everywhere(
         lambda: survey_model(task, layers, task.inputs(data.batches[-1].glimpse(), run.device), needs)
     )

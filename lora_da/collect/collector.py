@@ -8,6 +8,7 @@ really backpropagated through ever reaches `backward`. Where no sum needs d, x i
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from typing import Any
@@ -19,7 +20,9 @@ from lora_da.collect.order import Chosen
 from lora_da.collect.selection import Selection, same_memory
 from lora_da.collect.sums import SegmentSums
 from lora_da.errors import LoraDAError
+from lora_da.model.experts import Routed
 from lora_da.model.gradients import blocked
+from lora_da.model.slices import Slice, products_told
 from lora_da.statistics import summable
 
 Call = tuple[str, Chosen | None]  # of a layer, and which rows of its input count; None where that cannot be told
@@ -29,7 +32,7 @@ class Collector:
     """Sums (x, d) of some layers while `observing`.
 
     Args:
-        layers: the base layers, by name.
+        layers: the base layers, by name; of an expert in a parameter of many, its slice.
         sums: what is filled.
         selection: which rows count. Before a batch is announced to it, layers are looked at for inputs that they share,
             and nothing is summed.
@@ -41,7 +44,7 @@ class Collector:
 
     def __init__(
         self,
-        layers: Mapping[str, nn.Module],
+        layers: Mapping[str, nn.Module | Slice],
         sums: SegmentSums,
         selection: Selection,
         timed: Callable[[], AbstractContextManager[None]],
@@ -55,11 +58,15 @@ class Collector:
 
     @contextlib.contextmanager
     def observing(self) -> Iterator[None]:
-        """Hook the layers."""
+        """Hook the layers, and hear of products with slices."""
+        slices = {layer: name for name, layer in self.layers.items() if isinstance(layer, Slice)}
         with contextlib.ExitStack() as stack:
             stack.callback(self._forget_batch)
             for name, layer in self.layers.items():
-                stack.callback(layer.register_forward_hook(self._hook(name)).remove)
+                if isinstance(layer, nn.Module):
+                    stack.callback(layer.register_forward_hook(self._hook(name)).remove)
+            for module in {layer.stack.module for layer in slices}:
+                stack.enter_context(products_told(module, functools.partial(self._multiplied, slices)))
             stack.enter_context(self.selection.following())
             yield
 
@@ -81,25 +88,35 @@ class Collector:
                     f"layer {name} ({type(module).__name__}) returns a {type(output).__name__}, and no adapter can add "
                     "to one; take it out of target_modules"
                 )
-            backward = self.sums.needs.sums.backward
-            if backward and not torch.is_grad_enabled():
-                return output  # the first forward of a re-entrant checkpoint
-            x = args[0]
-            if backward and x.requires_grad and not output.requires_grad:
-                raise blocked(name, module)
-            self._note_sharing(name, x)
-            if not self.selection.is_reading:
-                return output
-            self._computes_in[name] = _compute_dtype(module, x)
-            call = name, self.selection.chosen(name, x)
-            if not backward:
-                self._add_input(call, x, output.shape[-1])
-                return output
-            anchor = torch.empty(0, device=output.device, requires_grad=True)
-            wrapped: Tensor = _Observe.apply(output, anchor, x.detach(), self._add, call)
-            return wrapped
+            return self._observed(name, module, args[0], output)
 
         return observe
+
+    def _multiplied(self, names: Mapping[Slice, str], found: Slice, x: Tensor, output: Tensor) -> Tensor:
+        """What takes the place of a product's output; those of a slice that is not watched tell its expert's tokens."""
+        module = found.stack.module
+        if found.number is not None:
+            self.selection.note_expert(Routed(module, found.number), x)
+        return self._observed(names[found], module, x, output) if found in names else output
+
+    def _observed(self, name: str, module: nn.Module, x: Tensor, output: Tensor) -> Tensor:
+        """What takes the place of the output (…, o) that a layer, or a module with its slice, has made of x (…, i)."""
+        backward = self.sums.needs.sums.backward
+        if backward and not torch.is_grad_enabled():
+            return output  # the first forward of a re-entrant checkpoint
+        if backward and x.requires_grad and not output.requires_grad:
+            raise blocked(name, module)
+        self._note_sharing(name, x)
+        if not self.selection.is_reading:
+            return output
+        self._computes_in[name] = _compute_dtype(module, x)
+        call = name, self.selection.chosen(name, x)
+        if not backward:
+            self._add_input(call, x, output.shape[-1])
+            return output
+        anchor = torch.empty(0, device=output.device, requires_grad=True)
+        wrapped: Tensor = _Observe.apply(output, anchor, x.detach(), self._add, call)
+        return wrapped
 
     def _note_sharing(self, name: str, x: Tensor) -> None:
         """Layers that are handed the very same tensor share one Z; decided when a layer is first seen."""

@@ -15,7 +15,6 @@ from lora_da.collect.forecast import in_solving_order
 from lora_da.collect.sums import SegmentSums
 from lora_da.errors import LoraDAError
 from lora_da.memory import is_out_of_memory
-from lora_da.model.weights import dense_weight
 from lora_da.statistics import LayerStatistics, NotServed
 
 T = TypeVar("T")
@@ -103,7 +102,11 @@ class HandingOver(Generic[T]):
                     size = observed.statistics.gradient_size(self._n_units)  # before it is used up
                     if size is not None:
                         done.gradients[name] = size
-                    done.outcomes[name] = self._solve_layer(layer, observed)
+                    done.outcomes[name] = (
+                        NotServed("an expert whose tokens have no part in the loss", failed=False)
+                        if size == 0 and name in self._work.survey.routed
+                        else self._solve_layer(layer, observed)
+                    )
                 else:
                     done.outcomes[name] = observed
                 del observed
@@ -128,9 +131,12 @@ class HandingOver(Generic[T]):
             return NotServed(
                 f"its input has shape {self._sums.misshapen[layer.name]}, in which the tokens of the batch cannot be "
                 "found (an expert or a vision layer? rows and tokens in an order that nothing tells?); take such "
-                "layers out of target_modules (Axolotl: lora_target_modules)"
+                "layers out of target_modules (Axolotl: lora_target_modules)",
+                failed=layer.slice is None,
             )
         statistics = self._sums.take_statistics(layer.name, self._n_units, self._scale)
+        if statistics is None and layer.slice is not None:
+            return NotServed(layer.slice.why_unseen, failed=False)
         if statistics is None:
             what = "a gradient" if self._work.needs.sums.backward else "a token"
             raise LoraDAError(
@@ -148,7 +154,7 @@ class HandingOver(Generic[T]):
         if not self._work.needs.weight:
             return None
         try:
-            return dense_weight(layer.base)
+            return layer.weight()
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise

@@ -148,8 +148,9 @@ class Schedule:
 
     def _collector(self, segment: Segment) -> Collector:
         work, bases = self._work, {layer.name: layer.base for layer in segment.layers}
+        watched = {layer.name: layer.watched for layer in segment.layers}
         selection = Selection(bases, work.task.streams, work.survey.routed)
-        return Collector(bases, SegmentSums(bases, work.needs), selection, lambda: work.watch("products"))
+        return Collector(watched, SegmentSums(watched, work.needs), selection, lambda: work.watch("products"))
 
     def _lay(self, borders: list[int], progress: Progress) -> None:
         """Run the samples forward and keep what enters the blocks of `borders`."""

@@ -35,11 +35,13 @@ class Selection:
     @contextlib.contextmanager
     def following(self) -> Iterator[None]:
         """Hook the modules that hand hidden states to experts and to layers that read an encoder's."""
-        mixture_of = {routed.expert: routed.mixture for routed in self._routed.values()}
-        hooks = [m.register_forward_pre_hook(self._note_mixture, with_kwargs=True) for m in {*mixture_of.values()}]
+        experts = {*self._routed.values()}
+        mixtures = {routed.mixture for routed in experts}
+        hooks = [m.register_forward_pre_hook(self._note_mixture, with_kwargs=True) for m in mixtures]
         hooks += [
-            expert.register_forward_pre_hook(functools.partial(self._note_expert, mixture), with_kwargs=True)
-            for expert, mixture in mixture_of.items()
+            routed.expert.register_forward_pre_hook(functools.partial(self._note_call, routed), with_kwargs=True)
+            for routed in experts
+            if isinstance(routed.expert, nn.Module)
         ]
         if ENCODER in self._within:
             hooks.append(self._within[ENCODER].register_forward_hook(self._note_encoded))
@@ -93,11 +95,11 @@ class Selection:
         if routed is not None and routed.mixture in batch.mixture_inputs:
             rows = x.detach().flatten(0, -2)
             # of an expert whose layers are called without it, the lowest ones tell
-            positions = None if routed.expert in batch.called else batch.positions_in(routed.mixture, rows)
+            positions = None if routed in batch.called else batch.positions_in(routed.mixture, rows)
             if positions is not None:
-                batch.expert_positions[routed.expert] = positions
+                batch.expert_positions[routed] = positions
             # a layer further inside reads what the expert has made of the same rows
-            positions = batch.expert_positions.get(routed.expert)
+            positions = batch.expert_positions.get(routed)
             if positions is not None and len(positions) == len(rows):
                 return batch.among(positions)
         stream = self._stream(name, x, batch)
@@ -134,16 +136,19 @@ class Selection:
         if hidden.shape[:-1] in (tokens.shape, (len(tokens),), (1, len(tokens))):
             self._batch.mixture_inputs[mixture] = KnownRows(hidden.detach().flatten(0, -2))
 
-    def _note_expert(
-        self, mixture: nn.Module, expert: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> None:
+    def _note_call(self, routed: Routed, _expert: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         hidden = next((v for v in (*args, *kwargs.values()) if isinstance(v, Tensor)), None)
-        if self._batch is None or hidden is None or mixture not in self._batch.mixture_inputs:
+        if hidden is not None:
+            self.note_expert(routed, hidden)
+
+    def note_expert(self, routed: Routed, x: Tensor) -> None:
+        """Note that an expert reads x (…, h); where these are rows of its mixture's, they are its tokens."""
+        if self._batch is None or routed.mixture not in self._batch.mixture_inputs:
             return
-        positions = self._batch.positions_in(mixture, hidden.detach().flatten(0, -2))
+        positions = self._batch.positions_in(routed.mixture, x.detach().flatten(0, -2))
         if positions is not None:
-            self._batch.expert_positions[expert] = positions
-            self._batch.called.add(expert)
+            self._batch.expert_positions[routed] = positions
+            self._batch.called.add(routed)
 
 
 class _BatchRows:
@@ -165,8 +170,8 @@ class _BatchRows:
         }
         self.handed_over: list[Tensor] = []
         self.mixture_inputs: dict[nn.Module, KnownRows] = {}
-        self.expert_positions: dict[nn.Module, Tensor] = {}
-        self.called: set[nn.Module] = set()
+        self.expert_positions: dict[Routed, Tensor] = {}
+        self.called: set[Routed] = set()
         self.head: tuple[int, Tensor | None] | None = None
 
     def positions_in(self, mixture: nn.Module, rows: Tensor) -> Tensor | None:

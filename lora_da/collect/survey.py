@@ -90,7 +90,8 @@ def survey_model(task: Task, layers: Sequence[AdapterLayer], inputs: Mapping[str
         with without_checkpointing(model):
             task.check_loss(inputs)
     sums = SegmentSums(bases, needs)
-    collector = Collector(bases, sums, Selection(bases, task.streams, {}), contextlib.nullcontext)
+    watched = {layer.name: layer.watched for layer in layers}
+    collector = Collector(watched, sums, Selection(bases, task.streams, {}), contextlib.nullcontext)
     must_pass = _like(layers, model, blocks) if backward else {}
     sequence = BlockSequence(task.body, blocks)
     why_not = task.why_not_sequential or _why_not(blocks, layers, block_of)
@@ -109,7 +110,7 @@ def survey_model(task: Task, layers: Sequence[AdapterLayer], inputs: Mapping[str
         sequence=None if why_not else sequence,
         why_not=why_not,
         block_of=block_of,
-        routed=find_routed(blocks if task.has_experts else [], bases),
+        routed=find_routed(blocks if task.has_experts else [], bases) | _in_stacks(layers),
         reads_like=sums.reads_like,
         bytes_per_token=width * dtype.itemsize,
         itemsize=dtype.itemsize,
@@ -130,6 +131,12 @@ def _block_of(blocks: Sequence[nn.Module], layers: Sequence[AdapterLayer]) -> di
     number_of = {id(module): number for number, block in enumerate(blocks) for module in block.modules()}
     found = {layer.name: number_of[id(layer.base)] for layer in layers if id(layer.base) in number_of}
     return found | {layer.name: len(blocks) - 1 for layer in layers if layer.is_head and blocks}
+
+
+def _in_stacks(layers: Sequence[AdapterLayer]) -> dict[str, Routed]:
+    """The layers that are an expert's slice of a parameter, whose module is called with all tokens."""
+    slices = {layer.name: layer.slice for layer in layers if layer.slice is not None}
+    return {name: Routed(s.stack.module, s.number) for name, s in slices.items() if s.number is not None}
 
 
 def _why_not(blocks: Sequence[nn.Module], layers: Sequence[AdapterLayer], block_of: Mapping[str, int]) -> str:

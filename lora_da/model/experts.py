@@ -1,4 +1,5 @@
-"""Which tokens of a batch an expert was given, where experts are ordinary modules called with rows picked from theirs.
+"""Which tokens of a batch an expert was given: a module that is called with rows picked from those of its mixture, or a
+slice of a parameter that is multiplied with them.
 
 An expert reads rows of the hidden state that its mixture was called with; nothing tells which. But the rows are copies,
 so their bits find them. Rows that are alike in every bit are routed alike, all of them, and are taken in their order.
@@ -15,10 +16,11 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class Routed:
-    """Where a layer inside an expert belongs: the `mixture` that is called with all tokens, and its `expert`."""
+    """Where a layer inside an expert belongs: the `mixture` that is called with all tokens, and its `expert`, a module
+    in it or a number."""
 
     mixture: nn.Module
-    expert: nn.Module
+    expert: nn.Module | int
 
 
 def find_routed(blocks: Sequence[nn.Module], layers: Mapping[str, nn.Module]) -> dict[str, Routed]:

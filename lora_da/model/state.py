@@ -48,20 +48,20 @@ def estimation_mode(model: PeftModel, with_adapter: bool = False) -> Iterator[No
             if isinstance(module, (nn.Embedding, *RUNNING_STATISTICS)):
                 module.training = False  # NEFTune adds noise behind embeddings in train mode
             for name in _noise_attributes(vars(module)):
-                stack.enter_context(_attribute(module, name, 0.0))
+                stack.enter_context(attribute(module, name, 0.0))
             if isinstance(module, nn.modules.dropout._DropoutNd):
-                stack.enter_context(_attribute(module, "p", 0.0))
+                stack.enter_context(attribute(module, "p", 0.0))
             for name, value in LEFT_BY_A_CALL.items():
                 if name in vars(module):
-                    stack.enter_context(_attribute(module, name, value))
+                    stack.enter_context(attribute(module, name, value))
         for config in _configs(model):
             for name in _noise_attributes(vars(config)):
-                stack.enter_context(_attribute(config, name, 0.0))
+                stack.enter_context(attribute(config, name, 0.0))
             for name in ("use_cache", "output_router_logits"):
                 if getattr(config, name, False):
-                    stack.enter_context(_attribute(config, name, False))
+                    stack.enter_context(attribute(config, name, False))
             if hasattr(config, "problem_type"):  # a classifier's first loss notes here what the labels are
-                stack.enter_context(_attribute(config, "problem_type", config.problem_type))
+                stack.enter_context(attribute(config, "problem_type", config.problem_type))
         yield
 
 
@@ -76,7 +76,7 @@ def reading_mode(model: nn.Module) -> Iterator[None]:
         model.eval()
         for config in _configs(model):
             if getattr(config, "use_cache", False):
-                stack.enter_context(_attribute(config, "use_cache", False))
+                stack.enter_context(attribute(config, "use_cache", False))
         yield
 
 
@@ -100,7 +100,7 @@ def without_checkpointing(model: nn.Module) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         for module in model.modules():
             if getattr(module, "gradient_checkpointing", False) is True:
-                stack.enter_context(_attribute(module, "gradient_checkpointing", False))
+                stack.enter_context(attribute(module, "gradient_checkpointing", False))
         yield
 
 
@@ -129,7 +129,7 @@ def _configs(model: nn.Module) -> list[Any]:
 
 
 @contextlib.contextmanager
-def _attribute(owner: Any, name: str, value: Any) -> Iterator[None]:
+def attribute(owner: Any, name: str, value: Any) -> Iterator[None]:
     before = getattr(owner, name)
     setattr(owner, name, value)
     try:

@@ -45,8 +45,11 @@ def is_readable(base: nn.Module) -> bool:
 def weight_norm(base: nn.Module) -> float | None:
     """‖W‖_F; None where W cannot be read."""
     weight = dense_weight(base)
-    if weight is None:
-        return None
+    return None if weight is None else norm_of(weight)
+
+
+def norm_of(weight: Tensor) -> float:
+    """‖W‖_F, in float32 or better."""
     return torch.linalg.vector_norm(weight, dtype=torch.promote_types(weight.dtype, torch.float32)).item()
 
 

@@ -1,0 +1,75 @@
+"""Parameters that PEFT's `target_parameters` wraps: one matrix, or those of all experts, each a layer of its own.
+
+PEFT lays the factors of E experts of rank r out as one pair: rows e·r … e·r + r − 1 of lora_A (r·E, i) are those of
+expert e, and columns e, e + E, e + 2E, … of lora_B (o, r·E). Each expert's matrix gets the product of its own alone, so
+each is solved alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from peft.tuners.lora.layer import ParamWrapper
+
+from lora_da.adapter.layer import AdapterLayer, variance_of_plain
+from lora_da.model.sharding import is_shard
+from lora_da.model.slices import Slice, Stack
+
+NESTED = ".base_layer"  # wrappers of several parameters of a module are inside each other
+
+
+def name_of(path: str, wrapper: ParamWrapper) -> str:
+    """The name of the parameter in the PEFT model as if nothing were wrapped."""
+    while path.endswith(NESTED):
+        path = path.removesuffix(NESTED)
+    return f"{path}.{wrapper.parameter_name}"
+
+
+def why_left(wrapper: ParamWrapper, adapter: str) -> str | None:
+    """Why its parameter cannot be served; None where it may be."""
+    if any(map(is_shard, (_stored(wrapper), *(half[adapter].weight for half in (wrapper.lora_A, wrapper.lora_B))))):
+        return "a parameter of experts that is divided over processes (FSDP2, ZeRO-3)"
+    if not wrapper.get_param().is_floating_point():
+        return "a quantised parameter, of which PEFT knows no matrix"
+    return None
+
+
+def slice_layers(
+    path: str, wrapper: ParamWrapper, adapter: str, is_gaussian: bool, is_head: bool
+) -> Iterator[AdapterLayer]:
+    """The layers in a wrapped parameter, an expert's each.
+
+    Args:
+        path: of the wrapper in the PEFT model.
+        wrapper: PEFT's.
+        adapter: which of its adapters.
+        is_gaussian: whether PEFT drew lora_A so.
+        is_head: whether its module is the language-model head.
+    """
+    module, value = wrapper.get_base_layer(), wrapper.get_param()
+    # PEFT takes two dimensions as (o, i), and three as (E, i, o) unless it has swapped the last two
+    is_swapped = getattr(wrapper, "_did_swap_in_out_features", False)
+    stack = Stack(module, wrapper.parameter_name, is_transposed=value.dim() == 3 and not is_swapped)
+    n, rank, name = wrapper.num_experts, wrapper.r[adapter], name_of(path, wrapper)
+    with torch.no_grad():
+        lora_A, lora_B = wrapper.lora_A[adapter].weight, wrapper.lora_B[adapter].weight
+        for number in range(n):
+            yield AdapterLayer(
+                name=f"{name}.{number}" if value.dim() == 3 else name,
+                base=module,
+                lora_A=lora_A[number * rank : (number + 1) * rank],
+                lora_B=lora_B[:, number::n],
+                scaling=wrapper.scaling[adapter],
+                plain_variance=variance_of_plain(rank, lora_A.shape[1], is_gaussian),
+                is_head=is_head,
+                slice=Slice(stack, number if value.dim() == 3 else None),
+            )
+
+
+def _stored(wrapper: ParamWrapper) -> Any:
+    """The parameter as it is stored, behind a parametrisation of it too."""
+    module, name = wrapper.get_base_layer(), wrapper.parameter_name
+    parametrised = getattr(module, "parametrizations", {})
+    return parametrised[name].original if name in parametrised else getattr(module, name)
