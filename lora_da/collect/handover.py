@@ -84,8 +84,8 @@ class HandingOver(Generic[T]):
         """Hand those over that are this process's, the widest input last; each Z is freed after its last reader."""
         sums, processes, layers = self._sums, self._work.run.processes, in_solving_order(layers)
         done: HandedOver[T] = HandedOver()
-        readers = {sums.reads_like.get(a.name): a.name for a in layers if a.name not in sums.misshapen}
-        last_readers = set(readers.values())
+        seen = [a.name for a in layers if a.name in sums.reads_like and a.name not in sums.misshapen]
+        last_readers = set({sums.reads_like[name]: name for name in seen}.values())
         for layer in layers:
             name, passed_by = layer.name, self._was_passed_by(layer.name)
             if sums.owner.get(name, 0) != processes.rank:

@@ -23,9 +23,11 @@ def gradients_must_pass(modules: Mapping[str, nn.Module]) -> Iterator[None]:
         LoraDAError: from the layer's own forward.
     """
 
-    def check(name: str, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+    def check(name: str, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         if not args or not torch.is_grad_enabled() or not args[0].requires_grad:
             return
+        if not isinstance(output, Tensor):
+            return  # of a router, one of whose parameters is a layer
         if not output.requires_grad:
             raise blocked(name, module)
         try:

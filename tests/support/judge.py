@@ -43,7 +43,7 @@ def worst_start(
     return max(
         error
         for name in report.layers
-        for error in _errors(*_factors(model, name, adapter), statistics[name], population, gaussian)
+        for error in errors_of(*_factors(model, name, adapter), statistics[name], population, gaussian)
     )
 
 
@@ -52,7 +52,7 @@ def _factors(model: PeftModel, name: str, adapter: str) -> tuple[Tensor, Tensor]
     return layer.lora_A[adapter].weight.detach().double(), layer.lora_B[adapter].weight.detach().double()
 
 
-def _errors(a: Tensor, b: Tensor, seen: OracleStatistics, population: int, gaussian: bool) -> Iterable[float]:
+def errors_of(a: Tensor, b: Tensor, seen: OracleStatistics, population: int, gaussian: bool) -> Iterable[float]:
     rank, i = a.shape
     energy = rank * seen.input_cov.trace().item() * (1 / rank**2 if gaussian else 1 / (3 * i))
     preset = LoraDAConfig().numbers()
