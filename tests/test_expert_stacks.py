@@ -16,7 +16,7 @@ from peft import PeftModel
 from peft.tuners.lora.layer import ParamWrapper
 from picture import differences, picture
 from settings import as_solved
-from stacks import FAMILIES, expert_truth, stacked, stacks_of, with_experts
+from stacks import FAMILIES, expert_truth, stacked, stacks_of, with_experts, without_expert
 from tolerances import START, TURNED
 from torch import Tensor, nn
 from trainers import same_bits, worst_difference
@@ -99,15 +99,8 @@ def test_the_plain_variance_is_that_of_what_peft_draws(gaussian: bool) -> None:
     assert drawn.mean().item() == pytest.approx(1, rel=0.05)  # of thousands
 
 
-def without_expert_2(family: str = "GptOss") -> PeftModel:
-    base = stacked(family)
-    for layer in base.model.layers:
-        layer.mlp.router.bias.data[2] = -1e4
-    return with_experts(base)
-
-
 def test_experts_without_tokens_keep_pefts_init_and_are_counted(caplog: pytest.LogCaptureFixture) -> None:
-    model = without_expert_2()
+    model = without_expert(2)
     before = {layer.name: layer.lora_A.clone() for layer in find_adapter(model).layers}
     with caplog.at_level(logging.WARNING, "lora_da"):
         report = initialize(model)
@@ -147,7 +140,7 @@ def test_a_first_step_is_measured(family: str) -> None:
 def test_a_start_is_kept_and_used_again(tmp_path) -> None:
     """One expert without tokens is kept as such."""
     config = LoraDAConfig(samples=6, population_size=8, cache_dir=str(tmp_path))
-    solved, read = without_expert_2(), without_expert_2()
+    solved, read = without_expert(2), without_expert(2)
     first, second = initialize(solved, config), initialize(read, config)
     assert not first.from_cache and second.from_cache and second.left == first.left != {}
     assert same_bits(adapter_weights(solved), adapter_weights(read))
@@ -229,7 +222,7 @@ def test_an_adapter_of_nothing_else_is_refused(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_parameters_of_one_matrix_are_layers() -> None:
-    """PEFT takes any matrix: a router's, which no layer is for, and a linear layer's, which starts as that layer does."""
+    """PEFT takes any matrix: a router's, which is no layer's, and a linear layer's, which starts as that layer does."""
     by_parameter = with_lora(
         stacked("Mixtral"), target_modules=[], target_parameters=["mlp.gate.weight", "q_proj.weight"], r=2
     )
@@ -238,9 +231,8 @@ def test_parameters_of_one_matrix_are_layers() -> None:
     initialize(by_module)
     assert report.initialized == report.targeted == 8
     assert report.layers[f"{PREFIX}model.layers.0.mlp.gate.weight"].relative_step > 0
-    of_modules = {name: value for name, value in adapter_weights(by_module).items()}
     of_parameters = {name: value for name, value in adapter_weights(by_parameter).items() if "q_proj" in name}
-    assert same_bits(of_modules, of_parameters)
+    assert same_bits(adapter_weights(by_module), of_parameters)
 
 
 def test_a_parameter_without_a_product_is_left() -> None:

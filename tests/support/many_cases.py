@@ -17,6 +17,7 @@ from peft import PeftModel
 from picture import differences, picture
 from planning import Forced, Way, recorded
 from settings import as_solved
+from stacks import stacked, with_experts, without_expert
 from torch import distributed as dist
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
@@ -103,6 +104,9 @@ CASES: dict[str, Callable[[Path], dict[str, Any]]] = {
     "lora_one": lambda _: initialized(llama(), Way(parts=2, cut=False), method="lora_one"),
     "lora_ga": lambda _: initialized(llama(), Way(), method="lora_ga", averaging="samples"),
     "experts": lambda _: initialized(experts(), Way()),
+    "expert stacks": lambda _: initialized(without_expert(1), Way(cuts=2)),
+    "expert stacks, 3 passes": lambda _: initialized(with_experts(stacked("Mixtral")), Way(parts=3, cut=False)),
+    "expert stacks, measured": lambda _: initialized(without_expert(1), Way(cuts=3), first_step="measured"),
     "first step measured": lambda _: initialized(llama(), Way(cuts=3), first_step="measured"),
     "first step measured, nf4": lambda folder: initialized(nf4(folder), Way(), first_step="measured"),
 }

@@ -40,6 +40,14 @@ def with_experts(model: PreTrainedModel, **config: Any) -> PeftModel:
     return with_lora(model, **{**targets, **config})
 
 
+def without_expert(number: int, **config: Any) -> PeftModel:
+    """Experts of which one is given no token."""
+    base = stacked("GptOss", **config)
+    for layer in base.model.layers:
+        layer.mlp.router.bias.data[number] = -1e4
+    return with_experts(base)
+
+
 def stacks_of(model: nn.Module) -> dict[str, nn.Module]:
     """The modules that hold all experts of a block, by name."""
     return {name: module for name, module in model.named_modules() if hasattr(module, PARAMETERS[0])}
