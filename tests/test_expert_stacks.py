@@ -240,3 +240,36 @@ def test_a_parameter_without_a_product_is_left() -> None:
     model = with_lora(stacked("Mixtral"), target_modules=["o_proj"], target_parameters=["embed_tokens.weight"], r=2)
     report = initialize(model)
     assert list(report.left) == [f"{PREFIX}model.embed_tokens.weight"] and "of `weight` was seen" in str(report.left)
+
+
+@pytest.mark.compat("quantised-experts")
+@pytest.mark.parametrize("family", ["Mixtral", "GptOss"])
+def test_quantised_experts_start_as_their_dequantised_twin(family: str, tmp_path) -> None:
+    """By bitsandbytes' parametrisation, which Axolotl's `quantize_moe_experts` puts on; with the measured step and the
+    cache. One parameter of each module: of two, PEFT alone passes over the inner one's adapter."""
+    pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+    from bitsandbytes.nn.parametrize import replace_parameter_4bit
+
+    def quantised() -> tuple[PeftModel, dict[str, Tensor]]:
+        base = stacked(family, hidden_size=64)
+        stacks = stacks_of(base)
+        for module in stacks.values():
+            replace_parameter_4bit(module, "gate_up_proj", compress_statistics=True)
+        values = {f"{name}.gate_up_proj": module.gate_up_proj for name, module in stacks.items()}
+        return with_experts(base, target_parameters=list(values)), values
+
+    ours, values = quantised()
+    twin = stacked(family, hidden_size=64)
+    for name, value in values.items():
+        twin.get_parameter(name).data.copy_(value)
+    twin = with_experts(twin, target_parameters=["mlp.experts.gate_up_proj"])
+    rows, config = few_tokens(documents(24)), LoraDAConfig(samples=16, population_size=24, cache_dir=str(tmp_path))
+    reports = [initialize(model, config, rows) for model in (ours, twin)]
+    assert reports[0].left == reports[1].left and reports[0].failed == {} and reports[0].first_step.length > 0
+    assert reports[0].first_step.tried == reports[1].first_step.tried
+    assert same_bits(adapter_weights(ours), adapter_weights(twin))
+    for name, layer in reports[1].layers.items():
+        assert reports[0].layers[name].relative_step == pytest.approx(layer.relative_step, rel=1e-6)
+    again, _ = quantised()
+    assert initialize(again, config, rows).from_cache
+    assert same_bits(adapter_weights(again), adapter_weights(ours))
