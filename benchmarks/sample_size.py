@@ -105,7 +105,7 @@ def started(
         "first_step_seconds": step.seconds,
         "solve_seconds": report.timings["solve"],
     }
-    bases = {a.name: torch.linalg.qr(a.lora_A.detach().double().T)[0].float() for a in find_adapter(model).layers}
+    bases = {a.name: torch.linalg.qr(a.factors()[0].double().T)[0].float() for a in find_adapter(model).layers}
     return figures, bases
 
 

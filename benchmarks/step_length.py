@@ -87,7 +87,7 @@ def ladder(model: PeftModel, report: InitReport, shares: str, loss: Callable[[],
     adapter = find_adapter(model)
     factors, norms = {}, []
     for layer in adapter.layers:
-        a, b = layer.lora_A.detach().clone(), layer.lora_B.detach().clone()
+        a, b = layer.factors()
         length = report.layers[layer.name].fisher_length
         if shares == ONE_FISHER_LENGTH:
             assert length, "the method knows no length"

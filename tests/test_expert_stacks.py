@@ -66,7 +66,7 @@ def test_every_expert_starts_where_lora_da_says(family: str, gaussian: bool) -> 
     assert truth.keys() == deltas.keys() & {name.removeprefix(PREFIX) for name in report.layers}
     for name, fields in truth.items():
         layer = layers[name]
-        a, b = layer.lora_A.double(), layer.lora_B.double()
+        a, b = (factor.double() for factor in layer.factors())
         torch.testing.assert_close(deltas[name].double(), layer.scaling * b @ a, rtol=1e-5, atol=1e-9)
         tokens = report.layers[PREFIX + name].tokens
         statistics = OracleStatistics(**fields, n_tokens=tokens, n_samples=len(ROWS), n_loss_tokens=units)
@@ -95,20 +95,21 @@ def test_other_methods_read_the_experts_own_weights(family: str, method: str) ->
 def test_the_plain_variance_is_that_of_what_peft_draws(gaussian: bool) -> None:
     model = with_experts(stacked("Mixtral", hidden_size=64), init_lora_weights="gaussian" if gaussian else True)
     layers = [layer for layer in find_adapter(model).layers if layer.slice is not None]
-    drawn = torch.cat([(layer.lora_A.square() / layer.plain_variance).flatten() for layer in layers])
+    drawn = torch.cat([(layer.factors()[0].square() / layer.plain_variance).flatten() for layer in layers])
     assert drawn.mean().item() == pytest.approx(1, rel=0.05)  # of thousands
 
 
 def test_experts_without_tokens_keep_pefts_init_and_are_counted(caplog: pytest.LogCaptureFixture) -> None:
     model = without_expert(2)
-    before = {layer.name: layer.lora_A.clone() for layer in find_adapter(model).layers}
+    before = {layer.name: layer.factors()[0] for layer in find_adapter(model).layers}
     with caplog.at_level(logging.WARNING, "lora_da"):
         report = initialize(model)
     idle = {name for name in before if name.endswith(".2")}
     assert set(report.left) == idle and len(idle) == 8 and report.initialized == report.targeted - 8
     assert set(report.left.values()) == {"an expert that no token of the samples was routed to"}
     for layer in find_adapter(model).layers:
-        kept = torch.equal(layer.lora_A, before[layer.name]) and not layer.lora_B.any()
+        lora_A, lora_B = layer.factors()
+        kept = torch.equal(lora_A, before[layer.name]) and not lora_B.any()
         assert kept == (layer.name in idle), layer.name
     (warning,) = warnings_of(caplog)
     assert "8 targeted layers" in warning and warning.count(".2,") == 4 and ".2 and 3 more (an expert that" in warning

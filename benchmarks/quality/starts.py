@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from torch import Tensor
 from torch.utils.data import DataLoader
 
 from benchmarks.errors import BenchmarkError
@@ -88,14 +87,16 @@ def ours(model: PeftModel, loader: DataLoader[Any], cell: Cell, cache: Path | No
 @torch.no_grad()
 def scale_A(model: PeftModel, times: float) -> None:
     """Multiply every lora_A: of a start at B = 0 that changes what its learning rate does, and nothing else."""
-    for layer in find_adapter(model).layers:
-        layer.lora_A.mul_(times)
+    adapter = find_adapter(model)
+    factors = {layer.name: layer.factors() for layer in adapter.layers}
+    adapter.write({name: (lora_A * times, lora_B) for name, (lora_A, lora_B) in factors.items()})
 
 
 def freeze_A(model: PeftModel) -> None:
     """Train lora_B alone."""
     for layer in find_adapter(model).layers:
-        layer.lora_A.requires_grad_(False)
+        lora_A, *_ = layer.parameters
+        lora_A.requires_grad_(False)
 
 
 def candidate_of(name: str) -> Method:
@@ -125,7 +126,7 @@ def control(model: PeftModel, kind: str, seed: int) -> None:
     adapter = find_adapter(model)
     factors = {}
     for layer in adapter.layers:
-        a: Tensor = layer.lora_A.detach()
+        a, b = layer.factors()
         if kind == "random_A":
             noise = torch.randn(a.shape, generator=generator).to(a)
             a = noise * (a.norm() / noise.norm())
@@ -133,5 +134,5 @@ def control(model: PeftModel, kind: str, seed: int) -> None:
             a = a * ((layer.plain_variance * a.numel()) ** 0.5 / a.norm())
         elif kind != "zero_B":
             raise BenchmarkError(f"control is {kind!r}; set one of {', '.join(CONTROLS)}")
-        factors[layer.name] = (a, torch.zeros_like(layer.lora_B))
+        factors[layer.name] = (a, torch.zeros_like(b))
     Adapter(adapter.name, adapter.layers, {}).write(factors)

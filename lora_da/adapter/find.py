@@ -116,7 +116,7 @@ def _is_tied(path: str, config: LoraConfig) -> bool:
 
 def _why_left(module: LoraLayer, name: str, tied: bool) -> str | None:
     if isinstance(module, ParamWrapper):
-        return why_left(module, name)
+        return why_left(module)
     if isinstance(module, MultiheadAttention) or name not in module.lora_A:
         return type(module).__name__
     base, pair = module.get_base_layer(), (module.lora_A[name], module.lora_B[name])

@@ -8,13 +8,12 @@ each is solved alone.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
-import torch
 from peft.tuners.lora.layer import ParamWrapper
+from torch.nn.utils import parametrize
 
-from lora_da.adapter.layer import AdapterLayer, variance_of_plain
-from lora_da.model.sharding import is_shard
+from lora_da.adapter.layer import AdapterLayer, Part, variance_of_plain
+from lora_da.model.sharding import is_shard, is_zero3, shape
 from lora_da.model.slices import Slice, Stack
 
 NESTED = ".base_layer"  # wrappers of several parameters of a module are inside each other
@@ -27,13 +26,15 @@ def name_of(path: str, wrapper: ParamWrapper) -> str:
     return f"{path}.{wrapper.parameter_name}"
 
 
-def why_left(wrapper: ParamWrapper, adapter: str) -> str | None:
+def why_left(wrapper: ParamWrapper) -> str | None:
     """Why its parameter cannot be served; None where it may be."""
-    if any(map(is_shard, (_stored(wrapper), *(half[adapter].weight for half in (wrapper.lora_A, wrapper.lora_B))))):
-        return "a parameter of experts that is divided over processes (FSDP2, ZeRO-3)"
-    if not wrapper.get_param().is_floating_point():
-        return "a quantised parameter, of which PEFT knows no matrix"
-    return None
+    module, name = wrapper.get_base_layer(), wrapper.parameter_name
+    if any(map(is_zero3, module.parameters())):
+        return "a parameter of many matrices under DeepSpeed ZeRO-3"
+    if parametrize.is_parametrized(module, name):  # by a quantisation
+        shards = is_shard(module.parametrizations[name].original)
+        return "a quantised parameter that is divided over processes" if shards else None
+    return None if wrapper.get_param().is_floating_point() else "a quantised parameter, whose matrices nobody knows"
 
 
 def slice_layers(
@@ -53,23 +54,15 @@ def slice_layers(
     is_swapped = getattr(wrapper, "_did_swap_in_out_features", False)
     stack = Stack(module, wrapper.parameter_name, is_transposed=value.dim() == 3 and not is_swapped)
     n, rank, name = wrapper.num_experts, wrapper.r[adapter], name_of(path, wrapper)
-    with torch.no_grad():
-        lora_A, lora_B = wrapper.lora_A[adapter].weight, wrapper.lora_B[adapter].weight
-        for number in range(n):
-            yield AdapterLayer(
-                name=f"{name}.{number}" if value.dim() == 3 else name,
-                base=module,
-                lora_A=lora_A[number * rank : (number + 1) * rank],
-                lora_B=lora_B[:, number::n],
-                scaling=wrapper.scaling[adapter],
-                plain_variance=variance_of_plain(rank, lora_A.shape[1], is_gaussian),
-                is_head=is_head,
-                slice=Slice(stack, number if value.dim() == 3 else None),
-            )
-
-
-def _stored(wrapper: ParamWrapper) -> Any:
-    """The parameter as it is stored, behind a parametrisation of it too."""
-    module, name = wrapper.get_base_layer(), wrapper.parameter_name
-    parametrised = getattr(module, "parametrizations", {})
-    return parametrised[name].original if name in parametrised else getattr(module, name)
+    lora_A, lora_B = wrapper.lora_A[adapter].weight, wrapper.lora_B[adapter].weight
+    for number in range(n):
+        yield AdapterLayer(
+            name=f"{name}.{number}" if value.dim() == 3 else name,
+            base=module,
+            lora_A=Part(lora_A, slice(number * rank, (number + 1) * rank), slice(None)),
+            lora_B=Part(lora_B, slice(None), slice(number, None, n)),
+            scaling=wrapper.scaling[adapter],
+            plain_variance=variance_of_plain(rank, shape(lora_A)[1], is_gaussian),
+            is_head=is_head,
+            slice=Slice(stack, number if value.dim() == 3 else None),
+        )

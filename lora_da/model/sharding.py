@@ -81,7 +81,7 @@ def compute_device(model: PreTrainedModel, blocks: Sequence[nn.Module]) -> torch
     return parameter.device
 
 
-def shape(parameter: Tensor) -> tuple[int, ...]:
+def shape(parameter: Any) -> tuple[int, ...]:
     """Tell the size of the whole parameter."""
     return tuple(getattr(parameter, "ds_shape", parameter.shape))
 

@@ -20,6 +20,7 @@ from torch.nn.utils import parametrize
 from torch.overrides import TorchFunctionMode
 
 from lora_da.model.forward import replaced
+from lora_da.model.sharding import copied, is_shard
 from lora_da.model.state import attribute
 from lora_da.model.weights import norm_of
 
@@ -61,7 +62,7 @@ class Stack:
     def _value(self) -> Tensor:
         """What the module multiplies by, dequantised where a parametrisation does that."""
         value: Tensor = getattr(self.module, self.parameter)
-        return value.detach()
+        return copied(value) if is_shard(value) else value.detach()
 
 
 @dataclass(frozen=True)
