@@ -16,6 +16,7 @@ from models import WIDE, batches, checkpoint, tiny_llama, with_lora
 from other_methods import METHODS
 from peft import PeftModel
 from planning import Forced, Way
+from stacks import stacked, with_experts, without_expert
 from torch import Tensor, nn
 from torch import distributed as dist
 from torch.distributed.tensor import DTensor
@@ -25,8 +26,9 @@ from lora_da import LoraDAConfig, initialize_lora_da_weights
 from lora_da.collect.segment import SegmentRun
 
 
-def sharded(model: PeftModel, block: str = "LlamaDecoderLayer", reshard: bool = True) -> PeftModel:
-    """Shard the model as the Trainer's accelerator does."""
+def sharded(model: PeftModel, block: str | None = None, reshard: bool = True) -> PeftModel:
+    """Shard the model as the Trainer's accelerator does, by blocks of that class; of its decoder's if None."""
+    block = block or type(model.get_base_model().model.layers[0]).__name__
     kind = FullyShardedDataParallelPlugin(
         fsdp_version=2,
         auto_wrap_policy="transformer_based_wrap",
@@ -108,11 +110,17 @@ MODELS: dict[str, Callable[[Path], PeftModel]] = {
     "float32": lambda _: llama(),
     "checkpointing": lambda _: checkpointed(),
     "tied weights": lambda _: tied(),
+    "experts in one parameter": lambda _: without_expert(1),
     "nf4 in bytes": lambda folder: nf4(folder / "bytes", torch.uint8),
     "nf4 in bfloat16": lambda folder: nf4(folder / "bfloat16", torch.bfloat16),
 }
 MEASURED = {"first_step": "measured"}
-TO_MEASURE = {"float32": MODELS["float32"], "nf4 in bytes": MODELS["nf4 in bytes"], "head": lambda _: headed()}
+TO_MEASURE = {
+    "float32": MODELS["float32"],
+    "nf4 in bytes": MODELS["nf4 in bytes"],
+    "head": lambda _: headed(),
+    "experts": lambda _: with_experts(stacked("Mixtral")),
+}
 KEPT = ("lora_da", "cntlora")  # with parameters that stay gathered after a forward
 WAYS = {"one pass": Way(), "3 segments": Way(cuts=3), "3 passes": Way(parts=3, cut=False)}
 
