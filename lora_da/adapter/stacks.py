@@ -29,8 +29,8 @@ def name_of(path: str, wrapper: ParamWrapper) -> str:
 def why_left(wrapper: ParamWrapper) -> str | None:
     """Why its parameter cannot be served; None where it may be."""
     module, name = wrapper.get_base_layer(), wrapper.parameter_name
-    if any(map(is_zero3, module.parameters())):
-        return "a parameter of many matrices under DeepSpeed ZeRO-3"
+    if any(map(is_zero3, module.parameters())):  # PEFT reads it, and its factors, where DeepSpeed has not gathered them
+        return "a targeted parameter under DeepSpeed ZeRO-3"
     if parametrize.is_parametrized(module, name):  # by a quantisation
         shards = is_shard(module.parametrizations[name].original)
         return "a quantised parameter that is divided over processes" if shards else None
@@ -49,20 +49,20 @@ def slice_layers(
         is_gaussian: whether PEFT drew lora_A so.
         is_head: whether its module is the language-model head.
     """
-    module, value = wrapper.get_base_layer(), wrapper.get_param()
+    module, is_stack = wrapper.get_base_layer(), len(shape(wrapper.get_param())) == 3
     # PEFT takes two dimensions as (o, i), and three as (E, i, o) unless it has swapped the last two
     is_swapped = getattr(wrapper, "_did_swap_in_out_features", False)
-    stack = Stack(module, wrapper.parameter_name, is_transposed=value.dim() == 3 and not is_swapped)
+    stack = Stack(module, wrapper.parameter_name, is_transposed=is_stack and not is_swapped)
     n, rank, name = wrapper.num_experts, wrapper.r[adapter], name_of(path, wrapper)
     lora_A, lora_B = wrapper.lora_A[adapter].weight, wrapper.lora_B[adapter].weight
     for number in range(n):
         yield AdapterLayer(
-            name=f"{name}.{number}" if value.dim() == 3 else name,
+            name=f"{name}.{number}" if is_stack else name,
             base=module,
             lora_A=Part(lora_A, slice(number * rank, (number + 1) * rank), slice(None)),
             lora_B=Part(lora_B, slice(None), slice(number, None, n)),
             scaling=wrapper.scaling[adapter],
             plain_variance=variance_of_plain(rank, shape(lora_A)[1], is_gaussian),
             is_head=is_head,
-            slice=Slice(stack, number if value.dim() == 3 else None),
+            slice=Slice(stack, number if is_stack else None),
         )

@@ -58,6 +58,14 @@ def test_the_first_step_goes_on_from_there(case: str, two: Any) -> None:
 
 
 @pytest.mark.slow
+def test_experts_in_one_parameter_keep_pefts_init_in_zero_3(tmp_path: Path) -> None:
+    run = launch(2, "deepspeed_cases.kept", tmp_path, **ENVIRONMENT)
+    assert run.code == 0, run.output
+    for left in run.results:
+        assert len(left) == 8 and set(left.values()) == {"a targeted parameter under DeepSpeed ZeRO-3"}
+
+
+@pytest.mark.slow
 def test_a_process_that_fails_ends_the_others_too(tmp_path: Path) -> None:
     run = launch(2, "deepspeed_cases.dies", tmp_path, **ENVIRONMENT)
     assert run.code != 0 and run.seconds < TIMEOUT, "somebody waited"

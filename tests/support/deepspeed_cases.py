@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from many_cases import ROWS, SAMPLES, Broken, fails_in, llama
+from peft import PeftModel
 from planning import ONE, Forced, Way
 from pytest import MonkeyPatch
 from settings import as_solved
+from stacks import stacked, with_experts
 from torch import Tensor, nn
 from trainers import plain
 from transformers import TrainerCallback, training_args
@@ -63,7 +65,7 @@ def trained(folder: Path, stage: int | None, way: Way = ONE, **args: Any) -> dic
     """One step of training; without a stage, in one process and without DeepSpeed."""
     config = as_solved(samples=SAMPLES, population_size=1000, first_step=args.pop("first_step", "gamma"))
     initializer, watch = LoraDACallback(config, plan=Forced(way)), Watch()
-    model = llama()
+    model = args.pop("model", llama)()
     if args.get("bf16") and stage is None:
         model = model.bfloat16()  # as DeepSpeed does it
         args = {}
@@ -71,6 +73,10 @@ def trained(folder: Path, stage: int | None, way: Way = ONE, **args: Any) -> dic
     plain(model, ROWS, folder, initializer, watch, **args).train()
     report = initializer.report
     return {**watch.found, "loss": report.loss, "initialized": report.initialized}
+
+
+def experts() -> PeftModel:
+    return with_experts(stacked("GptOss"))
 
 
 FEW = 16  # loss tokens at a time in the head, which then runs more often in one process than in another
@@ -86,6 +92,8 @@ CASES: dict[str, tuple[int, Way, dict[str, Any]]] = {
     "ZeRO-3 in bf16": (3, ONE, {"bf16": True}),
     "ZeRO-2, first step measured": (2, ONE, {"first_step": "measured"}),
     "ZeRO-3, first step measured": (3, ONE, {"first_step": "measured"}),
+    "ZeRO-1, experts in one parameter": (1, ONE, {"model": experts}),
+    "ZeRO-2, experts in one parameter": (2, Way(cuts=3), {"model": experts, "first_step": "measured"}),
 }
 
 
@@ -95,6 +103,13 @@ def all_cases(folder: Path) -> dict[str, Any]:
         # transformers asks for a GPU with bf16 where DeepSpeed needs none
         patch.setattr(training_args, "is_torch_bf16_gpu_available", lambda: True)
         return {name: trained(folder, stage, way, **args) for name, (stage, way, args) in CASES.items()}
+
+
+def kept(folder: Path) -> dict[str, str]:
+    """What is left of an adapter on experts in ZeRO-3."""
+    initializer = LoraDACallback(as_solved(samples=SAMPLES, population_size=1000))
+    plain(experts(), ROWS, folder, initializer, learning_rate=SMALL_RATE, **settings(3)).train()
+    return initializer.report.left
 
 
 def dies(folder: Path) -> None:
