@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import chain, pairwise
@@ -42,11 +43,21 @@ def split(segment: Segment, survey: Survey, by_layers: bool) -> tuple[Segment, S
 
 def in_parts(segment: Segment, fits: Callable[[Segment], bool]) -> list[Segment]:
     """A segment's layers in groups that fit, one layer at least in each: the same blocks, run once for each group."""
-    parts: list[Segment] = []
-    for layer in segment.layers:
-        larger = replace(parts[-1], layers=(*parts[-1].layers, layer)) if parts else None
-        if larger is not None and fits(larger):
-            parts[-1] = larger
-        else:
-            parts.append(replace(segment, layers=(layer,)))
+    parts, rest = list[Segment](), segment.layers
+    while rest:
+        size = _most(replace(segment, layers=rest), fits)
+        parts.append(replace(segment, layers=rest[:size]))
+        rest = rest[size:]
     return parts or [segment]
+
+
+def _most(segment: Segment, fits: Callable[[Segment], bool]) -> int:
+    """How many of a segment's first layers fit, one at least, found in few looks: where so many do not, no more do."""
+
+    def too_many(n: int) -> bool:
+        return not fits(replace(segment, layers=segment.layers[:n]))
+
+    most, count = 1, len(segment.layers)
+    while most < count and not too_many(min(2 * most, count)):
+        most = min(2 * most, count)
+    return most + bisect_left(range(most + 1, min(2 * most, count) + 1), True, key=too_many)

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from lora_da.adapter import AdapterLayer
@@ -37,7 +38,8 @@ class Survey:
         bytes_per_token: of a hidden state between blocks.
         itemsize: bytes of one of its numbers.
         vocabulary: width of the logits.
-        linear_features: inputs and outputs of the linear layers of each block, summed: what it keeps for the backward.
+        linear_features: inputs and outputs of the linear layers of each block, and of the experts that a token is
+            routed to, summed: what it keeps for the backward.
         gathered_bytes: of the parameters that are gathered from other processes at once.
         devices: where the blocks are, by name.
         kept_weights: bytes of the dense weights of each block that may be kept for the backward beside them.
@@ -103,6 +105,8 @@ def survey_model(task: Task, layers: Sequence[AdapterLayer], inputs: Mapping[str
             except NotSequential as error:
                 why_not = str(error)
     layers_of = [_widths(block) for block in blocks or [model]]
+    stacks_of, asked = [_stacks(block) for block in blocks or [model]], _asked(model)
+    dequantised = [a for a in layers if a.slice is not None and a.slice.stack.is_parametrised]
     embeddings, head = model.get_input_embeddings().weight, model.get_output_embeddings()
     width, dtype = (shape(embeddings)[-1], model.dtype) if hidden is None else (hidden.shape[-1], hidden.dtype)
     in_autocast = _autocast_dtype(compute_device(model, blocks))
@@ -115,10 +119,15 @@ def survey_model(task: Task, layers: Sequence[AdapterLayer], inputs: Mapping[str
         bytes_per_token=width * dtype.itemsize,
         itemsize=dtype.itemsize,
         vocabulary=task.n_logits,
-        linear_features=tuple(sum(map(sum, widths.values())) for widths in layers_of),
+        linear_features=tuple(
+            sum(map(sum, widths.values())) + sum(min(asked or e, e) * (i + o) for e, i, o in map(shape, stacks))
+            for widths, stacks in zip(layers_of, stacks_of, strict=True)
+        ),
         kept_weights=tuple(
             sum(_kept_weight(layer, dtype, in_autocast) * i * o for layer, (i, o) in widths.items())
-            for widths in layers_of
+            + sum(_cast_bytes(stack, in_autocast) * stack.numel() for stack in stacks)
+            + sum(dtype.itemsize * a.in_features * a.out_features for a in dequantised if block_of.get(a.name, n) == n)
+            for n, (widths, stacks) in enumerate(zip(layers_of, stacks_of, strict=True))
         ),
         cast_head=0 if head is None else _cast(head, in_autocast) * width * task.n_logits,
         eager_heads=_eager_heads(model.config),
@@ -172,6 +181,19 @@ def _widths(module: nn.Module) -> dict[nn.Module, tuple[int, int]]:
     return found
 
 
+def _stacks(module: nn.Module) -> list[nn.Parameter]:
+    """The parameters in a module that hold the matrices of all experts, as they are stored."""
+    holders = [m for m in module.modules() if isinstance(getattr(m, "num_experts", None), int)]
+    parameters = [(m.num_experts, parameter) for m in holders for parameter in m.parameters(recurse=False)]
+    return [p for n, p in parameters if len(shape(p)) == 3 and shape(p)[0] == n]
+
+
+def _asked(model: PreTrainedModel) -> int | None:
+    """How many experts a token is routed to; None if it is not known."""
+    asked = getattr(model.config.get_text_config(), "num_experts_per_tok", None)
+    return asked if isinstance(asked, int) else None
+
+
 def _kept_weight(layer: nn.Module, dtype: torch.dtype, in_autocast: torch.dtype | None) -> int:
     """Bytes of a number in the dense weight that the backward may hold on to: where a class of its own dequantises and
     multiplies by plain autograd, as GPTQ's and AWQ's do, and where autocast casts it, until the layer's backward."""
@@ -181,7 +203,12 @@ def _kept_weight(layer: nn.Module, dtype: torch.dtype, in_autocast: torch.dtype 
 def _cast(layer: nn.Module, in_autocast: torch.dtype | None) -> int:
     """Bytes of a number in the copy of a layer's weight that autocast makes; 0 where it makes none."""
     weight = getattr(layer, "weight", None)
-    if in_autocast is None or not isinstance(weight, Tensor) or weight.dtype in (in_autocast, torch.float64):
+    return _cast_bytes(weight, in_autocast) if isinstance(weight, Tensor) else 0
+
+
+def _cast_bytes(weight: Tensor, in_autocast: torch.dtype | None) -> int:
+    """Bytes of a number in the copy of a weight that autocast makes; 0 where it makes none."""
+    if in_autocast is None or weight.dtype in (in_autocast, torch.float64):
         return 0
     return in_autocast.itemsize if weight.is_floating_point() else 0
 

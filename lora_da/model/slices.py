@@ -47,6 +47,11 @@ class Stack:
     parameter: str
     is_transposed: bool
 
+    @property
+    def is_parametrised(self) -> bool:
+        """Whether its module multiplies by what is made of it at each call, as where it is quantised."""
+        return parametrize.is_parametrized(self.module, self.parameter)
+
     @cached_property
     def norms(self) -> list[float]:
         """‖W‖_F of each matrix. A quantised parameter is dequantised once for all."""

@@ -9,11 +9,13 @@ import pytest
 import torch
 from architectures import BLOCKS, LLAMA
 from collecting import needs
-from models import documents, pad, with_lora
+from models import PREFIX, documents, pad, with_lora
 from planning import surveyed_model
+from stacks import stacked, stacks_of, with_experts
 from torch import Tensor, nn
 
-from lora_da.collect.forecast import Forecast, Segment
+from lora_da.adapter import find_adapter
+from lora_da.collect.forecast import ACTIVATIONS, Forecast, Segment
 from lora_da.collect.survey import Survey
 
 pytestmark = pytest.mark.once
@@ -75,3 +77,28 @@ def test_weights_that_autocast_copies(dtype: torch.dtype) -> None:
     assert survey.cast_head == copied.pop("lm_head") == (dtype == torch.float32) * 2 * base.lm_head.weight.numel()
     assert sum(survey.kept_weights) == sum(copied.values())
     assert running(survey, 4) - running(replace(survey, cast_head=0), 4) == survey.cast_head
+
+
+@pytest.mark.parametrize("family", ["Mixtral", "GptOss"])
+def test_experts_in_one_parameter(family: str) -> None:
+    """What their products keep for the backward, a token's of the experts that it is routed to; and a sum for each."""
+    base = stacked(family).requires_grad_(False)
+    survey = surveyed_model(with_experts(base), [pad(ROWS)])
+    layers = find_adapter(with_experts(stacked(family))).layers
+    (name, module), *_ = stacks_of(stacked(family).requires_grad_(False)).items()
+    saved: list[Tensor] = []
+    hidden = torch.randn(TOKENS, base.config.hidden_size, requires_grad=True)
+    index = torch.stack([torch.arange(TOKENS) % 4, (torch.arange(TOKENS) + 1) % 4], dim=1)
+    with noting(saved):
+        module(hidden, index, torch.rand(TOKENS, 2))
+    ours = {p.untyped_storage().data_ptr() for p in (*module.parameters(), hidden)}
+    floats = {t.untyped_storage().data_ptr(): t for t in saved if t.is_floating_point()}
+    kept = sum(t.untyped_storage().nbytes() for place, t in floats.items() if place not in ours)
+    of_linear = sum(m.in_features + m.out_features for m in base.model.layers[0].modules() if isinstance(m, nn.Linear))
+    forecast = ACTIVATIONS * TOKENS * survey.itemsize * (survey.linear_features[0] - of_linear)
+    assert kept / 2 <= forecast <= 4 * kept
+    needed = Forecast(survey, TOKENS, COLUMNS, needs(), False, 0)
+    experts = [layer for layer in layers if layer.name.startswith(f"{PREFIX}{name}.")]
+    assert len(experts) == 8
+    numbers = sum(a.in_features**2 + a.in_features * a.out_features + a.out_features**2 for a in experts)
+    assert needed.sums(experts) == 4 * numbers

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import random
 from dataclasses import replace
 from itertools import pairwise
 from typing import Any
@@ -21,7 +22,7 @@ import lora_da.collect.plan
 import lora_da.processes
 from lora_da.adapter import find_adapter
 from lora_da.collect.borders import Border
-from lora_da.collect.cuts import cut, split
+from lora_da.collect.cuts import cut, in_parts, split
 from lora_da.collect.forecast import Segment
 from lora_da.collect.plan import Plan, make_plan
 from lora_da.collect.survey import Survey
@@ -122,6 +123,22 @@ def test_layers_in_parts_where_a_blocks_layers_do_not_fit() -> None:
     for plan in plans:
         assert plan.batch_tokens == max(batch.shape[1] for batch in planner.batches)  # smaller batches were tried first
         assert f", each run {plan.passes} times, " in plan.line()
+
+
+def test_parts_are_as_large_as_fits() -> None:
+    """One layer after the other gives the same, in more looks."""
+    chance = random.Random(0)
+    for _ in range(200):
+        sizes, room = [chance.randint(1, 9) for _ in range(chance.randint(1, 40))], chance.randint(1, 30)
+        expected: list[list[int]] = []
+        for size in sizes:
+            if expected and sum(expected[-1]) + size <= room:
+                expected[-1].append(size)
+            else:
+                expected.append([size])
+        layers: Any = tuple(sizes)
+        parts = in_parts(Segment(0, 1, layers), lambda part, room=room: sum(part.layers) <= room)  # type: ignore[arg-type]
+        assert [list(part.layers) for part in parts] == expected
 
 
 def test_smaller_batches_before_layers_in_parts() -> None:
