@@ -66,6 +66,12 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--target-modules", nargs="+", metavar="NAME", help="names of layers (default: all linear ones but the head)"
     )
+    parser.add_argument(
+        "--target-parameters",
+        nargs="+",
+        metavar="NAME",
+        help="names of parameters that hold the matrices of all experts, like mlp.experts.gate_up_proj (default: none)",
+    )
     quantised = parser.add_mutually_exclusive_group()
     quantised.add_argument("--load-in-4bit", action="store_true", help="bitsandbytes nf4, double quantisation (QLoRA)")
     quantised.add_argument("--load-in-8bit", action="store_true", help="bitsandbytes LLM.int8")
@@ -117,7 +123,8 @@ def _export(asked: argparse.Namespace, config: LoraDAConfig) -> None:
     from lora_da.samples.rows import collate
 
     torch.manual_seed(0)  # what keeps PEFT's random init is the same every time
-    with _naming("--target-modules", " ".join(asked.target_modules or ["all-linear"])):
+    parameters = ["--target-parameters", *asked.target_parameters] if asked.target_parameters else []
+    with _naming("--target-modules", " ".join([*(asked.target_modules or ["all-linear"]), *parameters])):
         peft_model = _with_adapter(model, asked)
     loader = DataLoader(data, collate_fn=collate)
     export_initial_adapter(peft_model, loader, asked.output, config, overwrite=asked.overwrite)
@@ -202,9 +209,15 @@ def _with_adapter(model: Any, asked: argparse.Namespace) -> Any:
         r=asked.rank,
         lora_alpha=2 * asked.rank if asked.alpha is None else asked.alpha,
         target_modules=asked.target_modules or "all-linear",
+        target_parameters=asked.target_parameters,
         task_type="CAUSAL_LM",
     )
-    return get_peft_model(model, lora)
+    peft_model = get_peft_model(model, lora)
+    found = [f".{name}" for name in peft_model.base_model.targeted_parameter_names]
+    for name in asked.target_parameters or ():
+        if not any(key.endswith(f".{name}") for key in found):
+            raise ValueError(f"the model has no parameter {name}")
+    return peft_model
 
 
 def _tell(what: str) -> None:

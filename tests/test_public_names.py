@@ -55,8 +55,8 @@ PRESET = """
 """.split()
 
 COMMAND = """
-    --model --data --check --output --overwrite --rank --alpha --target-modules --load-in-4bit --load-in-8bit --samples
-    --max-length --method --preset --first-step --gamma --cache-dir --device --dtype
+    --model --data --check --output --overwrite --rank --alpha --target-modules --target-parameters --load-in-4bit
+    --load-in-8bit --samples --max-length --method --preset --first-step --gamma --cache-dir --device --dtype
 """.split()
 
 REPORT = """

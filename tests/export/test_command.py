@@ -15,6 +15,7 @@ from caching import identical
 from models import WIDE, adapter_weights, tiny_llama, with_lora
 from peft import PeftModel
 from settings import as_solved
+from stacks import stacked
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from words import LETTERS, as_lines, tokenizer
@@ -99,6 +100,21 @@ def test_the_adapter_is_that_of_ones_own_program(tmp_path, model, data, option, 
     assert capsys.readouterr().out.count("\n") == 1
 
 
+@pytest.mark.compat("command", "target-parameters")
+def test_experts_in_one_parameter_are_exported(tmp_path, data):
+    """PEFT loads what was saved, on the model as it is stored: one matrix an expert."""
+    folder, targets = tmp_path / "mixture", ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+    stacked("Qwen3Moe").save_pretrained(folder)
+    tokenizer().save_pretrained(folder)
+    more = ["--samples", "8", "--rank", "4", "--first-step", "gamma", "--target-modules", "o_proj"]
+    assert main(command(folder, data, tmp_path / "out", *more, "--target-parameters", *targets)) == 0
+    base = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
+    loaded = PeftModel.from_pretrained(base, tmp_path / "out")
+    expected = expected_adapter(folder, target_modules=["o_proj"], target_parameters=targets)
+    assert identical(adapter_weights(loaded), expected)
+    assert sum(value.shape[0] == 16 for name, value in expected.items() if "lora_A" in name) == 8
+
+
 def test_options_reach_what_they_are_for(tmp_path, model, data):
     more = ["--rank", "3", "--alpha", "5", "--target-modules", "q_proj", "v_proj", "--samples", "6"]
     more += ["--preset", "reference", "--gamma", "512", "--max-length", "8", "--dtype", "bfloat16"]
@@ -133,11 +149,16 @@ SLIPS = {
     "samples": (["--samples", "-1"], "--samples is -1; set at least 1"),
     "max-length": (["--max-length", "0"], "--max-length is 0; set at least 1"),
     "layers": (["--target-modules", "nothing"], "--target-modules nothing: "),
+    "parameters": (
+        ["--target-parameters", "mlp.nothing"],
+        "--target-parameters mlp.nothing: the model has no parameter",
+    ),
     "nothing to learn": (["--max-length", "1"], "none of the first 12 rows has a token that carries loss"),
     "cache": (["--cache-dir", __file__], "lora_da.cache_dir is "),
 }
 
 
+@pytest.mark.filterwarnings("ignore:.*no parameter was matched:RuntimeWarning")  # PEFT's
 @pytest.mark.parametrize("slip", SLIPS)
 def test_a_slip_is_one_sentence_and_leaves_nothing(tmp_path, model, data, slip, capsys, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
