@@ -70,7 +70,8 @@ def test_equations_in_the_answers_hold(instructions):
 
 
 def test_configs_are_there_for_every_card():
-    assert {"axolotl_qlora.yml"} | {f"qlora_8b_{gb}gb.yml" for gb in (12, 16, 24)} == {path.name for path in CONFIGS}
+    cards = {f"qlora_8b_{gb}gb.yml" for gb in (12, 16, 24)}
+    assert {"axolotl_qlora.yml", "qlora_qwen3_30b_a3b.yml"} | cards == {path.name for path in CONFIGS}
 
 
 @pytest.mark.axolotl

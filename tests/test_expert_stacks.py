@@ -196,6 +196,7 @@ def from_the_other_side(self: nn.Module, hidden: Tensor, index: Tensor, weights:
     return out
 
 
+@pytest.mark.compat("fused-experts")
 @pytest.mark.parametrize("forward", [fused, from_the_other_side])
 def test_experts_whose_products_are_not_seen_are_left(
     forward: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
