@@ -151,6 +151,8 @@ class _Products(TorchFunctionMode):
             return output
         first = PRODUCTS[func]
         x, matrix = [*args, *kwargs.values()][first : first + 2]
+        if x.dim() < 2 or matrix.dim() < 2:
+            return output
         found = self._slice_of(matrix if func is nn.functional.linear else matrix.mT)
         return output if found is None else self._tell(found, x, output)
 

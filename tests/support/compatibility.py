@@ -88,7 +88,7 @@ ROWS: dict[str, list[Row]] = {
         Row("gptq", "GPTQ", BY_HAND),
         Row("awq", "AWQ", BY_HAND),
         Row("compressed-tensors", "compressed-tensors", "PEFT cannot wrap the compressed layers"),
-        Row("quantised-experts", "experts in one parameter, in bitsandbytes 4 bits as `quantize_moe_experts` makes them"),
+        Row("quantised-experts", "experts in one parameter, in bitsandbytes 4 bits as by `quantize_moe_experts`"),
         Row("no-backward", "any layer through which no gradient passes, targeted or not"),
     ],
     "adapters": [
@@ -113,11 +113,11 @@ ROWS: dict[str, list[Row]] = {
             "one adapter for embeddings and head (`ensure_weight_tying`): keeps PEFT's init, named in a warning",
         ),
         Row("convolutions", "convolutions as targets: keep PEFT's init, named in a warning"),
-        Row("target-parameters", "`target_parameters`: the matrices of all experts in one parameter, or any one matrix"),
+        Row("target-parameters", "`target_parameters`: all experts in one parameter, or any one matrix"),
         Row(
             "fused-experts",
-            "the same where no product with one matrix is seen (kernels, all experts at once): keep PEFT's init, named in "
-            "a warning",
+            "the same where no product with one matrix is seen (kernels, all experts at once): keep PEFT's init, named "
+            "in a warning",
         ),
         Row("layer-replication", "`layer_replication`"),
         Row("lora-bias", "`lora_bias`, `bias`"),
