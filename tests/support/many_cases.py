@@ -105,7 +105,7 @@ CASES: dict[str, Callable[[Path], dict[str, Any]]] = {
     "lora_ga": lambda _: initialized(llama(), Way(), method="lora_ga", averaging="samples"),
     "experts": lambda _: initialized(experts(), Way()),
     "expert stacks": lambda _: initialized(without_expert(1), Way(cuts=2)),
-    "expert stacks, 3 passes": lambda _: initialized(with_experts(stacked("Mixtral")), Way(parts=3, cut=False)),
+    "expert stacks, 3 passes": lambda _: initialized(with_experts(stacked("GptOss")), Way(parts=3, cut=False)),
     "expert stacks, measured": lambda _: initialized(without_expert(1), Way(cuts=3), first_step="measured"),
     "first step measured": lambda _: initialized(llama(), Way(cuts=3), first_step="measured"),
     "first step measured, nf4": lambda folder: initialized(nf4(folder), Way(), first_step="measured"),

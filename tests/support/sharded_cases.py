@@ -119,7 +119,7 @@ TO_MEASURE = {
     "float32": MODELS["float32"],
     "nf4 in bytes": MODELS["nf4 in bytes"],
     "head": lambda _: headed(),
-    "experts": lambda _: with_experts(stacked("Mixtral")),
+    "experts": lambda _: with_experts(stacked("GptOss")),
 }
 KEPT = ("lora_da", "cntlora")  # with parameters that stay gathered after a forward
 WAYS = {"one pass": Way(), "3 segments": Way(cuts=3), "3 passes": Way(parts=3, cut=False)}

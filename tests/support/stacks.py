@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Callable
 from typing import Any
 
+import pytest
 import torch
 import transformers
 from models import IGNORED, Document, batches, seeded, with_lora
 from peft import PeftModel
+from peft.tuners.lora.layer import ParamWrapper
 from tiny_configs import tiny_config
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -28,7 +31,9 @@ FAMILIES: dict[str, dict[str, Any]] = {
 
 
 def stacked(family: str, **config: Any) -> PreTrainedModel:
-    """A tiny model of the family."""
+    """A tiny model of the family; skips where PEFT takes its matrices for (i, o), as up to 0.18."""
+    if family != "GptOss" and "is_transposed" not in inspect.getsource(ParamWrapper):
+        pytest.skip("this PEFT takes all matrices for (i, o)")
     kind = getattr(transformers, f"{family}Config")
     special = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, **FAMILIES[family], **config}
     return seeded(getattr(transformers, f"{family}ForCausalLM"), tiny_config(kind, **special))
