@@ -16,6 +16,7 @@ from fake_gpu import FakeGpus, MixedDevices
 from models import WIDE, adapter_weights, batches, documents, tiny_llama, with_lora
 from peft import PeftModel
 from planning import ONE, WAYS, Forced, Way
+from stacks import stacked, with_experts
 from tolerances import REBATCHED, REORDERED
 
 from lora_da import LoraDAConfig, initialize_lora_da_weights
@@ -68,6 +69,11 @@ def check_on_a_gpu(make: Callable[[], PeftModel], tolerance: float = 0.0, **sett
 @pytest.mark.parametrize("way", WAYS)
 def test_every_plan(way: str) -> None:
     check_on_a_gpu(dense, way=WAYS[way], first_step="gamma")
+
+
+@pytest.mark.parametrize("way", ["one pass", "2 segments in 3 parts"])
+def test_experts_in_one_parameter(way: str) -> None:
+    check_on_a_gpu(lambda: with_experts(stacked("GptOss")), way=WAYS[way])
 
 
 @pytest.mark.parametrize("preset", ["default", "reference", "paper"])

@@ -90,6 +90,12 @@ def _of_tensors(patch: pytest.MonkeyPatch, gpus: FakeGpus) -> None:
     for name in ("tensor", "as_tensor", "asarray"):
         patch.setattr(torch, name, made(getattr(torch, name)))
 
+    def one_hot(tensor: Tensor, num_classes: int) -> Tensor:  # makes zeros where torch itself is, on the CPU
+        zeros = torch.zeros(*tensor.shape, num_classes, dtype=torch.int64, device=device(tensor))
+        return zeros.scatter_(-1, tensor.unsqueeze(-1), 1)
+
+    patch.setattr(torch.nn.functional, "one_hot", one_hot)
+
 
 def _of_cuda(patch: pytest.MonkeyPatch, gpus: FakeGpus) -> None:
     """Devices, their memory, streams and events. Work is done when it is asked for, so nothing is ever waited for; that
