@@ -54,6 +54,11 @@ class LayerStatistics:
         inputs = 1.0 if self.input_cov is None else self.input_cov.trace().item()
         return norm / math.sqrt(inputs) if inputs > 0 else norm
 
+    def has_gradient(self) -> bool:
+        """False where d was zero at every token; True where nobody reads it."""
+        taken = [mean for mean in (self.grad, self.output_fisher) if mean is not None]
+        return not taken or any(bool(mean.any()) for mean in taken)
+
     @property
     def device(self) -> torch.device:
         """Where they are."""

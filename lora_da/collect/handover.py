@@ -102,11 +102,7 @@ class HandingOver(Generic[T]):
                     size = observed.statistics.gradient_size(self._n_units)  # before it is used up
                     if size is not None:
                         done.gradients[name] = size
-                    done.outcomes[name] = (
-                        NotServed("an expert whose tokens have no part in the loss", failed=False)
-                        if size == 0 and name in self._work.survey.routed
-                        else self._solve_layer(layer, observed)
-                    )
+                    done.outcomes[name] = self._solved(layer, observed)
                 else:
                     done.outcomes[name] = observed
                 del observed
@@ -114,6 +110,18 @@ class HandingOver(Generic[T]):
                     sums.free_input(name)
             done.tokens[name] = sums.n_tokens(name)
         return done
+
+    def _solved(self, layer: AdapterLayer, observed: Observed) -> T | NotServed:
+        """What is made of a layer. That an expert was given too little to be solved by is no failure."""
+        statistics = observed.statistics
+        if layer.name not in self._work.survey.routed:
+            return self._solve_layer(layer, observed)
+        if not statistics.has_gradient():
+            return NotServed("an expert whose tokens have no part in the loss", failed=False)
+        outcome = self._solve_layer(layer, observed)
+        if isinstance(outcome, NotServed) and statistics.n_tokens <= layer.rank:
+            return NotServed("an expert of no more tokens than its rank, which are too few to solve it", failed=False)
+        return outcome
 
     def _was_passed_by(self, name: str) -> bool:
         """Whether a layer is inside an expert that was given no token that counts."""

@@ -20,6 +20,7 @@ from tolerances import TURNED
 import lora_da.methods.cntlora
 import lora_da.solve
 from lora_da import LoraDAConfig, LoraDAError, initialize_lora_da_weights
+from lora_da.adapter import AdapterLayer
 from lora_da.memory import GIB
 from lora_da.methods import METHODS
 from lora_da.statistics import InputSums, LayerSums
@@ -173,7 +174,7 @@ def test_filet_leaves_layers_that_are_too_wide_for_a_full_fisher(
 
 @pytest.mark.parametrize("method", ["filet", "cntlora"])
 def test_a_weight_that_cannot_be_read_is_named(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lora_da.solve, "dense_weight", lambda base: None)
+    monkeypatch.setattr(AdapterLayer, "weight", lambda layer: None)
     model = with_lora(tiny_llama())
     before = picture(model)
     with pytest.raises(
