@@ -4,22 +4,28 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
 import transformers
-from models import IGNORED, Document, batches, seeded, with_lora
+from models import IGNORED, PREFIX, Document, batches, documents, seeded, with_lora
 from peft import PeftModel
 from peft.tuners.lora.layer import ParamWrapper
+from settings import as_solved
 from tiny_configs import tiny_config
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
+from lora_da import LoraDAConfig, initialize_lora_da_weights
+from lora_da.report import InitReport
+
 PARAMETERS = ["gate_up_proj", "down_proj"]
 TARGETS = [f"mlp.experts.{name}" for name in PARAMETERS]
+ROWS = documents((9, 14, 6, 11, 7, 13, 8, 10))
+CONFIG = as_solved(samples=len(ROWS), population_size=len(ROWS))
 # What sizes alone do not say, by family: gpt-oss stores its matrices (i, o), and the first block of DeepSeek-V3 has no
 # experts here.
 FAMILIES: dict[str, dict[str, Any]] = {
@@ -51,6 +57,29 @@ def without_expert(number: int, **config: Any) -> PeftModel:
     for layer in base.model.layers:
         layer.mlp.router.bias.data[number] = -1e4
     return with_experts(base)
+
+
+def initialize(model: PeftModel, config: LoraDAConfig = CONFIG, rows: list[Document] = ROWS) -> InitReport:
+    """Start the adapter on rows in batches of three."""
+    return initialize_lora_da_weights(model, batches(rows, 3), config, show_progress=False)
+
+
+def wrappers(model: PeftModel) -> Iterator[tuple[str, ParamWrapper]]:
+    """What PEFT has wrapped, by the parameter's name in the base model."""
+    for name, module in model.named_modules():
+        if isinstance(module, ParamWrapper):
+            place = name.removeprefix(PREFIX).replace(".base_layer", "")
+            yield f"{place}.{module.parameter_name}", module
+
+
+def experts_of(model: PeftModel) -> dict[str, Tensor]:
+    """ΔW, (o, i), of each expert as PEFT has it, by the expert's name in the base model."""
+    found = {}
+    for name, wrapper in wrappers(model):
+        delta = wrapper.get_delta_weight("default").detach()
+        delta = delta.mT if getattr(wrapper.get_base_layer(), "is_transposed", False) else delta
+        found |= {f"{name}.{number}": matrix for number, matrix in enumerate(delta)}
+    return found
 
 
 def stacks_of(model: nn.Module) -> dict[str, nn.Module]:
