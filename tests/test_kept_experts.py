@@ -9,9 +9,11 @@ import pytest
 import torch
 from logs import warnings_of
 from models import PREFIX, adapter_weights, documents, with_lora
+from peft.tuners.lora.layer import ParamWrapper
 from picture import differences, picture
 from stacks import expert_truth, initialize, stacked, stacks_of, with_experts, without_expert
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 from transformers.integrations import moe
 
 from lora_da import LoraDAConfig, LoraDAError
@@ -115,3 +117,25 @@ def test_a_parameter_without_a_product_is_left() -> None:
     model = with_lora(stacked("Mixtral"), target_modules=["o_proj"], target_parameters=["embed_tokens.weight"], r=2)
     report = initialize(model)
     assert list(report.left) == [f"{PREFIX}model.embed_tokens.weight"] and "of `weight` was seen" in str(report.left)
+
+
+class Halved(nn.Module):
+    """What a quantisation puts over a parameter: it is made at each call."""
+
+    def forward(self, stored: Tensor) -> Tensor:
+        return stored / 2
+
+
+@pytest.mark.filterwarnings("ignore:Could not find any LoRA parametrization")  # PEFT 0.21's word for it
+def test_quantised_experts_whose_adapter_stays_on_are_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    """PEFT 0.21.2 adds what the adapter was in every forward before: a start would be measured by that, and trained."""
+    base = stacked("GptOss")
+    for module in stacks_of(base).values():
+        parametrize.register_parametrization(module, "down_proj", Halved(), unsafe=True)
+    names = [f"{name}.down_proj" for name in stacks_of(base)]
+    model = with_experts(base, target_parameters=names)
+    monkeypatch.setattr(ParamWrapper, "_remove_parametrizations", lambda wrapper: None)
+    before = torch.get_rng_state()
+    left = find_adapter(model).left
+    assert set(left) == {PREFIX + name for name in names} and torch.equal(before, torch.get_rng_state())
+    assert all("does not take off again" in why for why in left.values())

@@ -7,15 +7,21 @@ each is solved alone.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
+from typing import Any
 
+import torch
+from peft import LoraConfig
 from peft.tuners.lora.layer import ParamWrapper
+from torch import nn
 from torch.nn.utils import parametrize
 
 from lora_da.adapter.layer import AdapterLayer, Part, variance_of_plain
 from lora_da.model.sharding import is_shard, is_zero3, shape
 from lora_da.model.slices import Slice, Stack
 
+STAYS_ON = "a quantised parameter, whose adapter this release of PEFT does not take off again after a forward"
 NESTED = ".base_layer"  # wrappers of several parameters of a module are inside each other
 
 
@@ -28,13 +34,27 @@ def name_of(path: str, wrapper: ParamWrapper) -> str:
 
 def why_left(wrapper: ParamWrapper) -> str | None:
     """Why its parameter cannot be served; None where it may be."""
-    module, name = wrapper.get_base_layer(), wrapper.parameter_name
+    module: Any = wrapper.get_base_layer()
+    name = wrapper.parameter_name
     if any(map(is_zero3, module.parameters())):  # PEFT reads it, and its factors, where DeepSpeed has not gathered them
         return "a targeted parameter under DeepSpeed ZeRO-3"
     if parametrize.is_parametrized(module, name):  # by a quantisation
-        shards = is_shard(module.parametrizations[name].original)
-        return "a quantised parameter that is divided over processes" if shards else None
+        if is_shard(module.parametrizations[name].original):
+            return "a quantised parameter that is divided over processes"
+        return None if _comes_off() else STAYS_ON
     return None if wrapper.get_param().is_floating_point() else "a quantised parameter, whose matrices nobody knows"
+
+
+def _comes_off() -> bool:
+    """Whether PEFT takes a parameter's adapter off again where the parameter is parametrised: 0.21.2 leaves what was on
+    in one forward for all that follow, in training too."""
+    module: Any = nn.Identity()
+    module.weight = nn.Parameter(torch.zeros(2, 1, 1))
+    parametrize.register_parametrization(module, "weight", nn.Identity())
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        ParamWrapper(module, "probe", "weight", LoraConfig(r=1), r=1, lora_alpha=1)(torch.zeros(1))
+    return len(module.parametrizations["weight"]) == 1
 
 
 def slice_layers(
