@@ -6,23 +6,13 @@ from typing import Any
 
 import pytest
 import torch
+from expert_oracle import expert_truth, stacks_of
 from judge import errors_of
 from models import IGNORED, PREFIX, adapter_weights, documents, few_tokens, pad, with_lora
 from oracle import OracleStatistics
 from peft import PeftModel
 from picture import differences, picture
-from stacks import (
-    FAMILIES,
-    ROWS,
-    expert_truth,
-    experts_of,
-    initialize,
-    stacked,
-    stacks_of,
-    with_experts,
-    without_expert,
-    wrappers,
-)
+from stacks import FAMILIES, ROWS, experts_of, initialize, stacked, with_experts, without_expert, wrappers
 from tolerances import START, TURNED
 from torch import Tensor
 from trainers import same_bits, worst_difference

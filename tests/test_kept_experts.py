@@ -7,11 +7,12 @@ from typing import Any
 
 import pytest
 import torch
+from expert_oracle import expert_truth, stacks_of
 from logs import warnings_of
 from models import PREFIX, adapter_weights, documents, with_lora
 from peft.tuners.lora.layer import ParamWrapper
 from picture import differences, picture
-from stacks import expert_truth, initialize, stacked, stacks_of, with_experts, without_expert
+from stacks import initialize, stacked, with_experts, without_expert
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from transformers.integrations import moe

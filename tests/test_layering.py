@@ -84,7 +84,7 @@ RULES = (
     Imports("the product runs without what surrounds it", PRODUCT, ("tests", "oracle", "examples", "benchmarks")),
     Imports(
         "the oracle does not know what it judges",
-        ("tests/support/oracle.py", "tests/support/method_oracles.py"),
+        ("tests/support/oracle.py", "tests/support/method_oracles.py", "tests/support/expert_oracle.py"),
         ("lora_da", "axolotl_lora_da", "trl_integration"),
     ),
     Imports(

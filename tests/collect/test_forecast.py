@@ -9,9 +9,10 @@ import pytest
 import torch
 from architectures import BLOCKS, LLAMA
 from collecting import needs
+from expert_oracle import stacks_of
 from models import PREFIX, documents, pad, with_lora
 from planning import surveyed_model
-from stacks import stacked, stacks_of, with_experts
+from stacks import stacked, with_experts
 from torch import Tensor, nn
 
 from lora_da.adapter import find_adapter

@@ -8,9 +8,10 @@ from functools import lru_cache
 import pytest
 import torch
 from collecting import distance
+from expert_oracle import expert_truth
 from models import checkpoint, documents, packed, pad
 from planning import WAYS, collected_by
-from stacks import FAMILIES, expert_truth, stacked, with_experts
+from stacks import FAMILIES, stacked, with_experts
 from tolerances import FLOAT32, WRONG
 from torch import Tensor, nn
 from torch.nn import functional as F
