@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -171,10 +171,10 @@ def _like(layers: Sequence[AdapterLayer], model: nn.Module, blocks: Sequence[nn.
 def _widths(module: nn.Module) -> dict[nn.Module, tuple[int, int]]:
     """Inputs and outputs of layers that have one width each: `nn.Linear` and what takes its place, quantised."""
     found = {}
-    for layer in module.modules():
+    for layer in _without_adapters(module):
         if isinstance(layer, Conv1D):
             found[layer] = shape(layer.weight)[0], shape(layer.weight)[1]
-        elif not any(layer.children()):  # PEFT's layer has the widths of the one inside it
+        elif not any(layer.children()):
             widths = getattr(layer, "in_features", None), getattr(layer, "out_features", None)
             if isinstance(widths[0], int) and isinstance(widths[1], int):
                 found[layer] = widths[0], widths[1]
@@ -192,6 +192,17 @@ def _asked(model: PreTrainedModel) -> int | None:
     """How many experts a token is routed to; None if it is not known."""
     asked = getattr(model.config.get_text_config(), "num_experts_per_tok", None)
     return asked if isinstance(asked, int) else None
+
+
+def _without_adapters(module: nn.Module) -> Iterator[nn.Module]:
+    """A module and all inside it, but for what adapters, which do not run, have put around and beside its layers."""
+    wrapped = getattr(module, "base_layer", None)
+    if isinstance(wrapped, nn.Module):
+        yield from _without_adapters(wrapped)
+        return
+    yield module
+    for child in module.children():
+        yield from _without_adapters(child)
 
 
 def _kept_weight(layer: nn.Module, dtype: torch.dtype, in_autocast: torch.dtype | None) -> int:

@@ -54,6 +54,14 @@ def test_scores_of_eager_attention(dtype: torch.dtype) -> None:
         assert kept * blocks / 4 <= counted <= 4 * kept * (blocks + 1) / 4
 
 
+def test_adapters_do_not_count_as_layers_of_a_block() -> None:
+    """They are off while statistics are taken: whatever their rank, a block has the widths of its own layers."""
+    own = [layer for layer in LLAMA.base().model.layers[0].modules() if isinstance(layer, nn.Linear)]
+    widths = sum(layer.in_features + layer.out_features for layer in own)
+    for rank in (2, 8):
+        assert surveyed_model(with_lora(LLAMA.base(), r=rank), [pad(ROWS)]).linear_features == (widths,) * BLOCKS
+
+
 def test_a_kernel_writes_no_scores() -> None:
     base = LLAMA.base()
     base.set_attn_implementation("sdpa")
