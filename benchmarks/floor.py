@@ -17,7 +17,8 @@ from benchmarks.qlora import DTYPE
 from lora_da.adapter import find_adapter
 from lora_da.methods import METHODS
 from lora_da.model.state import estimation_mode
-from lora_da.statistics import InputSums, LayerSums, summable
+from lora_da.products import summable
+from lora_da.statistics import InputSums, LayerSums
 from lora_da.tasks.head import LossPass, backward
 
 

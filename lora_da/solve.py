@@ -16,8 +16,9 @@ from lora_da.errors import LoraDAError
 from lora_da.memory import is_out_of_memory
 from lora_da.methods.common import LayerSpec, LoraFactors, UnsolvableLayer
 from lora_da.methods.method import Method, Numbers, Preset
+from lora_da.products import full_float32
 from lora_da.samples.draw import InitData
-from lora_da.statistics import NotServed, full_float32
+from lora_da.statistics import NotServed
 
 logger = logging.getLogger(__name__)
 

@@ -6,23 +6,14 @@ Letters, here and everywhere: `n` counted tokens, `i` the layer's input width, `
 
 from __future__ import annotations
 
-import contextlib
-import functools
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from lora_da.memory import is_out_of_memory
 from lora_da.needs import Needs, Sums
-
-# A symmetric product is made of block rows, each up to the diagonal: 5/8 of the work with four of them. Below this
-# width the smaller matrices cost more than that saves.
-SYMMETRIC_BLOCKS = 4
-SYMMETRIC_FROM = 512
-HALF = (torch.bfloat16, torch.float16)
+from lora_da.products import add_product, block_rows, sum_dtype
 
 
 @dataclass(frozen=True)
@@ -100,15 +91,15 @@ class InputSums:
             return
         i = x.shape[1]
         if self.sigma_xx_ is None:
-            self.sigma_xx_ = torch.zeros(i, i, dtype=_sum_dtype(x), device=x.device)
-        for start, stop in _block_rows(i):
-            _add_product(self.sigma_xx_[start:stop, :stop], x[:, start:stop], x[:, :stop])
+            self.sigma_xx_ = torch.zeros(i, i, dtype=sum_dtype(x), device=x.device)
+        for start, stop in block_rows(i):
+            add_product(self.sigma_xx_[start:stop, :stop], x[:, start:stop], x[:, :stop])
 
     def take_mean(self) -> Tensor | None:
         """Z, (i, i), in the memory of the sum, which is used up; None where nothing was seen or nobody reads it. It is
         kept for the other layers that share it."""
         if self._mean is None and self.sigma_xx_ is not None and self.n_tokens:
-            for start, stop in _block_rows(self.sigma_xx_.shape[0]):
+            for start, stop in block_rows(self.sigma_xx_.shape[0]):
                 self.sigma_xx_[:start, start:stop] = self.sigma_xx_[start:stop, :start].T
             self._mean, self.sigma_xx_ = self.sigma_xx_.div_(self.n_tokens), None
         return self._mean
@@ -134,20 +125,20 @@ class LayerSums:
     def add(self, x: Tensor, d: Tensor) -> None:  # x (n, i), d (n, o), in one dtype of `summable`
         self.note(x, d.shape[1])
         if self.needs.sums.grad and self.sigma_dx_ is None:
-            self.sigma_dx_ = torch.zeros(d.shape[1], x.shape[1], dtype=_sum_dtype(x), device=x.device)
+            self.sigma_dx_ = torch.zeros(d.shape[1], x.shape[1], dtype=sum_dtype(x), device=x.device)
         if self.needs.sums.output_fisher and self.sigma_dd_ is None:
-            self.sigma_dd_ = torch.zeros(self.fisher_shape(d.shape[1]), dtype=_sum_dtype(d), device=d.device)
+            self.sigma_dd_ = torch.zeros(self.fisher_shape(d.shape[1]), dtype=sum_dtype(d), device=d.device)
         if self.sigma_dx_ is not None:
-            _add_product(self.sigma_dx_, d, x)
+            add_product(self.sigma_dx_, d, x)
         if self.sigma_dd_ is not None and self.sigma_dd_.dim() == 2:
-            _add_product(self.sigma_dd_, d, d)
+            add_product(self.sigma_dd_, d, d)
         elif self.sigma_dd_ is not None:
             d = d.to(self.sigma_dd_.dtype)
             self.sigma_dd_ += (d * d).sum(0)
 
     def note(self, x: Tensor, o: int) -> None:
         """Note that the layer has made (n, o) of x (n, i): all there is to be known without a backward pass."""
-        self.shape = (o, x.shape[1], _sum_dtype(x))
+        self.shape = (o, x.shape[1], sum_dtype(x))
 
     def take_means(self, n_units: float, scale: float) -> LayerStatistics | None:
         """The means, in the memory of the sums, which are used up; None where nothing was seen.
@@ -169,59 +160,6 @@ class LayerSums:
         return (o, o) if self.needs.full_fisher(o) else (o,)
 
 
-def summable(rows: Tensor, computed_in: torch.dtype) -> Tensor:
-    """`rows` in the precision that the layer itself has for them, in a dtype whose products are summed in float32.
-
-    That is the 16 bit in which the layer itself multiplies on a GPU whose matrix products accumulate and return float32
-    (but for float16 from float32: gradients would underflow); float32 or better elsewhere.
-
-    Args:
-        rows: x or d of a layer.
-        computed_in: the dtype that the layer casts its input to.
-    """
-    if rows.device.type == "cuda" and (rows.dtype in HALF or computed_in == torch.bfloat16):
-        half = rows.dtype if rows.dtype in HALF else computed_in
-        if returns_float32(rows.device, half):
-            return rows.to(half)
-    return rows.to(torch.promote_types(rows.dtype, torch.float32))
-
-
-@functools.lru_cache
-def returns_float32(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether a GPU's products of 16 bit can return float32, as it is found out once: ROCm and old CUDA refuse it.
-
-    Raises:
-        RuntimeError: memory ran out, so that nothing was found out.
-    """
-    one = torch.ones(8, 8, dtype=dtype, device=device)
-    try:
-        torch.mm(one, one, out_dtype=torch.float32)
-    except RuntimeError as error:
-        if is_out_of_memory(error):
-            raise
-        return False
-    return True
-
-
-def _block_rows(i: int) -> list[tuple[int, int]]:
-    """Where the block rows of a symmetric (i, i) sum begin and end."""
-    step = -(-i // SYMMETRIC_BLOCKS) if i >= SYMMETRIC_FROM else i
-    return [(start, min(start + step, i)) for start in range(0, i, step)]
-
-
-def _sum_dtype(x: Tensor) -> torch.dtype:
-    return torch.float32 if x.dtype in HALF else x.dtype
-
-
-def _add_product(sum_: Tensor, a: Tensor, b: Tensor) -> None:
-    """sum_ (p, q) += aᵀ b for a (n, p), b (n, q)."""
-    if a.dtype in HALF:
-        sum_ += torch.mm(a.T, b, out_dtype=torch.float32)
-        return
-    with full_float32():
-        sum_.addmm_(a.T, b)
-
-
 def input_bytes(in_features: int) -> int:
     """Bytes of one float32 Σ x xᵀ."""
     return 4 * in_features**2
@@ -231,15 +169,3 @@ def gradient_bytes(in_features: int, out_features: int, needs: Needs) -> int:
     """Bytes of one layer's float32 Σ d xᵀ and Σ d dᵀ, as far as they are taken."""
     fisher = out_features**2 if needs.full_fisher(out_features) else out_features
     return 4 * (needs.sums.grad * in_features * out_features + needs.sums.output_fisher * fisher)
-
-
-@contextlib.contextmanager
-def full_float32() -> Iterator[None]:
-    """Products on CUDA in float32 proper, also where the trainer lets its own run in TF32."""
-    matmul = torch.backends.cuda.matmul
-    before = matmul.fp32_precision
-    matmul.fp32_precision = "ieee"
-    try:
-        yield
-    finally:
-        matmul.fp32_precision = before

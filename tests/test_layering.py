@@ -22,7 +22,7 @@ BELOW = {
     "methods": ("lora_da.statistics", "lora_da.needs", "lora_da.errors"),
     "collect": (
         *("lora_da.tasks", "lora_da.model", "lora_da.samples", "lora_da.adapter", "lora_da.processes"),
-        *("lora_da.statistics", "lora_da.needs", "lora_da.memory", "lora_da.errors"),
+        *("lora_da.statistics", "lora_da.products", "lora_da.needs", "lora_da.memory", "lora_da.errors"),
     ),
     "cache": (
         *("lora_da.solution", "lora_da.adapter", "lora_da.config", "lora_da.report", "lora_da.samples"),
@@ -41,12 +41,13 @@ BELOW = {
 BELOW_FILES = {
     "needs": (),
     "findings": (),
-    "statistics": ("lora_da.needs", "lora_da.memory"),
+    "products": ("lora_da.memory",),
+    "statistics": ("lora_da.needs", "lora_da.products"),
     "config": ("lora_da.methods", "lora_da.needs", "lora_da.errors"),
     "processes": ("lora_da.model", "lora_da.memory", "lora_da.errors"),
     "solve": (
         *("lora_da.collect.handover", "lora_da.methods", "lora_da.adapter", "lora_da.model.weights"),
-        *("lora_da.samples", "lora_da.statistics", "lora_da.memory", "lora_da.errors"),
+        *("lora_da.samples", "lora_da.statistics", "lora_da.products", "lora_da.memory", "lora_da.errors"),
     ),
     "solution": (
         *("lora_da.collect", "lora_da.methods", "lora_da.adapter", "lora_da.report", "lora_da.samples"),
@@ -161,6 +162,7 @@ PLANTED = [
     ("lora_da/export/x.py", "from lora_da.collect import collect", "the room export knows"),
     ("lora_da/needs.py", "from lora_da.statistics import LayerStatistics", "needs knows what is below it"),
     ("lora_da/first_step.py", "from lora_da.collect import Plan", "first_step knows what is below it"),
+    ("lora_da/products.py", "from lora_da.statistics import LayerSums", "products knows what is below it"),
     ("lora_da/statistics.py", "from lora_da.processes import Processes", "statistics knows what is below it"),
     ("lora_da/findings.py", "from lora_da.doctor.rows import look_at", "findings knows what is below it"),
     ("lora_da/config.py", "from lora_da.adapter import Adapter", "config knows what is below it"),

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from collecting import distance
+from collecting import distance, needs
 from dequantized import four_bit
 from fake_cuda import fake_gpus
 from fake_gpu import FakeGpus, MixedDevices
@@ -19,11 +19,14 @@ from planning import ONE, WAYS, Forced, Way
 from stacks import stacked, with_experts
 from tolerances import REBATCHED, REORDERED
 
-from lora_da import LoraDAConfig, initialize_lora_da_weights
+from lora_da import LoraDAConfig, initialize_lora_da_weights, products
 from lora_da.first_step import MOST_TRIALS
+from lora_da.needs import Sums
+from lora_da.products import SYMMETRIC_FROM, adds_float32, product_bytes, returns_float32
 from lora_da.report import InitReport
-from lora_da.statistics import LayerSums, returns_float32
+from lora_da.statistics import InputSums, LayerSums
 
+GPU = "cuda:0"
 BLOCKS, SAMPLES, ROWS_IN_A_BATCH = 4, 12, 4
 ROWS = documents(40)  # more than the samples: the first step is measured on others
 # Of 16-bit products the GPU adds up in float32 what the CPU multiplies in float32: rounding in another order.
@@ -101,27 +104,77 @@ def test_half_precision(dtype: torch.dtype, way: str) -> None:
     check_on_a_gpu(lambda: dense(dtype), REORDERED, way=WAYS[way], first_step="gamma")
 
 
-@pytest.mark.parametrize("widens", [True, False])
-def test_gpus_whose_products_do_not_widen(widens: bool) -> None:
-    """ROCm's and old CUDA's refuse a float32 result of 16 bit: asked once, their sums are made in float32."""
+@pytest.fixture
+def unasked():
+    """Nobody has asked the GPUs yet what they can do, nor knows it afterwards."""
+    for ask in (returns_float32, adds_float32):
+        ask.cache_clear()
+    yield
+    for ask in (returns_float32, adds_float32):
+        ask.cache_clear()
+
+
+# What GPUs can do with products of 16 bit, and how many they are asked for then: ROCm's and old CUDA's refuse a float32
+# result and are asked once; those that cannot add one to a sum in its memory are asked once for that.
+CAN = {"widen and add": (True, True), "widen": (True, False), "neither": (False, False)}
+
+
+@pytest.mark.usefixtures("unasked")
+@pytest.mark.parametrize("can", CAN)
+def test_products_of_16_bit(can: str) -> None:
     expected = initialised(dense(torch.bfloat16), first_step="gamma")
-    returns_float32.cache_clear()
     with fake_gpus() as gpus:
-        gpus.widens = widens
+        gpus.widens, gpus.adds_widened = CAN[can]
         found = initialised(dense(torch.bfloat16).to("cuda"), first_step="gamma")
-    returns_float32.cache_clear()
     check_same(found, expected, REORDERED)
-    assert gpus.wide_products > 2 * 7 * BLOCKS if widens else gpus.wide_products == 1
+    assert gpus.wide_products > 2 * 7 * BLOCKS if gpus.widens else gpus.wide_products == 1
 
 
+@pytest.mark.usefixtures("unasked")
+@pytest.mark.parametrize("adds_widened", [True, False])
+@pytest.mark.parametrize("i", [SYMMETRIC_FROM - 8, SYMMETRIC_FROM])
+def test_a_product_is_added_where_its_sum_is(adds_widened: bool, i: int) -> None:
+    """Beside the sums nothing as large as one of them is made, in block rows or not; else the largest product is."""
+    g, o = torch.Generator().manual_seed(0), 320
+    x, d = (torch.randn(16, k, generator=g).bfloat16() for k in (i, o))
+    with fake_gpus() as gpus:
+        gpus.adds_widened = adds_widened
+        assert product_bytes(torch.device(GPU), torch.bfloat16) == 4 * (not adds_widened)
+        assert product_bytes(torch.device(GPU), torch.float32) == 0
+        sums = LayerSums(InputSums(Sums()), needs(full=True))
+        rows = x.to(GPU), d.to(GPU)
+        for _ in range(2):
+            torch.cuda.reset_peak_memory_stats(GPU)
+            before = gpus.live.total()
+            sums.inputs.add(rows[0])
+            sums.add(*rows)
+        beside = gpus.peak.total() - before
+        means = sums.take_means(1.0, 1.0).to(torch.device("cpu"))
+    assert beside == (0 if adds_widened else 4 * max(i * i // (4 if i >= SYMMETRIC_FROM else 1), i * o))
+    wide_x, wide_d = x.double(), d.double()
+    truth = 2 * wide_d.T @ wide_x, wide_x.T @ wide_x / 16, wide_d.T @ wide_d / 16
+    for found, expected in zip((means.grad, means.input_cov, means.output_fisher), truth, strict=True):
+        assert distance(found, expected) <= REORDERED
+
+
+@pytest.mark.usefixtures("unasked")
+def test_an_addition_that_is_wrong_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the device answers is looked at: one that forgets what was there adds nothing."""
+    right = products._add_widened
+    monkeypatch.setattr(products, "_add_widened", lambda sum_, a, b: right(sum_.zero_(), a, b))
+    with fake_gpus():
+        assert not adds_float32(torch.device(GPU), torch.bfloat16)
+
+
+@pytest.mark.usefixtures("unasked")
 def test_a_full_gpu_does_not_count_as_one_that_refuses() -> None:
-    returns_float32.cache_clear()
     with fake_gpus(memory=2**20):
         held = torch.zeros(2**20, dtype=torch.uint8, device="cuda")
-        with pytest.raises(torch.OutOfMemoryError):
-            returns_float32(held.device, torch.bfloat16)
+        for ask in (returns_float32, adds_float32):
+            with pytest.raises(torch.OutOfMemoryError):
+                ask(held.device, torch.bfloat16)
         del held
-        assert returns_float32(torch.device("cuda:0"), torch.bfloat16)
+        assert returns_float32(torch.device(GPU), torch.bfloat16) and adds_float32(torch.device(GPU), torch.bfloat16)
 
 
 @pytest.mark.parametrize("method", ["lora_da", "filet"])
@@ -169,7 +222,13 @@ def waited(blocks: int = 2, samples: int = SAMPLES, **settings: Any) -> FakeGpus
 
 
 WAITS_OF_A_LAYER = 60  # the solver's, with those of its checks and of the write; tiny layers are solved densely
-PASS = ("collect", "tasks", "model", "statistics")  # what runs batches; the solver waits as often as it iterates
+PASS = (
+    "collect",
+    "tasks",
+    "model",
+    "statistics",
+    "products",
+)  # what runs batches; the solver waits as often as it iterates
 WAITS_OF_A_TRIAL = 2  # of the first step, for each layer, whose two factors are sent
 WAITS_OF_A_RUN = 20  # the survey's, the loss's and the watch's
 
@@ -197,7 +256,7 @@ def test_batches_of_the_first_step_do_not_wait() -> None:
 def test_a_tensor_left_on_the_cpu_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     add = LayerSums.add
     monkeypatch.setattr(LayerSums, "add", lambda sums, x, d: add(sums, x.cpu(), d))
-    with fake_gpus(), pytest.raises(MixedDevices, match=r"aten\.addmm_\.default at lora_da/statistics\.py:\d+ of "):
+    with fake_gpus(), pytest.raises(MixedDevices, match=r"aten\.addmm_\.default at lora_da/products\.py:\d+ of "):
         initialised(dense().to("cuda"))
 
 

@@ -12,7 +12,7 @@ from benchmarks.gpu.parts import Figures, Part, Place
 from benchmarks.measure import measured
 from benchmarks.qlora import DTYPE
 from lora_da.memory import GIB
-from lora_da.statistics import SYMMETRIC_BLOCKS, SYMMETRIC_FROM
+from lora_da.products import SYMMETRIC_BLOCKS, SYMMETRIC_FROM
 
 BATCHES = (300, 2048, 8192)  # tokens
 TOKENS = 65_536  # in all

@@ -15,7 +15,8 @@ from benchmarks.measure import measured
 from lora_da.memory import GIB
 from lora_da.methods import METHODS
 from lora_da.methods.common import LayerSpec
-from lora_da.statistics import LayerStatistics, full_float32
+from lora_da.products import full_float32
+from lora_da.statistics import LayerStatistics
 
 SHAPES = ((4096, 4096), (4096, 14336), (14336, 4096))  # inputs, outputs
 RANKS = (16, 64)

@@ -23,7 +23,7 @@ from lora_da.errors import LoraDAError
 from lora_da.model.experts import Routed
 from lora_da.model.gradients import blocked
 from lora_da.model.slices import Slice, products_told
-from lora_da.statistics import summable
+from lora_da.products import summable
 
 Call = tuple[str, Chosen | None]  # of a layer, and which rows of its input count; None where that cannot be told
 

@@ -5,7 +5,8 @@ import torch
 from collecting import needs
 
 from lora_da.needs import Sums
-from lora_da.statistics import SYMMETRIC_FROM, InputSums, LayerSums
+from lora_da.products import SYMMETRIC_FROM
+from lora_da.statistics import InputSums, LayerSums
 
 pytestmark = pytest.mark.once
 

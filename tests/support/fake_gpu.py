@@ -35,6 +35,7 @@ WAITS = {
     *(aten._linalg_eigh, aten._linalg_svd, aten.cholesky_inverse, aten.linalg_cholesky),  # whether it went well
 }
 INDEXING = {aten.index, aten.index_put, aten.index_put_, aten._index_put_impl_}
+WIDENING = {aten.mm.dtype: aten.mm.default, aten.addmm.dtype_out: aten.addmm.out}  # which the CPU does not have
 COPIES = {aten.copy_, aten._to_copy}
 
 
@@ -59,6 +60,7 @@ class FakeGpus(TorchDispatchMode):
         current: the number of the device that `cuda` alone means.
         waits: how often the host has waited, by place.
         widens: whether products of 16 bit can have a result of 32.
+        adds_widened: whether these can be added to a matrix of 32 bit in its memory.
         wide_products: how many were asked to.
         live, peak: bytes of each device in use, and the most there were.
     """
@@ -66,7 +68,7 @@ class FakeGpus(TorchDispatchMode):
     def __init__(self, n: int, memory: int) -> None:
         super().__init__()
         self.n, self.memory, self.current = n, memory, 0
-        self.widens, self.wide_products = True, 0
+        self.widens, self.adds_widened, self.wide_products = True, True, 0
         self.waits: Counter[Wait] = Counter()
         self.live, self.peak = Counter[torch.device](), Counter[torch.device]()
         self._places: dict[
@@ -126,12 +128,14 @@ class FakeGpus(TorchDispatchMode):
         elif asked.type == "meta":
             device = asked
         self._note_waits(func, given, args, kwargs)
-        if func is aten.mm.dtype:  # the CPU has none
+        if func in WIDENING:
             self.wide_products += 1
-            if not self.widens:
+            if not (self.widens and (self.adds_widened or func is aten.mm.dtype)):
                 raise RuntimeError("out_dtype is not supported by these GPUs")
-            args, kwargs, func = (args[0].to(args[2]), args[1].to(args[2])), {}, aten.mm.default
         with self._kernel():
+            if func in WIDENING:
+                *added, a, b, dtype = args
+                func, args = WIDENING[func], (*added, a.to(dtype), b.to(dtype))
             made = func(*args, **kwargs)
         if device.type == "cuda":
             known = {id(tensor.untyped_storage()) for tensor in given if tensor.layout == torch.strided}
