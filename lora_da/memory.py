@@ -14,31 +14,39 @@ from lora_da.containers import free_in_container
 GIB = 2**30
 
 
+def counts_memory(device: torch.device) -> bool:
+    """Whether torch counts what is allocated on a device and knows what is free there, as of CUDA's and XPU's."""
+    return device.type != "cpu" and hasattr(torch.get_device_module(device), "mem_get_info")
+
+
 def is_host(device: torch.device) -> bool:
-    """Whether a device's memory is the machine's: the CPU's, and that of a GPU that shares it (Jetson, GB10)."""
-    if device.type != "cuda":
+    """Whether a device's memory is the machine's: the CPU's, MPS's, and that of a GPU that shares it (Jetson, GB10)."""
+    if not counts_memory(device):
         return True
-    return bool(getattr(torch.cuda.get_device_properties(device), "is_integrated", False))
+    properties = torch.get_device_module(device).get_device_properties(device)
+    return bool(getattr(properties, "is_integrated", False))
 
 
 def free_bytes(device: torch.device) -> int:
     """What can still be allocated on a device, the whole blocks that the caching allocator holds included.
 
-    On a GPU a cap on this process counts (`set_per_process_memory_fraction`), and gaps between what is allocated do
-    not. A GPU that shares the machine's memory, and the CPU, have what the machine and this process's container leave.
+    On a GPU a cap on this process counts (`set_per_process_memory_fraction`), where it can be asked for, and gaps
+    between what is allocated do not. A GPU that shares the machine's memory, and the CPU, have what the machine and
+    this process's container leave.
     """
     host = int(psutil.virtual_memory().available)
     contained = free_in_container()
     host = host if contained is None else min(host, contained)
-    if device.type != "cuda":
+    if not counts_memory(device):
         return host
-    free, total = torch.cuda.mem_get_info(device)
-    reserved = torch.cuda.memory_reserved(device)
-    share = getattr(torch.cuda, "get_per_process_memory_fraction", None)  # not in every torch
+    gpu = torch.get_device_module(device)
+    free, total = gpu.mem_get_info(device)
+    reserved = gpu.memory_reserved(device)
+    share = getattr(gpu, "get_per_process_memory_fraction", None)  # not in every torch
     capped = int(total * (1.0 if share is None else share(device))) - reserved
-    gaps = torch.cuda.memory_stats(device).get("inactive_split_bytes.all.current", 0)
+    gaps = gpu.memory_stats(device).get("inactive_split_bytes.all.current", 0)
     room = min(host if is_host(device) else free, capped)
-    return max(0, room + reserved - torch.cuda.memory_allocated(device) - gaps)
+    return max(0, room + reserved - gpu.memory_allocated(device) - gaps)
 
 
 def settle(device: torch.device) -> None:
@@ -46,7 +54,7 @@ def settle(device: torch.device) -> None:
 
     What its libraries take for themselves at the first product and the first decomposition is taken before.
     """
-    if device.type == "cuda":
+    if counts_memory(device):
         one = torch.eye(2, device=device)
         torch.linalg.cholesky(one @ one)
         release(device)
@@ -54,15 +62,15 @@ def settle(device: torch.device) -> None:
 
 def release(device: torch.device) -> None:
     """Give back a GPU's memory that nobody uses."""
-    if device.type == "cuda":
+    if device.type != "cpu":
         gc.collect()
-        torch.cuda.empty_cache()
+        torch.get_device_module(device).empty_cache()
 
 
 def used_bytes(device: torch.device) -> int:
     """What this process holds: on the GPU, or resident on the CPU."""
-    if device.type == "cuda":
-        return torch.cuda.memory_allocated(device)
+    if counts_memory(device):
+        return int(torch.get_device_module(device).memory_allocated(device))
     return int(psutil.Process().memory_info().rss)
 
 
@@ -87,16 +95,16 @@ class PeakMemory:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(device)
+        if counts_memory(device):
+            torch.get_device_module(device).reset_peak_memory_stats(device)
 
     @property
     def name(self) -> str:
-        return "GPU" if self._device.type == "cuda" else "process"
+        return "GPU" if counts_memory(self._device) else "process"
 
     def gib(self) -> float:
-        if self._device.type == "cuda":
-            return torch.cuda.max_memory_allocated(self._device) / GIB
+        if counts_memory(self._device):
+            return float(torch.get_device_module(self._device).max_memory_allocated(self._device)) / GIB
         if sys.platform == "win32":
             return float(psutil.Process().memory_info().peak_wset) / GIB
         import resource  # not on Windows

@@ -36,6 +36,7 @@ class Needs:
     Args:
         sums: taken over the samples.
         solving: bytes that solving a layer of i inputs and o outputs in float32 takes beside them.
+        solving_fisher: bytes that a full Fisher of o outputs takes in addition.
         weight: whether the layer's weight is read, dequantised, one layer at a time.
         full_fisher_up_to: widest layer output whose Fisher is kept in full and not as its diagonal; infinite where
             nothing less will do.
@@ -49,11 +50,13 @@ class Needs:
     weight: bool = False
     full_fisher_up_to: float = 0
     averaging: Averaging = "tokens"
+    solving_fisher: Callable[[int], int] = lambda o: 0
     float32_up_to: float = math.inf
 
     def solving_bytes(self, in_features: int, out_features: int) -> int:
         """What solving a layer takes at most, in the precision that it may need."""
-        return self.solving(in_features, out_features) * (1 if in_features <= self.float32_up_to else 2)
+        fisher = self.solving_fisher(out_features) if self.full_fisher(out_features) else 0
+        return self.solving(in_features, out_features) * (1 if in_features <= self.float32_up_to else 2) + fisher
 
     def full_fisher(self, out_features: int) -> bool:
         """Whether the Fisher of so many outputs is kept in full."""

@@ -46,10 +46,22 @@ def add_product(sum_: Tensor, a: Tensor, b: Tensor) -> None:
         sum_ += torch.mm(a.T, b, out_dtype=torch.float32)
 
 
-def product_bytes(device: torch.device, dtype: torch.dtype) -> int:
+def add_squares(sum_: Tensor, d: Tensor) -> None:
+    """sum_ (o,) += Σ d² for d (n, o), in the dtypes of `summable` and `sum_dtype`."""
+    if d.dtype in HALF:  # a reduction widens what it reads: no d of 32 bit is made, nor its squares
+        sum_ += torch.linalg.vector_norm(d, dim=0, dtype=torch.float32).square()
+    else:
+        sum_ += (d * d).sum(0)
+
+
+def multiplies_16_bits(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether layers that compute in a dtype have their products made of 16 bits."""
+    return device.type == "cuda" and dtype in HALF and returns_float32(device, dtype)
+
+
+def product_itemsize(device: torch.device, dtype: torch.dtype) -> int:
     """Bytes of a number in a product that is made before it is added to its sum; 0 where it is added as it is made."""
-    in_16_bits = device.type == "cuda" and dtype in HALF and returns_float32(device, dtype)
-    return 4 if in_16_bits and not adds_float32(device, dtype) else 0
+    return 4 if multiplies_16_bits(device, dtype) and not adds_float32(device, dtype) else 0
 
 
 def sum_dtype(x: Tensor) -> torch.dtype:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from lora_da.needs import Needs, Sums
-from lora_da.products import add_product, block_rows, sum_dtype
+from lora_da.products import add_product, add_squares, block_rows, sum_dtype
 
 
 @dataclass(frozen=True)
@@ -133,8 +133,7 @@ class LayerSums:
         if self.sigma_dd_ is not None and self.sigma_dd_.dim() == 2:
             add_product(self.sigma_dd_, d, d)
         elif self.sigma_dd_ is not None:
-            d = d.to(self.sigma_dd_.dtype)
-            self.sigma_dd_ += (d * d).sum(0)
+            add_squares(self.sigma_dd_, d)
 
     def note(self, x: Tensor, o: int) -> None:
         """Note that the layer has made (n, o) of x (n, i): all there is to be known without a backward pass."""

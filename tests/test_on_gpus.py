@@ -22,7 +22,7 @@ from tolerances import REBATCHED, REORDERED
 from lora_da import LoraDAConfig, initialize_lora_da_weights, products
 from lora_da.first_step import MOST_TRIALS
 from lora_da.needs import Sums
-from lora_da.products import SYMMETRIC_FROM, adds_float32, product_bytes, returns_float32
+from lora_da.products import SYMMETRIC_FROM, adds_float32, product_itemsize, returns_float32
 from lora_da.report import InitReport
 from lora_da.statistics import InputSums, LayerSums
 
@@ -139,8 +139,8 @@ def test_a_product_is_added_where_its_sum_is(adds_widened: bool, i: int) -> None
     x, d = (torch.randn(16, k, generator=g).bfloat16() for k in (i, o))
     with fake_gpus() as gpus:
         gpus.adds_widened = adds_widened
-        assert product_bytes(torch.device(GPU), torch.bfloat16) == 4 * (not adds_widened)
-        assert product_bytes(torch.device(GPU), torch.float32) == 0
+        assert product_itemsize(torch.device(GPU), torch.bfloat16) == 4 * (not adds_widened)
+        assert product_itemsize(torch.device(GPU), torch.float32) == 0
         sums = LayerSums(InputSums(Sums()), needs(full=True))
         rows = x.to(GPU), d.to(GPU)
         for _ in range(2):

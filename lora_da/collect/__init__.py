@@ -16,6 +16,7 @@ from tqdm import tqdm
 from lora_da.adapter import AdapterLayer
 from lora_da.collect.feed import Work
 from lora_da.collect.handover import HandedOver, HandingOver, Observed, SolveLayer
+from lora_da.collect.measure import kept_by_feature
 from lora_da.collect.plan import Plan, Planner, make_plan
 from lora_da.collect.schedule import Schedule
 from lora_da.collect.sums import SegmentSums
@@ -100,12 +101,13 @@ def _collect_as_fits(
     plan: Planner,
 ) -> Collected[T]:
     """See `collect`."""
-    surveyed = run.processes.everywhere(
-        lambda: survey_model(task, layers, task.inputs(data.batches[-1].glimpse(), run.device), needs)
-    )
+    glimpse = data.batches[-1].glimpse()
+    surveyed = run.processes.everywhere(lambda: survey_model(task, layers, task.inputs(glimpse, run.device), needs))
     why_not = next(filter(None, run.processes.gathered(surveyed.why_not)), "")
     if why_not:  # in one process is in all
         surveyed = surveyed.uncut(why_not)
+    kept = run.processes.everywhere(kept_by_feature, task, layers, glimpse, needs, surveyed, run.device)
+    surveyed = surveyed.measured(max(run.processes.gathered(kept)))  # all plan alike
     run.processes.everywhere(settle, run.device)
     while True:
         planned = plan(surveyed, layers, data.batches, needs, run)

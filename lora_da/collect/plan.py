@@ -172,8 +172,9 @@ class _Room:
         self.borders = self._on_cpu // self._at_border
         sizes = [(b.n_positions, b.shape[1]) for share in shares for b in share]
         largest, longest = (max(of_all) for of_all in zip(*sizes, strict=True))
+        masked = max((b.shape[1] for b in batches if b.is_masked()), default=0)
         # What a GPU has no room to solve is solved on the CPU.
-        self.needed = Forecast(survey, largest, longest, needs, False, math.inf if on_host else self._budget)
+        self.needed = Forecast(survey, largest, longest, masked, needs, False, math.inf if on_host else self._budget)
 
     def cheapest(self, borders: int) -> Way:
         """The cheapest way, with room for so many borders."""

@@ -3,26 +3,27 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
 from lora_da.adapter import AdapterLayer
 from lora_da.collect.collector import Collector
 from lora_da.collect.selection import Selection
+from lora_da.collect.sizes import BlockSizes, autocast_dtype, cast_bytes, eager_heads, kept_by_rule
 from lora_da.collect.sums import SegmentSums
 from lora_da.model.blocks import BlockSequence, NotSequential
 from lora_da.model.experts import Routed, find_routed
 from lora_da.model.gradients import gradients_must_pass
 from lora_da.model.sharding import compute_device, gathered_bytes, shape
-from lora_da.model.state import without_checkpointing
+from lora_da.model.state import is_checkpointed, without_checkpointing
 from lora_da.needs import Needs
+from lora_da.products import multiplies_16_bits, product_itemsize
 from lora_da.tasks import Task
+
+MARGIN = 1.05  # of what is measured over a few dozen tokens
 
 
 @dataclass(frozen=True)
@@ -39,12 +40,19 @@ class Survey:
         itemsize: bytes of one of its numbers.
         vocabulary: width of the logits.
         linear_features: inputs and outputs of the linear layers of each block, and of the experts that a token is
-            routed to, summed: what it keeps for the backward.
+            routed to, summed.
+        kept: bytes that a block keeps of a token for its backward, for each of these.
+        widest: inputs and outputs of that which has most of them.
         gathered_bytes: of the parameters that are gathered from other processes at once.
         devices: where the blocks are, by name.
         kept_weights: bytes of the dense weights of each block that may be kept for the backward beside them.
+        dequantised: bytes of the largest weight that is made dense while it is multiplied with; 0 where all are dense.
+        in_16_bits: whether products are made of 16 bits.
+        product_itemsize: bytes of a number in a product that is made before it is added to its sum; 0 where none is.
         cast_head: bytes of the copy of the head's weight that autocast makes; 0 where it makes none.
         eager_heads: attention heads whose scores are written out; 0 where a kernel needs not.
+        makes_masks: whether attention makes a matrix of a mask, for rows that are padded or hold several documents.
+        checkpointed: whether the model itself, where it is not cut, computes activations again in the backward.
     """
 
     sequence: BlockSequence | None
@@ -56,9 +64,16 @@ class Survey:
     itemsize: int
     vocabulary: int
     linear_features: tuple[int, ...]
+    kept: float
+    widest: int
     kept_weights: tuple[int, ...]
+    dequantised: int
+    in_16_bits: bool
+    product_itemsize: int
     cast_head: int
     eager_heads: int
+    makes_masks: bool
+    checkpointed: bool
     gathered_bytes: int
     devices: tuple[str, ...]
 
@@ -66,6 +81,10 @@ class Survey:
     def n_blocks(self) -> int:
         """How many of them there are; 1 where none are known."""
         return len(self.linear_features)
+
+    def measured(self, kept: float) -> Survey:
+        """The same with what a block was found to keep; where nothing was found, 0, the rule stands."""
+        return replace(self, kept=MARGIN * kept or self.kept)
 
     def uncut(self, why_not: str) -> Survey:
         """The same of a model that is not to be cut, for this reason."""
@@ -104,12 +123,13 @@ def survey_model(task: Task, layers: Sequence[AdapterLayer], inputs: Mapping[str
                 hidden = sequence.learn(backward, **inputs)
             except NotSequential as error:
                 why_not = str(error)
-    layers_of = [_widths(block) for block in blocks or [model]]
-    stacks_of, asked = [_stacks(block) for block in blocks or [model]], _asked(model)
-    dequantised = [a for a in layers if a.slice is not None and a.slice.stack.is_parametrised]
+    sizes = [BlockSizes.of(block, model.config) for block in blocks or [model]]
     embeddings, head = model.get_input_embeddings().weight, model.get_output_embeddings()
     width, dtype = (shape(embeddings)[-1], model.dtype) if hidden is None else (hidden.shape[-1], hidden.dtype)
-    in_autocast = _autocast_dtype(compute_device(model, blocks))
+    device = compute_device(model, blocks)
+    in_autocast = autocast_dtype(device)
+    features = tuple(of.features for of in sizes)
+    made = [a for a in layers if a.slice is not None and a.slice.stack.is_parametrised]
     return Survey(
         sequence=None if why_not else sequence,
         why_not=why_not,
@@ -119,18 +139,21 @@ def survey_model(task: Task, layers: Sequence[AdapterLayer], inputs: Mapping[str
         bytes_per_token=width * dtype.itemsize,
         itemsize=dtype.itemsize,
         vocabulary=task.n_logits,
-        linear_features=tuple(
-            sum(map(sum, widths.values())) + sum(min(asked or e, e) * (i + o) for e, i, o in map(shape, stacks))
-            for widths, stacks in zip(layers_of, stacks_of, strict=True)
-        ),
+        linear_features=features,
+        kept=kept_by_rule(max(features), width, dtype.itemsize),
+        widest=max(of.widest for of in sizes),
         kept_weights=tuple(
-            sum(_kept_weight(layer, dtype, in_autocast) * i * o for layer, (i, o) in widths.items())
-            + sum(_cast_bytes(stack, in_autocast) * stack.numel() for stack in stacks)
-            + sum(dtype.itemsize * a.in_features * a.out_features for a in dequantised if block_of.get(a.name, n) == n)
-            for n, (widths, stacks) in enumerate(zip(layers_of, stacks_of, strict=True))
+            of.kept_weights(dtype, in_autocast)
+            + sum(dtype.itemsize * a.in_features * a.out_features for a in made if block_of.get(a.name, n) == n)
+            for n, of in enumerate(sizes)
         ),
-        cast_head=0 if head is None else _cast(head, in_autocast) * width * task.n_logits,
-        eager_heads=_eager_heads(model.config),
+        dequantised=max(of.dequantised_weight(dtype) for of in sizes),
+        in_16_bits=multiplies_16_bits(device, in_autocast or dtype),
+        product_itemsize=product_itemsize(device, in_autocast or dtype),
+        cast_head=0 if head is None else cast_bytes(getattr(head, "weight", None), in_autocast) * width * task.n_logits,
+        eager_heads=eager_heads(model.config),
+        makes_masks=model.config._attn_implementation == "sdpa",
+        checkpointed=is_checkpointed(model),
         gathered_bytes=gathered_bytes(model, blocks),
         devices=_devices(blocks),
     )
@@ -166,70 +189,3 @@ def _like(layers: Sequence[AdapterLayer], model: nn.Module, blocks: Sequence[nn.
     """All layers in the blocks of the kinds that are targeted, targeted or not: gradients pass through them all."""
     kinds, inside = {type(layer.base) for layer in layers}, {id(m) for block in blocks for m in block.modules()}
     return {name: m for name, m in model.named_modules() if type(m) in kinds and id(m) in inside}
-
-
-def _widths(module: nn.Module) -> dict[nn.Module, tuple[int, int]]:
-    """Inputs and outputs of layers that have one width each: `nn.Linear` and what takes its place, quantised."""
-    found = {}
-    for layer in _without_adapters(module):
-        if isinstance(layer, Conv1D):
-            found[layer] = shape(layer.weight)[0], shape(layer.weight)[1]
-        elif not any(layer.children()):
-            widths = getattr(layer, "in_features", None), getattr(layer, "out_features", None)
-            if isinstance(widths[0], int) and isinstance(widths[1], int):
-                found[layer] = widths[0], widths[1]
-    return found
-
-
-def _stacks(module: nn.Module) -> list[nn.Parameter]:
-    """The parameters in a module that hold the matrices of all experts, as they are stored."""
-    holders = [m for m in module.modules() if isinstance(getattr(m, "num_experts", None), int)]
-    parameters = [(m.num_experts, parameter) for m in holders for parameter in m.parameters(recurse=False)]
-    return [p for n, p in parameters if len(shape(p)) == 3 and shape(p)[0] == n]
-
-
-def _asked(model: PreTrainedModel) -> int | None:
-    """How many experts a token is routed to; None if it is not known."""
-    asked = getattr(model.config.get_text_config(), "num_experts_per_tok", None)
-    return asked if isinstance(asked, int) else None
-
-
-def _without_adapters(module: nn.Module) -> Iterator[nn.Module]:
-    """A module and all inside it, but for what adapters, which do not run, have put around and beside its layers."""
-    wrapped = getattr(module, "base_layer", None)
-    if isinstance(wrapped, nn.Module):
-        yield from _without_adapters(wrapped)
-        return
-    yield module
-    for child in module.children():
-        yield from _without_adapters(child)
-
-
-def _kept_weight(layer: nn.Module, dtype: torch.dtype, in_autocast: torch.dtype | None) -> int:
-    """Bytes of a number in the dense weight that the backward may hold on to: where a class of its own dequantises and
-    multiplies by plain autograd, as GPTQ's and AWQ's do, and where autocast casts it, until the layer's backward."""
-    return _cast(layer, in_autocast) if isinstance(layer, (nn.Linear, Conv1D)) else dtype.itemsize
-
-
-def _cast(layer: nn.Module, in_autocast: torch.dtype | None) -> int:
-    """Bytes of a number in the copy of a layer's weight that autocast makes; 0 where it makes none."""
-    weight = getattr(layer, "weight", None)
-    return _cast_bytes(weight, in_autocast) if isinstance(weight, Tensor) else 0
-
-
-def _cast_bytes(weight: Tensor, in_autocast: torch.dtype | None) -> int:
-    """Bytes of a number in the copy of a weight that autocast makes; 0 where it makes none."""
-    if in_autocast is None or weight.dtype in (in_autocast, torch.float64):
-        return 0
-    return in_autocast.itemsize if weight.is_floating_point() else 0
-
-
-def _autocast_dtype(device: torch.device) -> torch.dtype | None:
-    """What products on a device are computed in by autocast; None where it is off."""
-    return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
-
-
-def _eager_heads(config: Any) -> int:
-    """Attention heads of a model that computes attention step by step; 0 if it does not, or they are not known."""
-    heads = getattr(config.get_text_config(), "num_attention_heads", 0)
-    return heads if config._attn_implementation == "eager" and isinstance(heads, int) else 0

@@ -17,7 +17,12 @@ METHODS: dict[str, Method] = {
     "lora_da": Method(
         "lora_da",
         # the factor of Z, and D with the basis of a few dozen vectors and their images
-        Needs(Sums(), solving=lambda i, o: 4 * (i**2 + 4 * i * o)),
+        Needs(
+            Sums(),
+            solving=lambda i, o: 4 * (i**2 + 4 * i * o),
+            # its factor in float64, and a few columns of the inverse
+            solving_fisher=lambda o: 8 * o * (o + 3 * min(o, 512)),
+        ),
         PRESETS,
         function_of("lora_da", "lora_da"),
         prepare=function_of("lora_da", "damp_input"),
@@ -41,13 +46,15 @@ METHODS: dict[str, Method] = {
     "lora_one": Method(
         "lora_one",
         # G scaled, the basis and its images, and the last of them in float64
-        Needs(Sums(input_cov=False, output_fisher=False), solving=lambda i, o: 4 * 3 * i * o),
+        Needs(Sums(input_cov=False, output_fisher=False), solving=lambda i, o: 4 * (3 * i * o + 128 * (i + o))),
         {"default": Numbers(averaging="tokens", gamma=128.0, first_step="gamma")},  # the paper's
         function_of("lora_one", "lora_one"),
     ),
     "lora_ga": Method(
         "lora_ga",
-        Needs(Sums(input_cov=False, output_fisher=False), solving=lambda i, o: 4 * 3 * i * o),  # as above
+        Needs(
+            Sums(input_cov=False, output_fisher=False), solving=lambda i, o: 4 * (3 * i * o + 128 * (i + o))
+        ),  # as above
         {"default": Numbers(averaging="tokens", gamma=16.0)},  # PEFT's default
         function_of("lora_ga", "lora_ga"),
     ),

@@ -104,6 +104,11 @@ def without_checkpointing(model: nn.Module) -> Iterator[None]:
         yield
 
 
+def is_checkpointed(model: nn.Module) -> bool:
+    """Whether activations are computed again in the backward by the model itself."""
+    return any(getattr(module, "gradient_checkpointing", False) is True for module in model.modules())
+
+
 def reentrant_checkpointing(model: nn.Module) -> bool:
     """Whether checkpointing is on and may be the re-entrant kind, which needs inputs that require gradients."""
     for module in model.modules():

@@ -67,6 +67,11 @@ class Batch:
         """Which of what layers read other than these tokens counts: (n,) bool by stream."""
         return {ROWS: self.counted().any(1)} if self.by_row else {}
 
+    def is_masked(self) -> bool:
+        """Whether attention needs a mask of its own, for padding or between the documents of a row."""
+        mask = self.inputs.get("attention_mask")
+        return self.tokens.boundaries != "row" or (isinstance(mask, Tensor) and not bool((mask == 1).all()))
+
     def idle(self) -> Batch:
         """The same to run, with nothing in it that counts."""
         tokens = replace(
@@ -92,14 +97,25 @@ class Batch:
     def glimpse(self) -> Batch:
         """Its last document, and of that as many tokens as tell how a model is built; all where it cannot be cut."""
         halves = self.halves()
-        return self._cut(GLIMPSE) if halves is None else halves[1].glimpse()
+        return self.beginning(GLIMPSE) if halves is None else halves[1].glimpse()
+
+    def beginning(self, length: int) -> Batch:
+        """The first columns; all where it cannot be cut."""
+        if length >= self._columns or not self._is_known():
+            return self
+        inputs = {
+            k: v[:, :length] if isinstance(v, Tensor) and k not in self.by_row else v
+            for k, v in self._model_inputs.items()
+        }
+        tokens = selected(self.tokens, self._positions()[:, :length], self.tokens.rows)
+        return replace(self, inputs=inputs, tokens=tokens)
 
     def trimmed(self) -> Batch:
         """Without the columns behind the last token that counts: nothing that counts can see them.
 
         A batch with inputs of shapes unknown here stays as it is.
         """
-        return self._cut(self.length)
+        return self.beginning(self.length)
 
     def halves(self) -> tuple[Batch, Batch] | None:
         """The upper and the lower half of its rows, trimmed; None where it cannot be divided."""
@@ -139,17 +155,6 @@ class Batch:
     def _positions(self) -> Tensor:
         """(rows, columns), numbered as in `tokens`."""
         return torch.arange(len(self.tokens.document)).view(self.tokens.rows, self._columns)
-
-    def _cut(self, length: int) -> Batch:
-        """The first columns."""
-        if length >= self._columns or not self._is_known():
-            return self
-        inputs = {
-            k: v[:, :length] if isinstance(v, Tensor) and k not in self.by_row else v
-            for k, v in self._model_inputs.items()
-        }
-        tokens = selected(self.tokens, self._positions()[:, :length], self.tokens.rows)
-        return replace(self, inputs=inputs, tokens=tokens)
 
     def _rows(self, numbers: Tensor) -> Batch:
         """Some of the rows."""

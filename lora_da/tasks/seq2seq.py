@@ -59,7 +59,7 @@ class SourceAndTarget(Batch):
         source = self.source.any(0).nonzero()
         return super().length, int(source[-1]) + 1 if len(source) else 1
 
-    def _cut(self, length: int) -> Batch:
+    def beginning(self, length: int) -> Batch:
         return self._cut_both(length, length)
 
     def _cut_both(self, target: int, source: int) -> Batch:

@@ -33,7 +33,7 @@ def noting(saved: list[Tensor]) -> AbstractContextManager[None]:
 def running(survey: Survey, cuts: int, checkpointed: bool = False) -> int:
     """What the topmost of some segments takes."""
     topmost = Segment(BLOCKS - BLOCKS // cuts, BLOCKS, ())
-    return Forecast(survey, TOKENS, COLUMNS, needs(), checkpointed, 0).running(topmost)
+    return Forecast(survey, TOKENS, COLUMNS, 0, needs(), checkpointed, 0).running(topmost)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -14,6 +14,7 @@ import torch
 import lora_da.collect.plan
 import lora_da.processes
 from lora_da.collect.plan import CPU_SHARE, DEVICE_SHARE, ENOUGH, ENOUGH_BORDERS, Plan, make_plan
+from lora_da.collect.sizes import kept_by_rule
 from lora_da.collect.survey import Survey
 from lora_da.memory import GIB
 from lora_da.methods import METHODS
@@ -127,9 +128,16 @@ def surveyed(shape: Shape) -> tuple[Survey, list[Any]]:
         itemsize=2,
         vocabulary=shape.vocabulary,
         linear_features=(shape.features,) * shape.blocks,
+        kept=kept_by_rule(shape.features, shape.hidden, 2),
+        widest=max(i + o for i, o in shape.linear.values()),
         kept_weights=(0,) * shape.blocks,
+        dequantised=0 if shape.weight_bytes == 2 else 2 * max(i * o for i, o in shape.linear.values()),
+        in_16_bits=True,
+        product_itemsize=0,
         cast_head=0,
         eager_heads=0,
+        makes_masks=True,
+        checkpointed=False,
         gathered_bytes=0,
         devices=("cuda:0",),
     )
@@ -139,7 +147,9 @@ def surveyed(shape: Shape) -> tuple[Survey, list[Any]]:
 def batches_of(row: int) -> list[Any]:
     rows = max(1, BATCH_TOKENS // row)
     tokens = SimpleNamespace(n_documents=rows)
-    return [SimpleNamespace(shape=(rows, row), n_positions=rows * row, tokens=tokens)] * (SAMPLES // rows)
+    return [SimpleNamespace(shape=(rows, row), n_positions=rows * row, tokens=tokens, is_masked=lambda: False)] * (
+        SAMPLES // rows
+    )
 
 
 def planned(

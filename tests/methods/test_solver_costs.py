@@ -6,6 +6,7 @@ import math
 from dataclasses import replace
 
 import pytest
+import torch
 from decompositions import Decompositions
 from live_bytes import most_live_bytes
 from models import batches, documents, tiny_llama, with_lora
@@ -53,6 +54,13 @@ def test_a_solver_that_takes_more_is_seen(monkeypatch: pytest.MonkeyPatch) -> No
     assert decompositions_per_layer("lora_da", 8) > PER_LAYER
 
 
+def test_live_bytes_are_counted() -> None:
+    """At most two of these are alive at once, and what was there before does not count."""
+    before = torch.ones(2**20)
+    most = most_live_bytes(lambda: ((before + 1) * 2 + 3).sum())
+    assert 2 * before.nbytes <= most < 2.1 * before.nbytes
+
+
 @pytest.mark.parametrize("damping", [0.1, 1e-6])
 @pytest.mark.parametrize(("o", "i"), [(576, 1024), (1024, 576)])
 def test_solving_stays_within_its_forecast(o: int, i: int, damping: float) -> None:
@@ -63,6 +71,15 @@ def test_solving_stays_within_its_forecast(o: int, i: int, damping: float) -> No
     assert most_live_bytes(lambda: solved(statistics, numbers)) <= taken
 
 
+@pytest.mark.parametrize("o", [256, 1024])
+def test_a_full_fisher_stays_within_its_forecast(o: int) -> None:
+    numbers, diagonal = PRESETS["paper"], realistic(o, 256, 1e6, 1.0)
+    statistics = replace(diagonal, output_fisher=torch.diag(diagonal.output_fisher))
+    taken = METHODS["lora_da"].needs_with(numbers).solving_bytes(256, o)
+    peak = most_live_bytes(lambda: solved(statistics, numbers))
+    assert peak <= taken and peak > METHODS["lora_da"].needs_with(PRESETS["default"]).solving_bytes(256, o)
+
+
 def test_a_gradient_method_stays_within_its_forecast() -> None:
     o, i = 576, 1024
     statistics = LayerStatistics(realistic(o, i, 1e6, 1.0).grad, None, None, 100)
@@ -71,7 +88,8 @@ def test_a_gradient_method_stays_within_its_forecast() -> None:
 
 def test_a_preset_that_needs_float64_is_forecast_with_twice_the_bytes() -> None:
     default, paper = (METHODS["lora_da"].needs_with(PRESETS[name]) for name in ("default", "paper"))
-    assert paper.solving_bytes(4096, 512) == 2 * default.solving_bytes(4096, 512)
+    wide = int(PRESETS["paper"].full_fisher_up_to) + 1
+    assert paper.solving_bytes(4096, wide) == 2 * default.solving_bytes(4096, wide)
     slight = METHODS["lora_da"].needs_with(replace(PRESETS["default"], damping=0.01))
     assert slight.solving_bytes(4096, 512) == default.solving_bytes(4096, 512)
     assert slight.solving_bytes(14336, 512) == 2 * default.solving_bytes(14336, 512)

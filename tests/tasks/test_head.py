@@ -41,7 +41,6 @@ from lora_da.samples.draw import Size, draw, read_causal
 from lora_da.statistics import LayerStatistics
 
 TARGETS = ["q_proj", "down_proj", "lm_head"]
-PLANNED_CHUNK = lora_da.tasks.head.CHUNK
 LAYOUTS = {"padded": lambda rows: [pad(rows)], "packed": lambda rows: [packed(rows)]}
 
 
@@ -158,7 +157,7 @@ def test_its_factors_are_the_oracles(preset: str) -> None:
 
 
 def test_the_plan_counts_its_sums() -> None:
-    """V × h in float32, the products and copies of it in the solver, and the gradients of one chunk's logits."""
+    """V × h in float32, and copies of it in the solver; its rows are summed when most of a chunk's logits are gone."""
     given = [pad(documents(LENGTHS))]
     plans = []
     for targets in (TARGETS, TARGETS[:2]):
@@ -169,8 +168,7 @@ def test_the_plan_counts_its_sums() -> None:
         layers, lora_da = find_adapter(model).layers, METHODS["lora_da"].needs
         plans.append(make_plan(surveyed, layers, data.batches, lora_da, run).device_bytes)
     more, sums = plans[0] - plans[1], 4 * (VOCABULARY * 32 + 32 * 32)
-    logits = 4 * 4 * PLANNED_CHUNK * VOCABULARY
-    assert sums + logits / 2 <= more <= 10 * sums + logits
+    assert sums <= more <= 10 * sums
 
 
 def beside_the_output_layer(base: PreTrainedModel, rows: list[Document], name: str) -> LayerStatistics:
