@@ -94,7 +94,8 @@ def initialize_lora_da_weights(
     memory, entry, solution = PeakMemory(device), None, None
     folder = processes.once(cache_folder, config.cache_dir)
     with drawing_mode():
-        size = Size(*config.size(), first_step.DOCUMENTS if numbers.first_step == "measured" else 0)
+        others = first_step.DOCUMENTS if numbers.first_step == "measured" else 0
+        size = Size(*config.size(), others, large_batches=device.type != "cpu")
         asked = size, config.seed, config.population_size
         data = processes.once(draw, dataloader, *asked, task.read, method.population)
     if folder is not None:

@@ -13,14 +13,18 @@ from collecting import distance, needs
 from dequantized import four_bit
 from fake_cuda import fake_gpus
 from fake_gpu import FakeGpus, MixedDevices
-from models import WIDE, adapter_weights, batches, documents, tiny_llama, with_lora
+from models import WIDE, adapter_weights, batches, documents, pad, tiny_llama, with_lora
 from peft import PeftModel
 from planning import ONE, WAYS, Forced, Way
+from settings import as_solved
 from stacks import stacked, with_experts
 from tolerances import REBATCHED, REORDERED
+from torch.utils.data import DataLoader
 
 from lora_da import LoraDAConfig, initialize_lora_da_weights, products
+from lora_da.collect.plan import Plan, make_plan
 from lora_da.first_step import MOST_TRIALS
+from lora_da.memory import GIB
 from lora_da.needs import Sums
 from lora_da.products import SYMMETRIC_FROM, adds_float32, product_itemsize, returns_float32
 from lora_da.report import InitReport
@@ -203,6 +207,36 @@ def test_a_card_that_is_too_small_for_one_pass() -> None:
         several = initialised(dense().to("cuda"), None, first_step="gamma")
     assert several[1].plan.startswith("streamed")
     check_same(several, expected, REBATCHED)
+
+
+def test_large_batches_where_there_is_room(caplog: pytest.LogCaptureFixture) -> None:
+    """Of 8,192 tokens, and of the head's of 2,048, while that leaves the plan as cheap as small ones do; results change
+    by rounding, and no more is taken than was forecast. On the CPU all is as it was."""
+    rows, sizes = documents([64] * 160), {"num_hidden_layers": 2, "vocab_size": 1024}
+    plans: list[Plan] = []
+    base = tiny_llama(**sizes)
+
+    def started(model: PeftModel, budget: float | None = None) -> Made:
+        config = as_solved(samples=160, memory_budget=budget)
+        loader, planner = DataLoader(rows, 4, collate_fn=pad), lambda *args: plans.append(make_plan(*args)) or plans[-1]
+        report = initialize_lora_da_weights(model, loader, config, show_progress=False, plan=planner)
+        return {name: value.cpu() for name, value in adapter_weights(model).items()}, report
+
+    expected = started(with_lora(copy.deepcopy(base)))
+    assert (plans[-1].batch_tokens, plans[-1].chunk) == (2048, 256)
+    sizes_planned = []
+    for share in (None, 0.999, 0.5, 0.3):
+        with fake_gpus() as gpus:
+            model = with_lora(copy.deepcopy(base)).to("cuda")
+            before, budget = gpus.live.total(), None if share is None else share * plans[1].device_bytes / GIB
+            found = started(model, budget)
+        check_same(found, expected, REBATCHED)
+        sizes_planned.append((plans[-1].batch_tokens, plans[-1].chunk))
+        assert plans[-1].line().startswith("one pass")
+        assert gpus.peak.total() - before <= plans[-1].device_bytes <= plans[-1].budget
+    assert sizes_planned[:2] == [(8192, 2048), (8192, 1024)]
+    assert [tokens for tokens, _ in sizes_planned[2:]] == [4096, 2048]
+    assert "out of memory" not in caplog.text
 
 
 def waits(gpus: FakeGpus, *rooms: str) -> int:

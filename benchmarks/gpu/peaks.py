@@ -81,7 +81,7 @@ class Watched:
         plan = in_segments(self.blocks)(survey, layers, batches, needs, run)
         longest = max(batch.shape[1] for batch in batches)
         masked = max((batch.shape[1] for batch in batches if batch.is_masked()), default=0)
-        forecast = Forecast(survey, plan.batch_tokens, longest, masked, needs, plan.checkpointed, math.inf)
+        forecast = Forecast(survey, plan.batch_tokens, longest, masked, plan.chunk, needs, plan.checkpointed, math.inf)
         for segment in plan.segments[::-1]:
             sums = forecast.sums(segment.layers)
             running, solving = forecast.running(segment), forecast.solving(segment.layers)

@@ -13,7 +13,6 @@ from lora_da.needs import Needs
 from lora_da.products import block_rows
 from lora_da.samples.batch import Batch
 from lora_da.statistics import gradient_bytes, input_bytes
-from lora_da.tasks.head import CHUNK
 
 # What is there at once: of the widest layer's inputs and outputs in a forward that keeps nothing; of hidden states and
 # their gradients while a segment runs, its own, copies of them and the next batch's; while borders are laid; and while
@@ -42,6 +41,7 @@ class Forecast:
         batch_tokens: tokens in a batch at most, padding included.
         longest: tokens of the longest row.
         masked: tokens of the longest row that attends by a mask of its own; 0 where none does.
+        chunk: tokens whose logits exist at once.
         needs: what is taken of the layers.
         checkpointed: whether the activations of a block are computed again in the backward.
         solved_within: bytes; a layer that takes more to be solved, its own sums included, is solved elsewhere.
@@ -51,6 +51,7 @@ class Forecast:
     batch_tokens: int
     longest: int
     masked: int
+    chunk: int
     needs: Needs
     checkpointed: bool
     solved_within: float
@@ -101,7 +102,7 @@ class Forecast:
         """What is behind the blocks: the logits of a chunk and the head's product, then the gradients of a norm."""
         survey, product = self.survey, max((self._product(a) for a in segment.layers if a.is_head), default=0)
         return max(
-            LOGIT * CHUNK * survey.vocabulary + survey.cast_head + product,
+            LOGIT * self.chunk * survey.vocabulary + survey.cast_head + product,
             NORM * self._hidden // survey.itemsize,
         )
 

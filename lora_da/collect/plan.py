@@ -26,12 +26,14 @@ from lora_da.collect.ways import Way, cheapest
 from lora_da.memory import GIB, is_host, used_bytes
 from lora_da.needs import Needs
 from lora_da.processes import Processes, Run
-from lora_da.samples.batch import Batch, shared
+from lora_da.samples.batch import BATCH_TOKENS, Batch, shared
+from lora_da.tasks import head
 
 # Shares of the free memory that are planned with: allocators leave gaps, and the figures below are estimates.
 DEVICE_SHARE = 0.85
 CPU_SHARE = 0.5  # the user's other processes live there
 BORDER_SHARE = 0.25  # for the hidden states at borders where the model is in the same memory
+LARGER_CHUNKS = (8, 4, 2, 1)  # of the head, where a GPU has room: the fewer, the less often its weight is read
 # Room for the gradients on both sides of a segment and for one hidden state further down: with it, a plan costs at most
 # so many times what it costs with room for all borders.
 ENOUGH_BORDERS, ENOUGH = 3, 2.5
@@ -45,6 +47,7 @@ class Plan:
         segments: what is run, from the last to the first; the same blocks may appear several times.
         device_bytes: of the layers' device, beyond what is in use before.
         batch_tokens: tokens in a batch at most, padding included, where its rows allow it.
+        chunk: tokens whose logits exist at once.
         cpu_bytes: of the CPU, for the hidden states at the borders.
         budget: bytes of the device there are.
         used: bytes of the device in use before: the model.
@@ -57,6 +60,7 @@ class Plan:
     segments: tuple[Segment, ...]
     device_bytes: int
     batch_tokens: int
+    chunk: int
     cpu_bytes: int
     budget: int
     used: int
@@ -150,6 +154,16 @@ def shares_of(batches: Sequence[Batch], processes: Processes) -> list[list[Batch
     return [list(batches)] * processes.size if processes.sharded else shared(batches, processes.size)
 
 
+def _undivided(batches: Sequence[Batch]) -> int:
+    """Tokens of the largest batch once those that can be are divided down to `BATCH_TOKENS`."""
+    return max(
+        b.n_positions
+        if b.n_positions <= BATCH_TOKENS or b.shape[0] == 1 or b.halves() is None
+        else max(BATCH_TOKENS, b.shape[1])
+        for b in batches
+    )
+
+
 class _Room:
     """What the batches take, and the room there is for it.
 
@@ -174,18 +188,35 @@ class _Room:
         largest, longest = (max(of_all) for of_all in zip(*sizes, strict=True))
         masked = max((b.shape[1] for b in batches if b.is_masked()), default=0)
         # What a GPU has no room to solve is solved on the CPU.
-        self.needed = Forecast(survey, largest, longest, masked, needs, False, math.inf if on_host else self._budget)
+        elsewhere = math.inf if on_host else self._budget
+        small = largest if device.type == "cpu" else _undivided(batches)
+        self.needed = Forecast(survey, small, longest, masked, head.CHUNK, needs, False, elsewhere)
+        self._largest = largest
 
     def cheapest(self, borders: int) -> Way:
         """The cheapest way, with room for so many borders."""
         return cheapest(self._layers, self.needed, self._budget, borders)
 
+    def roomier(self, way: Way) -> Way:
+        """The same way with the largest batches, and then chunks of the head, that fit where a GPU has room."""
+        if self._device.type == "cpu":
+            return way
+        batches = [size for size in (self._largest, self._largest // 2) if size > way.needed.batch_tokens]
+        for size in (*batches, way.needed.batch_tokens):
+            for chunk in (way.needed.chunk * times for times in LARGER_CHUNKS):
+                found = replace(way, needed=replace(way.needed, batch_tokens=size, chunk=chunk))
+                if found.fits(self._budget):
+                    return found
+        return way
+
     def plan(self, way: Way, borders: int) -> Plan:
         """The plan of one way."""
+        way = self.roomier(way)
         return Plan(
             segments=tuple(way.segments),
             device_bytes=way.bytes,
             batch_tokens=way.needed.batch_tokens,
+            chunk=way.needed.chunk,
             cpu_bytes=walk(way.segments, borders).held * self._at_border,
             budget=self._budget,
             used=used_bytes(self._device),

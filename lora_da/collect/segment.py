@@ -98,7 +98,8 @@ class SegmentRun:
 
     def _run_top(self, batch: Batch, inputs: dict[str, Any]) -> Tensor:
         weights = self._scaling.weights(batch, self._work.run.device)
-        how = LossPass(self._scaling.factor, weights, self._work.watch, self._collector.selection.in_head)
+        watch, in_head = self._work.watch, self._collector.selection.in_head
+        how = LossPass(self._scaling.factor, weights, watch, in_head, self._work.plan.chunk)
         return self._work.task.backward(batch, inputs, how)
 
     def _run_blocks(self, number: int, hidden: Tensor | None, inputs: dict[str, Any]) -> None:

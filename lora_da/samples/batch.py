@@ -16,6 +16,9 @@ from lora_da.samples.tokens import IGNORED, BatchTokens
 # Tokens in a batch. Beyond about this many, neither the matrix products nor the dequantisation of a layer's weight,
 # once a batch, get cheaper by the token; and it is what a training step of one long row reads.
 BATCH_TOKENS = 2048
+# The same on a GPU, where there is room. Under a few thousand tokens a large layer's weight, dequantised, and its sums,
+# read and written, cost as much as its products: they are as large whatever the batch.
+MOST_BATCH_TOKENS = 8192
 GLIMPSE = 64  # tokens of a row that a model is surveyed with
 NOT_TEXT = re.compile(r"pixel_|image_|video_|audio_|input_features|input_values")
 NOT_FOR_THE_MODEL = ("seq_lengths", "num_items_in_batch")  # read by trainers and by `tokens`, and done with then

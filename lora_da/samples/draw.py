@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from lora_da.errors import LoraDAError
-from lora_da.samples.batch import BATCH_TOKENS, Batch, by_length, divided
+from lora_da.samples.batch import BATCH_TOKENS, MOST_BATCH_TOKENS, Batch, by_length, divided
 from lora_da.samples.facts import RowFacts, row_facts, rows_in
 from lora_da.samples.generators import generators_kept
 from lora_da.samples.source import Collate, OwnRows, n_rows_of, own_rows
@@ -33,11 +33,13 @@ class Size:
             holds. Any number if None.
         others: documents besides, from the rows that follow. Where the data hold too few for both, the last rows are
             kept from the documents, up to a quarter of what there is; one at least, unless there is no second.
+        large_batches: whether batches may hold `MOST_BATCH_TOKENS`, where they can be divided later.
     """
 
     documents: int
     tokens: int | None = None
     others: int = 0
+    large_batches: bool = False
 
 
 @dataclass(frozen=True)
@@ -139,7 +141,8 @@ def _draw(own: OwnRows, size: Size, population: int | None, read: Read, needs_po
         logger.warning("LoRA-DA: the data hold %d samples, %d were asked for", n_seen, size.documents)
     if population is None and n_rows is not None:
         population = max(n_seen, round(n_rows * reading.documents / reading.rows))
-    batches = _batched(drawn, collate, read)
+    most = max(BATCH_TOKENS, MOST_BATCH_TOKENS) if size.large_batches else BATCH_TOKENS
+    batches = _batched(drawn, collate, read, most)
     boundaries = [b.tokens.boundaries for b in batches if b.tokens.boundaries != "row"]
     return InitData(
         batches=batches,
@@ -148,7 +151,7 @@ def _draw(own: OwnRows, size: Size, population: int | None, read: Read, needs_po
         n_loss_tokens=sum(int(b.tokens.loss_tokens.sum()) for b in batches),
         population_size=population,
         unit=f"document (from {boundaries[0]})" if boundaries else "row",
-        others=_batched(seen_apart, collate, read),
+        others=_batched(seen_apart, collate, read, most),
         row_tokens=sum(d.batch.n_positions for d in drawn) / sum(d.batch.tokens.rows for d in drawn),
         looked_at=reading.looked_at,
     )
@@ -217,19 +220,30 @@ def _documents_within(batch: Batch, tokens: float, at_least: int) -> int:
     return max(at_least, int((sizes.cumsum(0) <= tokens).sum()))
 
 
-def _batched(drawn: list[_Drawn], collate: Collate | None, read: Read) -> list[Batch]:
+def _batched(drawn: list[_Drawn], collate: Collate | None, read: Read, most: int) -> list[Batch]:
     """Rows of like length collated together; ready batches, and a row that counts in part, as they are."""
     whole = [d for d in drawn if d.whole and collate is not None]
-    rest = [d.batch for d in drawn if not d.whole or collate is None]
-    batches = []
-    for group in by_length([d.batch.length * d.batch.shape[0] for d in whole], BATCH_TOKENS):
-        members = [whole[n] for n in group]
-        batches += _collated(members, collate, read) if collate is not None and len(members) > 1 else [members[0].batch]
-    parts = [part for batch in batches + rest for part in divided(batch.trimmed(), BATCH_TOKENS)]
+    batches = [d.batch for d in drawn if not d.whole or collate is None]
+    if collate is not None:
+        batches = _in_groups(whole, collate, read, most) + batches
+    parts = [part for batch in batches for part in divided(batch.trimmed(), most)]
     return sorted(parts, key=lambda batch: -batch.length)
 
 
-def _collated(members: list[_Drawn], collate: Collate, read: Read) -> list[Batch]:
+def _in_groups(whole: list[_Drawn], collate: Collate, read: Read, most: int) -> list[Batch]:
+    """Rows of like length collated together, `most` tokens at a time; fewer where such a batch could not be divided
+    again, or is none."""
+    batches = []
+    for group in by_length([d.batch.length * d.batch.shape[0] for d in whole], most):
+        members = [whole[n] for n in group]
+        found = _collated(members, collate, read, most) if len(members) > 1 else [members[0].batch]
+        if most > BATCH_TOKENS and len(members) > 1 and (len(found) > 1 or found[0].halves() is None):
+            found = _in_groups(members, collate, read, BATCH_TOKENS)
+        batches += found
+    return batches
+
+
+def _collated(members: list[_Drawn], collate: Collate, read: Read, most: int) -> list[Batch]:
     """The rows in one batch; one by one where the collator makes something else of them together: where it cuts what it
     packs, or pads without a mask or from the left, or to a width that nothing here knows how to cut."""
     try:
@@ -240,7 +254,7 @@ def _collated(members: list[_Drawn], collate: Collate, read: Read) -> list[Batch
     together = read(inputs, sum(d.batch.tokens.n_documents for d in members))
     same_loss = torch.equal(together.tokens.loss_tokens, torch.cat([d.batch.tokens.loss_tokens for d in members]))
     same_tokens = together.n_counted == sum(d.batch.n_counted for d in members)
-    too_large = together.trimmed().n_positions > BATCH_TOKENS and together.halves() is None
+    too_large = together.trimmed().n_positions > most and together.halves() is None
     if same_loss and same_tokens and not too_large and not together.moves_positions():
         return [together]
     return [d.batch for d in members]

@@ -39,12 +39,14 @@ class LossPass:
         timed: a context for each of `forward`, `head` and `backward`.
         in_head: a context for each call of a language-model head, told how many loss tokens it reads, the first ones,
             and the (n,) factors of their losses, which are applied behind it.
+        chunk: tokens whose logits exist at once; `CHUNK` if None.
     """
 
     scale: float
     weights: Tensor | None
     timed: Timed
     in_head: InHead
+    chunk: int | None = None
 
 
 def backward(
@@ -114,7 +116,7 @@ def backward_from_head(mean_loss: MeanLoss, hidden: Tensor, tokens: BatchTokens,
     weights = None if how.weights is None else how.weights.to(flat.device)
     carries_loss = (tokens.targets != IGNORED).nonzero().flatten().to(flat.device, non_blocking=True)
     with how.timed("head"):
-        for positions in carries_loss.split(CHUNK) if len(carries_loss) else ():
+        for positions in carries_loss.split(how.chunk or CHUNK) if len(carries_loss) else ():
             chunk = flat[positions].requires_grad_()
             own = None if weights is None else weights[positions]
             with how.in_head(len(positions), own):

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from lora_da.adapter import find_adapter
 from lora_da.collect.forecast import ACTIVATIONS, Forecast, Segment
 from lora_da.collect.survey import Survey
+from lora_da.tasks.head import CHUNK
 
 pytestmark = pytest.mark.once
 
@@ -33,7 +34,7 @@ def noting(saved: list[Tensor]) -> AbstractContextManager[None]:
 def running(survey: Survey, cuts: int, checkpointed: bool = False) -> int:
     """What the topmost of some segments takes."""
     topmost = Segment(BLOCKS - BLOCKS // cuts, BLOCKS, ())
-    return Forecast(survey, TOKENS, COLUMNS, 0, needs(), checkpointed, 0).running(topmost)
+    return Forecast(survey, TOKENS, COLUMNS, 0, CHUNK, needs(), checkpointed, 0).running(topmost)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

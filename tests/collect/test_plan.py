@@ -209,6 +209,7 @@ def test_the_lines() -> None:
             tuple(Segment(a, b, ()) for a, b in segments),
             2 * GIB,
             64,
+            256,
             int(cpu * GIB),
             7 * GIB,
             GIB,

@@ -228,3 +228,17 @@ def test_rows_of_like_length_are_collated_together(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(lora_da.samples.draw, "BATCH_TOKENS", 28)
     found = draw(loader(3), Size(len(ROWS)), None, None, read_causal, True).batches
     assert [batch.shape for batch in found] == [(2, 14), (2, 12), (2, 10), (3, 8), (1, 5)]
+
+
+def test_large_batches_are_only_of_rows_that_can_be_divided_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a collator packs into one row stays as small as ever: where a GPU has less room, it could not be cut."""
+    monkeypatch.setattr(lora_da.samples.draw, "BATCH_TOKENS", 28)
+    monkeypatch.setattr(lora_da.samples.draw, "MOST_BATCH_TOKENS", 60)
+
+    def shapes(collate: Any, large: bool) -> list[tuple[int, int]]:
+        size = Size(len(ROWS), large_batches=large)
+        return [batch.shape for batch in draw(loader(3, collate), size, None, None, read_causal, True).batches]
+
+    assert max(rows * columns for rows, columns in shapes(pad, True)) in range(29, 61)
+    assert shapes(packed, True) == shapes(packed, False)
+    assert max(rows * columns for rows, columns in shapes(packed, True)) <= 28

@@ -77,7 +77,14 @@ class Foreseen(Forced):
         longest = max(b.shape[1] for b in batches)
         masked = max((b.shape[1] for b in batches if b.is_masked()), default=0)
         self._peaks.forecast = Forecast(
-            self.way.survey(surveyed), plan.batch_tokens, longest, masked, needs, plan.checkpointed, float("inf")
+            self.way.survey(surveyed),
+            plan.batch_tokens,
+            longest,
+            masked,
+            plan.chunk,
+            needs,
+            plan.checkpointed,
+            float("inf"),
         )
         return plan
 
