@@ -115,7 +115,9 @@ class _Words:
         chance = random.Random(0)
         # Their lower halves are distinct, so that their differences are no multiples of 2³².
         lower = chance.sample(range(1, 1 << 32, 2), ROW)
-        self._multipliers = {torch.device("cpu"): torch.tensor([chance.getrandbits(31) << 32 | low for low in lower])}
+        self._multipliers = {
+            torch.device("cpu"): torch.tensor([chance.getrandbits(31) << 32 | low for low in lower], device="cpu")
+        }
         self._digests: dict[int, tuple[Tensor, str]] = {}
 
     def of(self, what: str, value: Any) -> Any:

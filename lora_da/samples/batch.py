@@ -126,7 +126,7 @@ class Batch:
         if rows < 2 * together or not self._is_known():
             return None
         middle = rows // together // 2 * together
-        numbers = torch.arange(rows)
+        numbers = torch.arange(rows, device=self.tokens.document.device)
         return self._rows(numbers[:middle]).trimmed(), self._rows(numbers[middle:]).trimmed()
 
     def counted_rows(self) -> Batch:
@@ -157,7 +157,9 @@ class Batch:
 
     def _positions(self) -> Tensor:
         """(rows, columns), numbered as in `tokens`."""
-        return torch.arange(len(self.tokens.document)).view(self.tokens.rows, self._columns)
+        return torch.arange(len(self.tokens.document), device=self.tokens.document.device).view(
+            self.tokens.rows, self._columns
+        )
 
     def _rows(self, numbers: Tensor) -> Batch:
         """Some of the rows."""
@@ -233,8 +235,8 @@ def selected(tokens: BatchTokens, positions: Tensor, rows: int) -> BatchTokens:
     positions = positions.flatten()
     document = tokens.document[positions]
     kept = document[document >= 0].unique()
-    number = torch.full((tokens.n_documents + 1,), -1)  # the last entry maps -1 to itself
-    number[kept] = torch.arange(len(kept))
+    number = torch.full((tokens.n_documents + 1,), -1, device=document.device)  # the last entry maps -1 to itself
+    number[kept] = torch.arange(len(kept), device=document.device)
     return BatchTokens(
         tokens.targets[positions], number[document], tokens.loss_tokens[kept], len(kept), tokens.boundaries, rows
     )

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from lora_da.errors import LoraDAError
 from lora_da.samples.batch import BATCH_TOKENS, MOST_BATCH_TOKENS, Batch, by_length, divided
@@ -111,7 +112,8 @@ def draw(
     Raises:
         LoraDAError: empty data, all labels masked, no length where one is needed.
     """
-    with generators_kept(dataloader):
+    # A loader under another default device makes its seed there, by a generator that is here.
+    with torch.device("cpu"), generators_kept(dataloader):
         return _draw(own_rows(dataloader, seed), size, population, read, needs_population)
 
 
@@ -185,7 +187,7 @@ class _Reading:
         if not documents:
             return drawn
         for item in self._items:
-            inputs = item if collate is None else collate([copy.deepcopy(item)])
+            inputs = _on_cpu(item if collate is None else collate([copy.deepcopy(item)]))
             batch = self._read(inputs, missing)
             found = batch.tokens.n_found
             self._look_at(inputs)
@@ -209,6 +211,15 @@ class _Reading:
             number = len(self.looked_at)
             order = self._own.order
             self.looked_at.append(row_facts(number if order is None else order[number], ids, labels))
+
+
+def _on_cpu(inputs: Any) -> Any:
+    """What a collator made, where batches are kept: under `torch.set_default_device` it may make them on a GPU."""
+    if not isinstance(inputs, Mapping) or all(
+        not isinstance(v, Tensor) or v.device.type == "cpu" for v in inputs.values()
+    ):
+        return inputs
+    return {key: value.cpu() if isinstance(value, Tensor) else value for key, value in inputs.items()}
 
 
 def _documents_within(batch: Batch, tokens: float, at_least: int) -> int:
@@ -247,7 +258,7 @@ def _collated(members: list[_Drawn], collate: Collate, read: Read, most: int) ->
     """The rows in one batch; one by one where the collator makes something else of them together: where it cuts what it
     packs, or pads without a mask or from the left, or to a width that nothing here knows how to cut."""
     try:
-        inputs = collate([copy.deepcopy(d.row) for d in members])
+        inputs = _on_cpu(collate([copy.deepcopy(d.row) for d in members]))
     except (ValueError, RuntimeError) as error:  # it took each of them alone, and a loader of single rows asks no more
         logger.info("LoRA-DA: rows go one by one, the collator does not take them together: %s", error)
         return [d.batch for d in members]

@@ -89,7 +89,9 @@ def read_labelled_rows(batch: Mapping[str, Any], labelled: Tensor, limit: int) -
     """
     ids = batch["input_ids"]
     real = real_tokens(batch, ids, "input_ids")  # (rows, columns)
-    number = torch.arange(len(labelled)).repeat_interleave(len(ids) // len(labelled)).unsqueeze(1)  # (rows, 1)
+    number = (
+        torch.arange(len(labelled), device=labelled.device).repeat_interleave(len(ids) // len(labelled)).unsqueeze(1)
+    )  # (rows, 1)
     document, kept, n_found = _counted(number.where(real, -1).flatten(), labelled.long(), limit)
     return BatchTokens(torch.full_like(document, IGNORED), document, kept, n_found, "row", len(ids))
 
@@ -138,7 +140,7 @@ def real_tokens(batch: Mapping[str, Any], ids: Tensor, name: str) -> Tensor:
     """
     mask = batch.get("attention_mask")
     if mask is None:
-        return torch.ones(ids.shape, dtype=torch.bool)
+        return torch.ones(ids.shape, dtype=torch.bool, device=ids.device)
     if not isinstance(mask, Tensor) or mask.shape != ids.shape:
         seen = f"shape {tuple(mask.shape)}" if isinstance(mask, Tensor) else f"type {type(mask).__name__}"
         raise LoraDAError(
@@ -196,7 +198,7 @@ def _steps(values: Any, labels: Tensor) -> Tensor | None:
 def _starts_by_offsets(offsets: Any, labels: Tensor) -> Tensor | None:
     if not isinstance(offsets, Tensor) or offsets.dim() != 1:
         return None
-    starts = torch.zeros(labels.numel() + 1, dtype=torch.bool)
+    starts = torch.zeros(labels.numel() + 1, dtype=torch.bool, device=labels.device)
     starts[offsets.cpu().long()] = True
     return starts[:-1].view_as(labels)
 
@@ -206,6 +208,6 @@ def _starts_by_lengths(lengths: Any, labels: Tensor) -> Tensor | None:
         return None
     starts = torch.zeros_like(labels, dtype=torch.bool)
     for row, row_lengths in zip(starts, lengths, strict=True):
-        ends = torch.as_tensor(row_lengths).cumsum(0)
+        ends = torch.as_tensor(row_lengths, device="cpu").cumsum(0)
         row[ends[ends < len(row)]] = True
     return starts

@@ -91,7 +91,7 @@ class SequenceClassification(_Classification):
 
     def read(self, inputs: Mapping[str, Any], limit: int) -> Batch:
         labels = _row_labels(inputs)
-        labelled = torch.ones(len(labels), dtype=torch.bool)
+        labelled = torch.ones(len(labels), dtype=torch.bool, device=labels.device)
         if self._is_single_label(labels):
             labelled = (labels.view(len(labels), -1) != IGNORED).all(1).cpu()
         tokens = read_labelled_rows(inputs, labelled, limit)

@@ -59,9 +59,9 @@ class Reward(SequenceClassification):
                 "TRL's DataCollatorForPreference"
             )
         pairs = len(ids) // 2
-        beside = torch.arange(2 * pairs).view(2, pairs).T.flatten()  # chosen, rejected, chosen, …
+        beside = torch.arange(2 * pairs, device="cpu").view(2, pairs).T.flatten()  # chosen, rejected, chosen, …
         ordered = {k: self._ordered(k, v, beside) for k, v in inputs.items() if k not in NOT_FOR_THE_MODEL}
-        tokens = read_labelled_rows(ordered, torch.ones(pairs, dtype=torch.bool), limit)
+        tokens = read_labelled_rows(ordered, torch.ones(pairs, dtype=torch.bool, device="cpu"), limit)
         return Batch(ordered, tokens, by_row=frozenset({"margin"}), rows_of_document=2).counted_rows()
 
     def backward(self, batch: Batch, inputs: dict[str, Any], how: LossPass) -> Tensor:

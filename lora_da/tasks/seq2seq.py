@@ -122,7 +122,7 @@ class Seq2Seq(LanguageModel):
                 "`labels`, e.g. transformers.DataCollatorForSeq2Seq(tokenizer, model=model)"
             )
         tokens = read_tokens(self._target(inputs), limit, shifted=False)
-        counted = torch.zeros(tokens.rows, dtype=torch.bool)
+        counted = torch.zeros(tokens.rows, dtype=torch.bool, device=tokens.document.device)
         counted[(tokens.document.view(tokens.rows, -1) >= 0).any(1)] = True
         source = real_tokens(inputs, ids, "input_ids") & counted.unsqueeze(1)
         return SourceAndTarget(inputs, tokens, source=source)
