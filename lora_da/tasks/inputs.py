@@ -29,6 +29,8 @@ def model_inputs(model: PreTrainedModel, batch: Batch, device: torch.device, tex
     if _is_told_apart_by_positions(model, batch):
         # Padding starts anew too, and so is a document that nobody sees.
         dropped.add("attention_mask")
+    if text_only and model.config.is_encoder_decoder is False and _masks_nothing(batch):
+        dropped.add("attention_mask")  # known here, where asking the device about it would be to wait
     return {
         k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v
         for k, v in batch.inputs.items()
@@ -45,6 +47,15 @@ def notes_on(model: PreTrainedModel, batches: Sequence[Batch]) -> list[str]:
             "lets them see each other in training; let the collator leave the mask out"
         ]
     return []
+
+
+def _masks_nothing(batch: Batch) -> bool:
+    """Whether a mask says no more than that all is text: nobody takes what is missing then for several documents in a
+    row, as transformers does where positions start anew."""
+    mask, positions = batch.inputs.get("attention_mask"), batch.inputs.get("position_ids")
+    if not isinstance(mask, Tensor) or mask.dim() != 2 or not bool((mask == 1).all()):
+        return False
+    return positions is None or (isinstance(positions, Tensor) and bool((positions.diff(dim=-1) == 1).all()))
 
 
 def _is_told_apart_by_positions(model: PreTrainedModel, batch: Batch) -> bool:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
+from fake_cuda import fake_gpus
 
 import lora_da.collect.timing
-from lora_da.collect.timing import Stopwatch
+from lora_da.collect.timing import HELD, Stopwatch
 
 pytestmark = pytest.mark.once
 
@@ -80,3 +83,41 @@ def test_an_error_ends_its_section(clock: Clock) -> None:
 
 def test_nothing_measured() -> None:
     assert watch().seconds() == {}
+
+
+@pytest.mark.parametrize("held", [2, 3, 8])
+def test_what_is_summed_up_on_the_way_is_not_lost(held: int, clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lora_da.collect.timing, "HELD", held)
+    timed = watch()
+    for _ in range(50):
+        with timed("backward"):
+            clock.wait(1)
+            with timed("products"):
+                clock.wait(2)
+        clock.wait(4)
+        assert len(timed._marks) <= held
+    assert timed.seconds() == timed.seconds() == {"products": 100, "backward": 50}
+
+
+@pytest.mark.parametrize("lags", [False, True])
+def test_events_are_used_again(lags: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many sections there are, and nobody waits; while a GPU has not got to them, there are more."""
+    with fake_gpus() as gpus:
+        made: list[torch.cuda.Event] = []
+
+        class Event(torch.cuda.Event):  # type: ignore[misc]
+            def __init__(self, **settings: Any) -> None:
+                super().__init__(**settings)
+                made.append(self)
+
+            def query(self) -> bool:
+                return not lags
+
+        monkeypatch.setattr(torch.cuda, "Event", Event)
+        timed = Stopwatch(torch.device("cuda:0"))
+        for _ in range(2 * HELD):
+            with timed("products"):
+                pass
+        assert not gpus.waits and len(made) == (4 * HELD if lags else HELD)
+        first = timed.seconds()
+        assert first.keys() == {"products"} and first["products"] > 0 and timed.seconds() == first

@@ -121,6 +121,9 @@ def _of_cuda(patch: pytest.MonkeyPatch, gpus: FakeGpus) -> None:
         def elapsed_time(self, later: Event) -> float:
             return 1000 * (later.seconds - self.seconds)
 
+        def query(self) -> bool:
+            return True
+
         def synchronize(self) -> None:
             gpus.wait("synchronize")
 
