@@ -91,7 +91,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--gamma", type=float, help="divisor of the first step, in the place of measuring it")
     parser.add_argument("--cache-dir", help="folder for solved factors: the same command then starts from them")
-    parser.add_argument("--device", help="cpu, cuda, cuda:1 … (default: cuda if there is one)")
+    parser.add_argument("--device", help="cpu, cuda, cuda:1, xpu, mps … (default: a GPU of CUDA's or XPU's, or cpu)")
     parser.add_argument("--dtype", choices=DTYPES, default="auto", help="of the model (default: as it is stored)")
     asked = parser.parse_args(arguments)
     if asked.output is None and not asked.check:
@@ -173,7 +173,7 @@ def _device(name: str | None) -> str:
     import torch
 
     if name is None:
-        return "cuda" if torch.cuda.is_available() else "cpu"
+        return next((kind for kind in ("cuda", "xpu") if torch.get_device_module(kind).is_available()), "cpu")
     try:
         device = torch.device(name)
     except RuntimeError as error:

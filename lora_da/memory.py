@@ -1,4 +1,10 @@
-"""How much memory there is and how much was used."""
+"""How much memory there is and how much was used.
+
+An accelerator is asked by the module that torch has for it, `torch.cuda` or `torch.xpu`. What is CUDA's alone, and left
+out elsewhere: the gaps in the allocator's statistics, products of 16 bits that return float32 (`products`), and the
+precision of float32 products, which XPU and MPS compute in float32 as they are set. Where torch counts no memory, as on
+MPS, which shares the machine's, an accelerator is planned for as the CPU is, and copies and clocks are the host's.
+"""
 
 from __future__ import annotations
 

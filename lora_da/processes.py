@@ -9,6 +9,7 @@ import contextlib
 import hashlib
 import logging
 import os
+import pickle
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -24,6 +25,9 @@ from lora_da.model.blocks import NotSequential
 from lora_da.model.sharding import is_sharded
 
 logger = logging.getLogger(__name__)
+
+BACKENDS = {"nccl": "cuda", "xccl": "xpu"}  # those that know no other memory than a GPU's
+SLICE = 2**24  # bytes of a pickled value that are sent at once
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -47,8 +51,11 @@ class Processes:
         self.rank = dist.get_rank() if several else 0
         self.size = dist.get_world_size() if several else 1
         self.sharded = sharded and self.size > 1
-        nccl = several and "nccl" in dist.get_backend()  # it knows no other memory than the GPU's
-        self._device = torch.device("cuda", torch.cuda.current_device()) if nccl else torch.device("cpu")
+        backend = dist.get_backend() if several else ""
+        kind = next((kind for name, kind in BACKENDS.items() if name in backend), None)
+        self._device = torch.device("cpu")
+        if kind is not None:
+            self._device = torch.device(kind, torch.get_device_module(kind).current_device())
 
     def over(self, model: nn.Module) -> Processes:
         """The same processes, with a model that may be sharded over them."""
@@ -92,17 +99,17 @@ class Processes:
         """
         if self.size == 1:
             return do(*args, **kwargs)
-        made: list[Any] = [None, None]
+        made: Any = None
         if self.rank == 0:
             try:
-                made[0] = do(*args, **kwargs)
+                made = do(*args, **kwargs), None
             except Exception as error:
-                dist.broadcast_object_list([None, str(error)], device=self._device)
+                self._sent((None, str(error)), 0)
                 raise
-        dist.broadcast_object_list(made, device=self._device)
-        if made[1] is not None:
-            raise LoraDAError(made[1])
-        value: T = made[0]
+        made, failed = self._sent(made, 0)
+        if failed is not None:
+            raise LoraDAError(failed)
+        value: T = made
         return value
 
     def anywhere(self, flag: bool) -> bool:
@@ -116,12 +123,8 @@ class Processes:
                 logger.warning("%s", message)
 
     def gathered(self, value: T) -> list[T]:
-        """Each process's value, by rank. The values are pickled, which only our own processes' may be."""
-        values: list[Any] = [value]
-        if self.size > 1:
-            values = [None] * self.size
-            dist.all_gather_object(values, value)
-        return values
+        """Each process's value, by rank."""
+        return [value] if self.size == 1 else [self._sent(value, rank) for rank in range(self.size)]
 
     def common(self, key: str) -> str:
         """One key for all: their own where they have the same, another for each list of them."""
@@ -157,6 +160,25 @@ class Processes:
             owners[name] = min(range(self.size), key=lambda rank: (load[rank], rank))
             load[owners[name]] += costs[name]
         return owners
+
+    def _sent(self, value: Any, source: int) -> Any:
+        """The value that process `source` has, in all of them. It is pickled, which only our own processes' may be.
+
+        Where no other way leads through than a GPU's memory, it takes `SLICE` bytes of that, whatever is sent: the
+        factors of all layers are as much as an adapter, and nobody has counted them there.
+        """
+        is_mine = self.rank == source
+        data = pickle.dumps(value) if is_mine else b""
+        size = torch.tensor(len(data), dtype=torch.int64, device=self._device)
+        dist.broadcast(size, source)
+        received = bytearray()
+        for start in range(0, int(size), SLICE):
+            part = torch.empty(min(SLICE, int(size) - start), dtype=torch.uint8, device=self._device)
+            if is_mine:
+                part = torch.frombuffer(bytearray(data[start : start + SLICE]), dtype=torch.uint8).to(self._device)
+            dist.broadcast(part, source)
+            received += part.cpu().numpy().tobytes()
+        return value if is_mine else pickle.loads(bytes(received))
 
     def _largest(self, number: int) -> int:
         if self.size == 1:

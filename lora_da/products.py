@@ -28,7 +28,7 @@ def summable(rows: Tensor, computed_in: torch.dtype) -> Tensor:
         rows: x or d of a layer.
         computed_in: the dtype that the layer casts its input to.
     """
-    if rows.device.type == "cuda" and (rows.dtype in HALF or computed_in == torch.bfloat16):
+    if rows.device.type != "cpu" and (rows.dtype in HALF or computed_in == torch.bfloat16):
         half = rows.dtype if rows.dtype in HALF else computed_in
         if returns_float32(rows.device, half):
             return rows.to(half)
@@ -56,7 +56,7 @@ def add_squares(sum_: Tensor, d: Tensor) -> None:
 
 def multiplies_16_bits(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether layers that compute in a dtype have their products made of 16 bits."""
-    return device.type == "cuda" and dtype in HALF and returns_float32(device, dtype)
+    return device.type != "cpu" and dtype in HALF and returns_float32(device, dtype)
 
 
 def product_itemsize(device: torch.device, dtype: torch.dtype) -> int:
@@ -77,7 +77,7 @@ def block_rows(i: int) -> list[tuple[int, int]]:
 
 @functools.lru_cache
 def returns_float32(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether a GPU's products of 16 bit can return float32, as it is found out once: ROCm and old CUDA refuse it.
+    """Whether a GPU's products of 16 bit can return float32, as it is found out once: ROCm, old CUDA and XPU refuse it.
 
     Raises:
         RuntimeError: memory ran out, so that nothing was found out.

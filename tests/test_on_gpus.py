@@ -183,10 +183,13 @@ def test_a_full_gpu_does_not_count_as_one_that_refuses() -> None:
 
 @pytest.mark.parametrize("method", ["lora_da", "filet"])
 def test_four_bit(tmp_path: Path, method: str) -> None:
-    """bitsandbytes's own kernels run, those for the CPU; `filet` has the weights dequantised."""
+    """bitsandbytes's own kernels run, those for the CPU; `filet` has the weights dequantised.
+
+    A GPU squares d of 16 bit as it reads it, and rounds otherwise than the CPU; the solver makes more of that.
+    """
     pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
     base = four_bit(tiny_llama(num_hidden_layers=2, **WIDE), tmp_path, "double-quantisation", torch.bfloat16)
-    check_on_a_gpu(lambda: with_lora(copy.deepcopy(base)), REORDERED, method=method, way=WAYS["2 segments"])
+    check_on_a_gpu(lambda: with_lora(copy.deepcopy(base)), REBATCHED, method=method, way=WAYS["2 segments"])
 
 
 def test_a_second_run_takes_the_firsts_solution(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from weakref import WeakSet
 import torch
 from torch import Tensor
 
-from lora_da.memory import is_out_of_memory
+from lora_da.memory import counts_memory, is_out_of_memory
 
 
 class Border:
@@ -23,7 +23,7 @@ class Border:
         nbytes: of what is kept.
     """
 
-    def __init__(self, n: int, device: torch.device, copies: torch.cuda.Stream | None) -> None:
+    def __init__(self, n: int, device: torch.device, copies: torch.Stream | None) -> None:
         self.nbytes = 0
         self._held: list[Tensor | None] = [None] * n
         self._factor = 1.0
@@ -37,8 +37,9 @@ class Border:
         if self._copies is None:
             self._held[number] = tensor
             return
-        self._copies.wait_stream(torch.cuda.current_stream(self._device))
-        with torch.cuda.stream(self._copies):
+        gpu = torch.get_device_module(self._device)
+        self._copies.wait_stream(gpu.current_stream(self._device))
+        with gpu.stream(self._copies):
             try:
                 self._held[number] = tensor.to("cpu", non_blocking=True)  # into pinned memory, as torch does it here
             except RuntimeError as error:
@@ -52,7 +53,7 @@ class Border:
         tensor = self._ahead[1] if self._ahead is not None and self._ahead[0] == number else self._fetch(number)
         self._ahead = None
         if self._copies is not None:
-            current = torch.cuda.current_stream(self._device)
+            current = torch.get_device_module(self._device).current_stream(self._device)
             current.wait_stream(self._copies)
             tensor.record_stream(current)
             if following is not None and following < len(self._held):
@@ -89,7 +90,7 @@ class Border:
             raise LookupError(f"nothing is kept for batch {number}")
         if self._copies is None:
             return held
-        with torch.cuda.stream(self._copies):
+        with torch.get_device_module(self._device).stream(self._copies):
             return held.to(self._device, non_blocking=True)
 
 
@@ -105,7 +106,7 @@ class Borders:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._copies = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._copies = torch.get_device_module(device).Stream(device) if counts_memory(device) else None
         self.hidden: dict[int, Border] = {}
         self.gradients: dict[int, Border] = {}
         self.first_batch: dict[int, Tensor] = {}

@@ -9,6 +9,7 @@ import torch
 
 from lora_da.adapter import AdapterLayer
 from lora_da.collect.survey import Survey
+from lora_da.memory import counts_memory
 from lora_da.needs import Needs
 from lora_da.products import block_rows
 from lora_da.samples.batch import Batch
@@ -176,6 +177,6 @@ def in_solving_order(layers: Sequence[AdapterLayer]) -> list[AdapterLayer]:
 def border_bytes(batches: Sequence[Batch], survey: Survey, device: torch.device) -> int:
     """Hidden states or gradients at one border, on the CPU."""
     sizes = [b.n_positions * survey.bytes_per_token for b in batches]
-    if device.type == "cuda":  # torch hands out pinned memory in powers of two
+    if counts_memory(device):  # torch hands out pinned memory in powers of two
         sizes = [1 << (size - 1).bit_length() for size in sizes]
     return sum(sizes)

@@ -164,9 +164,13 @@ def flags_kept(model: nn.Module) -> Iterator[None]:
 def random_states() -> Iterator[None]:
     """Random states are as they were when the context is left."""
     python, numpy_state = random.getstate(), np.random.get_state()
+    mps = torch.mps.get_rng_state() if torch.backends.mps.is_available() else None  # one that `fork_rng` does not know
+    kind = "xpu" if torch.xpu.is_available() else "cuda"
     try:
-        with torch.random.fork_rng(range(torch.cuda.device_count())):
+        with torch.random.fork_rng(range(torch.get_device_module(kind).device_count()), device_type=kind):
             yield
     finally:
         random.setstate(python)
         np.random.set_state(numpy_state)
+        if mps is not None:
+            torch.mps.set_rng_state(mps)
