@@ -16,7 +16,7 @@ from stacks import stacked, with_experts
 from torch import Tensor, nn
 
 from lora_da.adapter import find_adapter
-from lora_da.collect.forecast import ACTIVATIONS, Forecast, Segment
+from lora_da.collect.forecast import Forecast, Segment
 from lora_da.collect.survey import Survey
 from lora_da.tasks.head import CHUNK
 
@@ -105,9 +105,9 @@ def test_experts_in_one_parameter(family: str) -> None:
     floats = {t.untyped_storage().data_ptr(): t for t in saved if t.is_floating_point()}
     kept = sum(t.untyped_storage().nbytes() for place, t in floats.items() if place not in ours)
     of_linear = sum(m.in_features + m.out_features for m in base.model.layers[0].modules() if isinstance(m, nn.Linear))
-    forecast = ACTIVATIONS * TOKENS * survey.itemsize * (survey.linear_features[0] - of_linear)
+    forecast = survey.kept * TOKENS * (survey.linear_features[0] - of_linear)
     assert kept / 2 <= forecast <= 4 * kept
-    needed = Forecast(survey, TOKENS, COLUMNS, needs(), False, 0)
+    needed = Forecast(survey, TOKENS, COLUMNS, 0, CHUNK, needs(), False, 0)
     experts = [layer for layer in layers if layer.name.startswith(f"{PREFIX}{name}.")]
     assert len(experts) == 8
     numbers = sum(a.in_features**2 + a.in_features * a.out_features + a.out_features**2 for a in experts)
