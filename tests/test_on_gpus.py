@@ -213,7 +213,7 @@ def test_a_card_that_is_too_small_for_one_pass() -> None:
 
 
 def test_large_batches_where_there_is_room(caplog: pytest.LogCaptureFixture) -> None:
-    """Of 8,192 tokens, and of the head's of 2,048, while that leaves the plan as cheap as small ones do; results change
+    """Batches of 8,192 tokens, chunks of 2,048, while that leaves the plan as cheap as small ones do; results change
     by rounding, and no more is taken than was forecast. On the CPU all is as it was."""
     rows, sizes = documents([64] * 160), {"num_hidden_layers": 2, "vocab_size": 1024}
     plans: list[Plan] = []

@@ -80,9 +80,9 @@ def _saved(forward: Callable[[], Tensor]) -> int:
     saved: dict[int, tuple[int, Tensor]] = {}
 
     def note(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        saved[storage.data_ptr()] = storage.nbytes(), tensor.detach()  # held, so that no other takes its place
-        return tensor
+        kept, storage = tensor.detach(), tensor.untyped_storage()
+        saved[storage.data_ptr()] = storage.nbytes(), kept  # held, so that no other takes its place
+        return kept  # detached: an operation that keeps its own output would hold itself
 
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
         forward()
