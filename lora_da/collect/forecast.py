@@ -103,7 +103,7 @@ class Forecast:
         """What is behind the blocks: the logits of a chunk and the head's product, then the gradients of a norm."""
         survey, product = self.survey, max((self._product(a) for a in segment.layers if a.is_head), default=0)
         return max(
-            LOGIT * self.chunk * survey.vocabulary + survey.cast_head + product,
+            LOGIT * min(self.chunk, self.batch_tokens) * survey.vocabulary + survey.cast_head + product,
             NORM * self._hidden // survey.itemsize,
         )
 
