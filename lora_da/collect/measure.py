@@ -43,7 +43,7 @@ def kept_by_feature(
     """
     half = batch.beginning(batch.shape[1] // 2)
     tokens, features = batch.n_positions - half.n_positions, max(survey.linear_features)
-    if survey.sequence is None or not (needs.sums.backward and tokens and features):
+    if survey.sequence is None or not (needs.sums.backward and half.n_positions and tokens and features):
         return 0.0
     bases = {layer.name: layer.base for layer in layers}
     watched = {layer.name: layer.watched for layer in layers}
