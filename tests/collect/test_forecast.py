@@ -104,7 +104,8 @@ def test_experts_in_one_parameter(family: str) -> None:
     ours = {p.untyped_storage().data_ptr() for p in (*module.parameters(), hidden)}
     floats = {t.untyped_storage().data_ptr(): t for t in saved if t.is_floating_point()}
     kept = sum(t.untyped_storage().nbytes() for place, t in floats.items() if place not in ours)
-    of_linear = sum(m.in_features + m.out_features for m in base.model.layers[0].modules() if isinstance(m, nn.Linear))
+    block = stacked(family).model.layers[0]
+    of_linear = sum(m.in_features + m.out_features for m in block.modules() if isinstance(m, nn.Linear))
     forecast = survey.kept * TOKENS * (survey.linear_features[0] - of_linear)
     assert kept / 2 <= forecast <= 4 * kept
     needed = Forecast(survey, TOKENS, COLUMNS, 0, CHUNK, needs(), False, 0)
