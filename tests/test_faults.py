@@ -36,6 +36,7 @@ EXPECTED: dict[str, dict[Any, str]] = {
     "collator": {OUT_OF_MEMORY: RAISED},
     "survey": {OUT_OF_MEMORY: RAISED, NAN: DONE},
     "survey, a block alone": {RuntimeError: DONE, OUT_OF_MEMORY: RAISED, NAN: DONE},  # it counts as one that cannot be
+    "survey, a block measured": {OUT_OF_MEMORY: RAISED, NAN: DONE},
     "borders": {OUT_OF_MEMORY: DONE, NAN: NO_LOSS},
     "forward": {OUT_OF_MEMORY: DONE, NAN: NO_LOSS},
     "head": {OUT_OF_MEMORY: DONE, NAN: NO_LOSS},
@@ -77,8 +78,8 @@ RUNS = {
     "passes, not re-entrant": Run(PASSES, reentrant=False),
 }
 QUICK = ("streamed",)
-# The first block runs three times before it runs alone: once for the loss to be looked at.
-CALLS = {"survey": (1, 2, 3), "survey, a block alone": (4,)}
+# The first block runs three times before it runs alone, once for the loss to be looked at, and four times afterwards.
+CALLS = {"survey": (1, 2, 3), "survey, a block alone": (4,), "survey, a block measured": (5, 8)}
 
 
 def cases() -> list[Any]:

@@ -80,7 +80,7 @@ def at_the_borders(patch: pytest.MonkeyPatch, model: PeftModel, fault: Fault) ->
 
     def run(self: BlockSequence, hidden: Any, keep: Any, **inputs: Any) -> Any:
         faulty = {number: lambda state, put=put: put(fault(state)) for number, put in keep.items()}
-        return original(self, hidden, faulty, **inputs)
+        return original(self, hidden, faulty if fault.swept else keep, **inputs)  # not while a block is measured
 
     patch.setattr(BlockSequence, "run", run)
 
@@ -192,6 +192,7 @@ STAGES: dict[str, Lay] = {
     "collator": lambda patch, model, fault: None,
     "survey": in_the_survey,
     "survey, a block alone": in_the_survey,
+    "survey, a block measured": in_the_survey,
     "borders": at_the_borders,
     "forward": in_the_forward,
     "head": in_the_head,
