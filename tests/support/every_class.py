@@ -10,6 +10,7 @@ import re
 import sys
 import warnings
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -55,12 +56,14 @@ class Own:
         gradients: of it in the weights (o, i) of the linear layers that were called, where it has one.
         inputs: (rows, columns, i) of those among them that were called once.
         calls: how often they were called.
+        of_experts: gradients in the matrices (o, i) of experts that share a parameter.
     """
 
     loss: float
     gradients: dict[str, Tensor]
     inputs: dict[str, Tensor]
     calls: Counter[str]
+    of_experts: dict[str, Tensor]
 
 
 @dataclass(frozen=True)
@@ -155,7 +158,17 @@ def own_of(base: PreTrainedModel, batch: dict[str, Tensor]) -> Own:
         {p: g.T if isinstance(layers[p], Conv1D) else g for p, g in gradients.items() if bool(g.any())},
         {path: x for path, x in seen.items() if calls[path] == 1 and x.dim() == 3},
         calls,
+        dict(_of_experts(twin)),
     )
+
+
+def _of_experts(twin: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """The gradient of each matrix (o, i) in the parameters that hold those of all experts, by parameter and number."""
+    for path, module in twin.named_modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if parameter.dim() == 3 and parameter.grad is not None:
+                grad = parameter.grad.mT if getattr(module, "is_transposed", False) else parameter.grad
+                yield from ((f"{path}.{name}.{number}", matrix) for number, matrix in enumerate(grad))
 
 
 def outcome_of(name: str) -> Outcome:
@@ -181,7 +194,7 @@ def outcome_of(name: str) -> Outcome:
         return Outcome("refused", str(error))
     off, shifted = {}, 0 if base.config.is_encoder_decoder else 1
     for path, found in statistics.items():
-        off[f"{path}, G"] = distance(found.grad, own.gradients[path])
+        off[f"{path}, G"] = distance(found.grad, (own.gradients | own.of_experts)[path])
         covariance = _covariance(own.inputs.get(path), batch, found.n_tokens, shifted)
         if covariance is not None:
             off[f"{path}, Z"] = distance(found.input_cov, covariance)
