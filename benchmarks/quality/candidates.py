@@ -77,6 +77,14 @@ def double_scale(statistics: LayerStatistics, layer: LayerSpec, preset: Preset) 
     return _scaled(lora_da(statistics, layer, preset), 2.0)
 
 
+def plain_norm(statistics: LayerStatistics, layer: LayerSpec, preset: Preset) -> LoraFactors:
+    """The default, its A with the Frobenius norm that plain LoRA's is expected to have, and B the rest of the step.
+    Adam moves every number by the rate, so a smaller A turns faster."""
+    factors = lora_da(statistics, layer, preset)
+    expected = math.sqrt(layer.plain_variance * factors.lora_A.numel())
+    return _scaled(factors, expected / torch.linalg.vector_norm(factors.lora_A).item())
+
+
 def equal_energies(statistics: LayerStatistics, layer: LayerSpec, preset: Preset) -> LoraFactors:
     """The default, every row a of its A with the same input energy a Z aᵀ, that of plain LoRA's; the step unchanged."""
     factors, (_, cov, _) = lora_da(statistics, layer, preset), _double(statistics)
@@ -103,6 +111,7 @@ _TRIED = (
     slope_matched,
     half_scale,
     double_scale,
+    plain_norm,
     equal_energies,
     half_random,
 )

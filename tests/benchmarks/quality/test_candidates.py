@@ -148,6 +148,14 @@ def test_a_scale_changes_how_the_step_is_shared(name: str, factor: float) -> Non
     assert torch.allclose(step(scaled), step(default), atol=1e-12)
 
 
+def test_a_plain_norm_is_that_of_plain_loras_A() -> None:
+    statistics = layer()
+    default, found = solve_lora_da(statistics, RANK, **SETTINGS), solved("plain_norm", statistics)
+    assert float(found.lora_A.norm()) ** 2 == pytest.approx(PLAIN_VARIANCE * RANK * 7, rel=1e-6)
+    assert same_span(found.lora_A, default.lora_A)
+    assert torch.allclose(step(found), step(default), atol=1e-12)
+
+
 def test_equal_energies_are_plain_loras_row_by_row() -> None:
     statistics = layer()
     default, found = solve_lora_da(statistics, RANK, **SETTINGS), solved("equal_energies", statistics)
