@@ -14,7 +14,7 @@ import contextlib
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from peft import PeftModel
@@ -60,19 +60,31 @@ def notes_on(numbers: Preset | Numbers, data: InitData) -> list[str]:
     ]
 
 
-def chosen(
-    solution: Solution,
-    kind: str | None,
-    model: PeftModel,
-    task: Task,
-    adapter: Adapter,
-    data: InitData,
-    run: Run,
-    batch_tokens: int,
-) -> Solution:
+@dataclass(frozen=True)
+class Trial:
+    """Where lengths are tried.
+
+    Args:
+        model: with the adapter.
+        task: of its base.
+        adapter: that a solution is for.
+        data: with the other documents; where there are none, nothing is tried.
+        run: where.
+        batch_tokens: positions in a batch at most.
+    """
+
+    model: PeftModel
+    task: Task
+    adapter: Adapter
+    data: InitData
+    run: Run
+    batch_tokens: int
+
+
+def chosen(solution: Solution, kind: str | None, trial: Trial) -> Solution:
     """The solution with the first step that `first_step` in the settings names: `measured`, `none`, or as solved."""
     if kind == "measured":
-        return with_measured_length(solution, model, task, adapter, data, run, batch_tokens)
+        return with_measured_length(solution, trial)
     return with_zero_B(solution) if kind == "none" else solution
 
 
@@ -81,32 +93,16 @@ def with_zero_B(solution: Solution) -> Solution:
     return _scaled(solution, dict.fromkeys(solution.factors, 0.0))
 
 
-def with_measured_length(
-    solution: Solution,
-    model: PeftModel,
-    task: Task,
-    adapter: Adapter,
-    data: InitData,
-    run: Run,
-    batch_tokens: int,
-) -> Solution:
-    """The solution with the lora_B that lowers the loss of the other documents the most.
+def with_measured_length(solution: Solution, trial: Trial) -> Solution:
+    """The solution with the lora_B that lowers the loss of the other documents the most; zero where there are none.
 
     In several processes all of them call this, each with the same solution, and all choose alike. The adapter's
     parameters are as they were when this returns or raises.
 
-    Args:
-        solution: its lora_B is scaled.
-        model: with the adapter.
-        task: of its base.
-        adapter: that the solution is for.
-        data: with the other documents; where there are none, lora_B is zero.
-        run: where.
-        batch_tokens: positions in a batch at most.
-
     Raises:
         LoraDAError: one row does not fit in memory.
     """
+    model, task, adapter, data, run = trial.model, trial.task, trial.adapter, trial.data, trial.run
     began, processes = time.perf_counter(), run.processes
     weights = {name: 1 / (layer.fisher_length or 1.0) for name, layer in solution.report.layers.items()}
     unit = _length(solution, adapter, weights)
@@ -121,7 +117,7 @@ def with_measured_length(
 
     def loss_at(length: float) -> float:
         adapter.write(at(length).factors, processes.together)
-        parts = [part for batch in batches for part in divided(batch, batch_tokens)]
+        parts = [part for batch in batches for part in divided(batch, trial.batch_tokens)]
         with prepared(model, task.blocks, run.device), estimation_mode(model, with_adapter=True), torch.no_grad():
             total = processes.everywhere(_loss, task, parts, run)
         return processes.total(total).item() / n_loss_tokens

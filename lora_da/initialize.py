@@ -108,8 +108,8 @@ def initialize_lora_da_weights(
             solver = LayerSolver(method, numbers, data)
             collected = collect(task, adapter.layers, data, needs, run, solver.solve, plan)
             solution = processes.everywhere(solution_of, collected, adapter, data, needs)
-        at_once = collected.plan.batch_tokens
-        solution = first_step.chosen(solution, numbers.first_step, peft_model, task, adapter, data, run, at_once)
+        trial = first_step.Trial(peft_model, task, adapter, data, run, collected.plan.batch_tokens)
+        solution = first_step.chosen(solution, numbers.first_step, trial)
         if entry is not None:
             processes.once(entry.store, solution)
     notes = [*notes_on(base, data.batches), *left_out_of_the_loss(base), *first_step.notes_on(numbers, data)]

@@ -74,7 +74,7 @@ class Movement:
 
 
 def singular_values(lora_A: Tensor, lora_B: Tensor) -> Tensor:
-    """Of lora_B·lora_A, (r,), without forming it."""
+    """Give those of lora_B·lora_A, (r,), without forming it."""
     outer, inner = torch.linalg.qr(lora_B)[1], torch.linalg.qr(lora_A.T)[1]
     return torch.linalg.svdvals(outer @ inner.T)
 

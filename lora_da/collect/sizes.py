@@ -37,7 +37,7 @@ class BlockSizes:
 
     @classmethod
     def of(cls, block: nn.Module, config: Any) -> BlockSizes:
-        """Of a block, or a whole model, of this configuration."""
+        """Look at a block, or a whole model, of this configuration."""
         asked = getattr(config.get_text_config(), "num_experts_per_tok", None)
         return cls(_widths_in(block), _stacks_in(block), asked if isinstance(asked, int) else None)
 
