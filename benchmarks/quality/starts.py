@@ -23,7 +23,7 @@ from lora_da.adapter import Adapter, find_adapter
 from lora_da.config import METHODS, PRESETS
 from lora_da.methods.method import Method
 
-CONTROLS = ("zero_B", "random_A", "plain_scale")
+CONTROLS = ("zero_B", "half_B", "random_A", "plain_scale")
 A_TIMES, FROZEN_A = "A_times", "frozen_A"
 OWN_SETTINGS = ("control", "candidate", FROZEN_A)  # of a start, beside those of `LoraDAConfig`
 PLAINS_SETTINGS = (A_TIMES, FROZEN_A)  # all that plain LoRA has
@@ -115,8 +115,9 @@ def control(model: PeftModel, kind: str, seed: int) -> None:
     """Change a start so that it tells what of it matters.
 
     Args:
-        kind: `zero_B`, the chosen A alone; `random_A`, a random A of each chosen A's norm, and no B; `plain_scale`, the
-            chosen A with the norm that plain LoRA's is expected to have, and no B.
+        kind: `zero_B`, the chosen A alone; `half_B`, half the way along the first step; `random_A`, a random A of each
+            chosen A's norm, and no B; `plain_scale`, the chosen A with the norm that plain LoRA's is expected to have,
+            and no B.
         seed: of the random A.
 
     Raises:
@@ -132,7 +133,7 @@ def control(model: PeftModel, kind: str, seed: int) -> None:
             a = noise * (a.norm() / noise.norm())
         elif kind == "plain_scale":
             a = a * ((layer.plain_variance * a.numel()) ** 0.5 / a.norm())
-        elif kind != "zero_B":
+        elif kind not in ("zero_B", "half_B"):
             raise BenchmarkError(f"control is {kind!r}; set one of {', '.join(CONTROLS)}")
-        factors[layer.name] = (a, torch.zeros_like(b))
+        factors[layer.name] = (a, b / 2 if kind == "half_B" else torch.zeros_like(b))
     Adapter(adapter.name, adapter.layers, {}).write(factors)

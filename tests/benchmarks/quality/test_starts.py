@@ -27,10 +27,12 @@ def test_a_control_keeps_what_it_says(data, runner, base, kind):
     adapted, _ = runner._start(rows, cell)()
     try:
         chosen = {layer.name: layer.lora_A.detach().clone() for layer in find_adapter(adapted).layers}
+        stepped = {layer.name: layer.lora_B.detach().clone() for layer in find_adapter(adapted).layers}
+        assert all(b.any() for b in stepped.values())
         control(adapted, kind, seed=0)
         for layer in find_adapter(adapted).layers:
             a, before = layer.lora_A.detach(), chosen[layer.name]
-            assert not layer.lora_B.any()
+            assert torch.equal(layer.lora_B, stepped[layer.name] * (0.5 if kind == "half_B" else 0.0))
             direction = torch.nn.functional.cosine_similarity(a.flatten(), before.flatten(), dim=0)
             assert (direction > 0.999) == (kind != "random_A")
             expected = before.norm() if kind != "plain_scale" else (layer.plain_variance * a.numel()) ** 0.5
