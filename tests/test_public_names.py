@@ -80,6 +80,7 @@ CELL = """
 """.split()
 # What lines of before have not, and what their cells are then read with.
 YOUNGER_LINE = "full step_seconds exact_match".split()
+YOUNGEST_LINE = ["movement"]
 YOUNGER_CELL = {"adapters": "bf16", "alpha_over_r": 2.0, "full_at": (), "exact_match_rows": 0}
 ENVIRONMENT = "versions hardware command commit date".split()
 
@@ -136,11 +137,12 @@ def test_the_sweeps_are_on_file() -> None:
 def test_results_on_file_have_their_keys(path: Path) -> None:
     lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     for line in lines:
-        old, young = (LINE, CELL), (LINE + YOUNGER_LINE, CELL + list(YOUNGER_CELL))
-        assert (list(line), list(line["cell"])) in (old, young) and list(line["environment"]) == ENVIRONMENT
+        young = CELL + list(YOUNGER_CELL)
+        known = (LINE, CELL), (LINE + YOUNGER_LINE, young), (LINE + YOUNGER_LINE + YOUNGEST_LINE, young)
+        assert (list(line), list(line["cell"])) in known and list(line["environment"]) == ENVIRONMENT
     finished = read([path])
     assert (len(finished.results), finished.notes) == (len(lines), ())
-    assert [field.name for field in dataclasses.fields(Result)] == LINE + YOUNGER_LINE
+    assert [field.name for field in dataclasses.fields(Result)] == LINE + YOUNGER_LINE + YOUNGEST_LINE
     cells = [YOUNGER_CELL | line["cell"] for line in lines]
     expected = [{**cell, "full_at": tuple(cell["full_at"])} for cell in cells]
     assert [dataclasses.asdict(result.cell) for result in finished.results] == expected
