@@ -39,6 +39,7 @@ def test_commands_are_found():
         *(
             "__main__.py",
             "curves.py",
+            "first_length.py",
             "init_cost.py",
             "planted_faults.py",
             "report.py",
