@@ -88,42 +88,29 @@ def collect(
         LoraDAError: the loss is not finite, a layer was never reached, or one layer and one row do not fit in memory.
     """
     with expert_by_expert(layer.base for layer in layers if layer.slice is not None):
-        return _collect_as_fits(task, layers, data, needs, run, solve_layer, plan)
-
-
-def _collect_as_fits(
-    task: Task,
-    layers: Sequence[AdapterLayer],
-    data: InitData,
-    needs: Needs,
-    run: Run,
-    solve_layer: SolveLayer[T],
-    plan: Planner,
-) -> Collected[T]:
-    """See `collect`."""
-    glimpse = data.batches[-1].glimpse()
-    surveyed = run.processes.everywhere(lambda: survey_model(task, layers, task.inputs(glimpse, run.device), needs))
-    why_not = next(filter(None, run.processes.gathered(surveyed.why_not)), "")
-    if why_not:  # in one process is in all
-        surveyed = surveyed.uncut(why_not)
-    kept = run.processes.everywhere(kept_by_feature, task, layers, glimpse, needs, surveyed, run.device)
-    surveyed = surveyed.measured(max(run.processes.gathered(kept)))  # all plan alike
-    run.processes.everywhere(settle, run.device)
-    while True:
-        planned = plan(surveyed, layers, data.batches, needs, run)
-        if planned.device_bytes > planned.budget:
-            logger.warning("LoRA-DA: more memory is needed than there is to plan with: %s", planned.line())
-        if planned.warning:
-            run.processes.warn(f"LoRA-DA: {planned.warning}")
-        try:
-            return _collect(Work(task, data, needs, surveyed, planned, run, Stopwatch(run.device)), solve_layer)
-        except NotSequential as reason:
-            if run.processes.sharded:  # the others are inside a forward that waits for this process
-                raise LoraDAError(
-                    f"the model cannot be streamed: {reason}; set a `memory_budget` in which it runs in one pass"
-                ) from reason
-            logger.warning("LoRA-DA: not streamed, in several passes instead: %s", reason)
-            surveyed = surveyed.uncut(str(reason))
+        glimpse = data.batches[-1].glimpse()
+        surveyed = run.processes.everywhere(lambda: survey_model(task, layers, task.inputs(glimpse, run.device), needs))
+        why_not = next(filter(None, run.processes.gathered(surveyed.why_not)), "")
+        if why_not:  # in one process is in all
+            surveyed = surveyed.uncut(why_not)
+        kept = run.processes.everywhere(kept_by_feature, task, layers, glimpse, needs, surveyed, run.device)
+        surveyed = surveyed.measured(max(run.processes.gathered(kept)))  # all plan alike
+        run.processes.everywhere(settle, run.device)
+        while True:
+            planned = plan(surveyed, layers, data.batches, needs, run)
+            if planned.device_bytes > planned.budget:
+                logger.warning("LoRA-DA: more memory is needed than there is to plan with: %s", planned.line())
+            if planned.warning:
+                run.processes.warn(f"LoRA-DA: {planned.warning}")
+            try:
+                return _collect(Work(task, data, needs, surveyed, planned, run, Stopwatch(run.device)), solve_layer)
+            except NotSequential as reason:
+                if run.processes.sharded:  # the others are inside a forward that waits for this process
+                    raise LoraDAError(
+                        f"the model cannot be streamed: {reason}; set a `memory_budget` in which it runs in one pass"
+                    ) from reason
+                logger.warning("LoRA-DA: not streamed, in several passes instead: %s", reason)
+                surveyed = surveyed.uncut(str(reason))
 
 
 def _collect(work: Work, solve_layer: SolveLayer[T]) -> Collected[T]:

@@ -169,7 +169,11 @@ def test_borders_need_memory_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None
     in_fours = planner(PLENTY).device_bytes
     while (plenty := planner(in_fours / GIB)).cuts < BLOCKS:
         in_fours = plenty.device_bytes - 1
-    in_fours = plenty.device_bytes  # not more, or fewer segments of smaller batches will do
+    in_fours = int(
+        0.8 * plenty.device_bytes
+    )  # with more, one checkpointed segment of smaller batches does nearly as well
+    plenty = planner(in_fours / GIB)
+    assert plenty.cuts == BLOCKS and plenty.device_bytes <= plenty.budget
     at_a_border = sum(rows * columns for rows, columns in (batch.shape for batch in planner.batches)) * 32 * 4
     costs = []
     for room in range(0, 8 * at_a_border, at_a_border // 4):
@@ -182,7 +186,7 @@ def test_borders_need_memory_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None
         assert plan.cuts == BLOCKS or plan.borders < 2
         assert served(plan) == sorted(layer.name for layer in planner.layers)
         assert ("memory of the CPU is short" in plan.warning) == (plan.cost > 2.5 * plenty.cost)
-    assert costs == sorted(costs, reverse=True) and costs[-1] == plenty.cost and costs[0] > 1.5 * plenty.cost
+    assert costs == sorted(costs, reverse=True) and costs[-1] == plenty.cost and costs[0] > 2.5 * plenty.cost
 
 
 @pytest.mark.parametrize("free", [1, 2**20, 2**34])
