@@ -49,11 +49,11 @@ def _comes_off() -> bool:
     """Whether PEFT takes a parameter's adapter off again where the parameter is parametrised: 0.21.2 leaves what was on
     in one forward for all that follow, in training too."""
     module: Any = nn.Identity()
-    module.weight = nn.Parameter(torch.zeros(2, 1, 1))
+    module.weight = nn.Parameter(torch.zeros(2, 1, 1, device="cpu"))
     parametrize.register_parametrization(module, "weight", nn.Identity())
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        ParamWrapper(module, "probe", "weight", LoraConfig(r=1), r=1, lora_alpha=1)(torch.zeros(1))
+        ParamWrapper(module, "probe", "weight", LoraConfig(r=1), r=1, lora_alpha=1)(torch.zeros(1, device="cpu"))
     return len(module.parametrizations["weight"]) == 1
 
 
