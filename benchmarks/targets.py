@@ -62,8 +62,9 @@ def targets(result: dict[str, Any]) -> list[Target]:
         return found.get((entry, base), {}).get(what)
 
     seconds = of(judged, "nf4", "seconds")
-    solve = found.get((judged, "nf4"), {}).get("timings", {}).get("solve")
-    unsolved = None if seconds is None or solve is None else seconds - solve
+    timings = found.get((judged, "nf4"), {}).get("timings", {})
+    solve, first_step = timings.get("solve"), timings.get("first step")
+    unstepped = None if seconds is None or first_step is None else seconds - first_step
     plain = of(PLAIN_PASS, "nf4", "seconds")
     floor = _sum(plain, of(PRODUCTS, "nf4", "seconds"))
     one_pass = of(ONE_PASS, "nf4", "seconds")
@@ -73,12 +74,12 @@ def targets(result: dict[str, Any]) -> list[Target]:
     absolute = None if peak is None else peak / GIB
     limit = "≤ 10" if result["model"] == "llama-2-7b" else ""
     return [
-        Target(
-            "time, ours without its solve ÷ (plain pass + products alone)", "≤ 1.3", "≤ 1.25", _over(unsolved, floor)
-        ),
-        Target("time, ours with its solve ÷ (plain pass + products alone)", "", "", _over(seconds, floor)),
-        Target("time, ours with its solve ÷ plain pass alone", "≤ 2.2", "≤ 2.0", _over(seconds, plain)),
-        Target("time, solve ÷ ours", "≤ 0.2", "≤ 0.2", _over(solve, seconds)),
+        Target("time, ours ÷ (plain pass + products alone)", "≤ 1.0", "≤ 1.0", _over(seconds, floor)),
+        Target("time, ours without its first step ÷ (plain pass + products alone)", "", "", _over(unstepped, floor)),
+        Target("time, ours ÷ plain pass alone", _of_pass(result), _of_pass(result), _over(seconds, plain)),
+        Target("time, ours without its first step ÷ plain pass alone", "", "", _over(unstepped, plain)),
+        Target("time, solve ÷ ours", "≤ 0.08", "≤ 0.08", _over(solve, seconds)),
+        Target("time, first step ÷ ours", "", "", _over(first_step, seconds)),
         Target("time, published procedure ÷ ours, both on bf16", "≥ 4", "≥ 8", _over(published, on_bf16)),
         Target("time, published procedure on bf16 ÷ ours on nf4", "", "", _over(published, seconds)),
         Target(
@@ -107,6 +108,11 @@ def targets(result: dict[str, Any]) -> list[Target]:
             _over(of(PUBLISHED, "bf16", memory), of(judged, "bf16", memory)),
         ),
     ]
+
+
+def _of_pass(result: dict[str, Any]) -> str:
+    """How many plain passes an initialisation may take: where the pass is short, what a layer costs weighs more."""
+    return "≤ 2.2" if result["data"]["samples"] <= 16 else "≤ 1.6"
 
 
 def _sum(a: float | None, b: float | None) -> float | None:
