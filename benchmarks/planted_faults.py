@@ -1,9 +1,9 @@
 """What the check of the data finds of planted faults: `python -m benchmarks.planted_faults --task nl2bash`.
 
-Two losses of every row are measured as `python -m lora_da --check` does: with its answer, and with another row's. Then,
-many times over, 5 % of the rows are given the other answer, 5 % are repeated, and 2 % lose all their labels; counted is
-what is found, and how many of the other answers are among as many rows with the highest loss, and with the least help
-of their prompt.
+Two losses of every row are measured as `python -m lora_da --check` does: with its answer, and with another row's; and
+its gradient as an initialisation does. Then, many times over, 5 % of the rows are given the other answer, 5 % are
+repeated, and 2 % lose all their labels; counted is what is found, and how many of the other answers are among as many
+rows with the highest loss, with the largest gradient, and with the least help of their prompt.
 """
 
 from __future__ import annotations
@@ -13,10 +13,13 @@ import dataclasses
 import json
 import random
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from benchmarks.command import RESULTS, run
@@ -24,13 +27,16 @@ from benchmarks.measure import environment
 from benchmarks.quality.corpora import data_file
 from examples.smollm2 import prepare
 from lora_da.doctor.losses import Row, row_losses
-from lora_da.doctor.outliers import standing_out
+from lora_da.doctor.outliers import standing_out, steep
 from lora_da.doctor.rows import look_at
 from lora_da.export.files import load_rows
 from lora_da.export.rows import TokenizedRows
 from lora_da.findings import RowLoss
+from lora_da.model.state import reading_mode
 from lora_da.samples.facts import row_facts
+from lora_da.samples.rows import collate
 from lora_da.tasks import find_task
+from lora_da.tasks.head import LossPass
 from lora_da.tasks.task import LanguageModel
 
 TASKS = {
@@ -68,15 +74,18 @@ def main() -> None:
             **environment(device),
             "losses": [dataclasses.astuple(row) for row in losses(base, clean, device)],
             "losses_with_other_answers": [dataclasses.astuple(row) for row in losses(base, others, device)],
+            "gradients": gradients(base, clean, device),
+            "gradients_with_other_answers": gradients(base, others, device),
         }
         write(path, measured)
     measured = json.loads(path.read_text(encoding="utf-8"))
     right, wrong = ([RowLoss(*row) for row in measured[key]] for key in ("losses", "losses_with_other_answers"))
+    both = measured["gradients"], measured["gradients_with_other_answers"]
     counts = look_at([row_facts(n, r["input_ids"], r["labels"]) for n, r in enumerate(clean)], LENGTH, [])
     named = [*counts.findings, *standing_out(right)[0]]
     judged = {
         "named_of_clean_data": [(finding.row, finding.reason) for finding in named],
-        **mean_of([planted(clean, right, wrong, random.Random(draw)) for draw in range(DRAWS)]),
+        **mean_of([planted(clean, right, wrong, both, random.Random(draw)) for draw in range(DRAWS)]),
     }
     write(path, {**measured, **judged})
     print(json.dumps(judged))
@@ -107,8 +116,23 @@ def losses(base: Any, rows: Sequence[Row], device: torch.device) -> list[RowLoss
     return row_losses(task, rows, facts, device, show_progress=True)
 
 
+def gradients(base: Any, rows: Sequence[Row], device: torch.device) -> list[float]:
+    """Of each row by itself, as an initialisation has it of the rows that it estimates on."""
+    task, found = find_task(base.requires_grad_(False)), []
+    watch = partial(LossPass, 1.0, None, lambda _: nullcontext(), lambda _n, _weights: nullcontext())
+    with reading_mode(base), torch.enable_grad():
+        for row in tqdm(rows, desc="the gradient of every row"):
+            batch = task.read(collate([row]), 1)
+            task.backward(batch, task.inputs(batch, device), watch(gradients=lambda of: found.append(of.item())))
+    return found
+
+
 def planted(
-    clean: Sequence[Row], right: Sequence[RowLoss], wrong: Sequence[RowLoss], chance: random.Random
+    clean: Sequence[Row],
+    right: Sequence[RowLoss],
+    wrong: Sequence[RowLoss],
+    gradients: tuple[Sequence[float], Sequence[float]],
+    chance: random.Random,
 ) -> dict[str, float]:
     """Plant faults at random; what was found of them."""
     order = list(range(len(clean)))
@@ -121,10 +145,13 @@ def planted(
         rows[row] = rows[of]
     for row in masked:
         rows[row]["labels"] = [-100] * len(rows[row]["labels"])
-    facts = look_at([row_facts(n, row["input_ids"], row["labels"]) for n, row in enumerate(rows)], LENGTH, [])
+    read = [row_facts(n, row["input_ids"], row["labels"]) for n, row in enumerate(rows)]
+    facts = look_at(read, LENGTH, [])
     again = set(facts.rows_by("duplicate"))
     out = {*repeated, *masked, *again}
     judged = [(wrong if n in other else right)[n] for n in range(len(clean)) if n not in out]
+    slopes = {row.row: gradients[row.row in other][row.row] for row in judged}
+    too_steep = {finding.row for finding in steep(read, slopes)}
     named = {finding.row for finding in standing_out(judged)[0]}
     exact = len(again) == n_repeated and facts.rows_by("masked") == sorted(masked)
 
@@ -134,9 +161,12 @@ def planted(
     return {
         "counts_exact": float(exact),
         "precision_by_loss": precision(lambda row: -row.mean),
+        "precision_by_gradient": precision(lambda row: -slopes[row.row]),
         "precision_by_help": precision(lambda row: row.help or 0.0),
         "named_of_other_answers": len(named & other) / n_other,
         "named_of_clean": len(named - other) / (len(judged) - n_other),
+        "named_by_gradient_of_other_answers": len(too_steep & other) / n_other,
+        "named_by_gradient_of_clean": len(too_steep - other) / (len(judged) - n_other),
     }
 
 

@@ -13,6 +13,7 @@ SENTENCES = {
     "duplicate": ("repeats an earlier one", "repeat earlier ones"),
     "cut": ("is cut off before its answer ends", "are cut off before their answers end"),
     "loss": ("has a loss that stands out", "have losses that stand out"),
+    "gradient": ("has a gradient that stands out", "have gradients that stand out"),
     "prompt": ("has an answer that its prompt does not help", "have answers that their prompts do not help"),
 }
 

@@ -34,7 +34,6 @@ from lora_da.samples.draw import Size, draw
 from lora_da.solution import describe_kept, solution_of
 from lora_da.solve import LayerSolver, servable
 from lora_da.tasks import RewardLoss, find_task
-from lora_da.tasks.causal import Causal
 from lora_da.tasks.inputs import notes_on
 
 
@@ -119,7 +118,7 @@ def initialize_lora_da_weights(
 
     report = replace(
         solution.report,
-        data=look_at(data.looked_at, None, ()) if isinstance(task, Causal) else None,
+        data=look_at(data.looked_at, None, (), dict(solution.report.gradients)) if task.of_tokens_alone else None,
         notes=notes,
         settings=config.settings(),
         peak_memory_gib=memory.gib(),

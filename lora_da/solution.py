@@ -65,6 +65,9 @@ def solution_of(collected: Collected[LoraFactors], adapter: Adapter, data: InitD
         loss_tokens=data.n_loss_tokens,
         population_size=data.population_size,
         loss=collected.loss,
+        gradients=[
+            (row.row, collected.gradients[row.digest]) for row in data.looked_at if row.digest in collected.gradients
+        ],
         plan=plan.line(),
         forecast={"device": plan.used + plan.device_bytes, "cpu": plan.cpu_bytes},
         timings=collected.timings,

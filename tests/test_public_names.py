@@ -60,8 +60,8 @@ COMMAND = """
 """.split()
 
 REPORT = """
-    initialized targeted failed left samples sample_unit tokens loss_tokens population_size loss seconds steps
-    peak_memory_gib
+    initialized targeted failed left samples sample_unit tokens loss_tokens population_size loss gradients seconds
+    steps peak_memory_gib
     memory_of plan forecast timings settings layers first_step data notes skipped from_cache
 """.split()
 SETTINGS = [*OPTIONS, "relative_damping", "normalize_step", "match_input_energy"]

@@ -91,9 +91,12 @@ def _adapter(adapter: Adapter) -> dict[str, Any]:
 
 def _data(data: InitData, words: _Words) -> dict[str, Any]:
     batches = {"batches": data.batches, "others": data.others}
-    apart = {*batches, "looked_at"}  # rows that only the report tells of
+    apart = {*batches, "looked_at"}
     counted = {f.name: getattr(data, f.name) for f in dataclasses.fields(data) if f.name not in apart}
-    return {"counted": counted} | {name: [_batch(b, words) for b in group] for name, group in batches.items()}
+    rows = [(row.row, row.digest.hex()) for row in data.looked_at]  # the report names them by their indices
+    return {"counted": counted, "looked_at": rows} | {
+        name: [_batch(b, words) for b in group] for name, group in batches.items()
+    }
 
 
 def _batch(batch: Batch, words: _Words) -> dict[str, Any]:

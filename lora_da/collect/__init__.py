@@ -11,6 +11,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
+import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from lora_da.adapter import AdapterLayer
@@ -29,7 +31,9 @@ from lora_da.model.experts import Routed
 from lora_da.model.slices import expert_by_expert
 from lora_da.needs import Needs
 from lora_da.processes import Run
+from lora_da.samples.batch import Batch
 from lora_da.samples.draw import InitData
+from lora_da.samples.facts import digests_in
 from lora_da.tasks import Task
 
 __all__ = ["Collected", "HandedOver", "Observed", "Plan", "Planner", "collect", "make_plan"]
@@ -48,6 +52,7 @@ class Collected(Generic[T]):
         routed: the layers inside an expert.
         layers: what came of them.
         loss: the mean loss per loss token; NaN until the topmost segment has run.
+        gradients: of documents that are rows, by the row's digest; see `LossPass.gradients`.
         timings: seconds by what they were spent on.
         border_bytes: the most that hidden states and gradients at the segments' borders have taken at once.
     """
@@ -56,6 +61,7 @@ class Collected(Generic[T]):
     routed: Mapping[str, Routed]
     layers: HandedOver[T] = field(default_factory=HandedOver)
     loss: float = float("nan")
+    gradients: dict[bytes, float] = field(default_factory=dict)
     timings: dict[str, float] = field(default_factory=dict)
     border_bytes: int = 0
 
@@ -127,5 +133,19 @@ def _collect(work: Work, solve_layer: SolveLayer[T]) -> Collected[T]:
 
         schedule.run(hand_over, bar)
     collected.loss, collected.timings = schedule.loss, work.watch.seconds()
+    own = _by_digest(schedule.gradients) if work.task.of_tokens_alone else {}
+    for gradients in processes.gathered(own):
+        collected.gradients |= gradients
     collected.border_bytes = schedule.border_bytes
     return collected
+
+
+def _by_digest(gradients: Sequence[tuple[Batch, Tensor]]) -> dict[bytes, float]:
+    digests: list[bytes | None] = []
+    for batch, _ in gradients:
+        of_batch = digests_in(batch)
+        digests += [of_batch.get(number) for number in range(batch.tokens.n_documents)]
+    values = (
+        torch.cat([of_documents for _, of_documents in gradients]).tolist() if gradients else []
+    )  # one wait for all
+    return {digest: value for digest, value in zip(digests, values, strict=True) if digest is not None}

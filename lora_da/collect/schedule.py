@@ -7,6 +7,7 @@ import logging
 import math
 from collections.abc import Callable, Sequence
 
+from torch import Tensor
 from tqdm import tqdm
 
 from lora_da.adapter import AdapterLayer
@@ -65,6 +66,7 @@ class Schedule:
 
     Attributes:
         loss: the mean loss per loss token, once the topmost segment has run.
+        gradients: see `SegmentRun`, of this process's batches.
     """
 
     def __init__(self, work: Work) -> None:
@@ -72,6 +74,7 @@ class Schedule:
         own = shares_of(work.data.batches, processes)[processes.rank]
         parts = [part for batch in own for part in divided(batch, work.plan.batch_tokens)]
         self.loss = math.nan
+        self.gradients: list[tuple[Batch, Tensor]] = []
         self._work = work
         self._borders = Borders(work.run.device)
         self._feed = Feed(work, parts, self._borders)
@@ -129,9 +132,11 @@ class Schedule:
             progress.begin()
             collector = self._collector(segment)
             try:
-                total = SegmentRun(self._feed, segment, collector, self._scaling, gradient_below).collect(progress.step)
+                segment_run = SegmentRun(self._feed, segment, collector, self._scaling, gradient_below)
+                total = segment_run.collect(progress.step)
                 if self._work.is_top(segment):
                     self._note_loss(processes.total(total).item())
+                    self.gradients = segment_run.gradients
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error) or processes.sharded:
                     raise

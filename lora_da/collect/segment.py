@@ -30,11 +30,15 @@ class SegmentRun:
         collector: of the layers.
         scaling: of the loss.
         gradient_below: whether the gradient of what enters the segment is kept for the one below.
+
+    Attributes:
+        gradients: of each batch that the head has run with, what `LossPass.gradients` takes.
     """
 
     def __init__(
         self, feed: Feed, segment: Segment, collector: Collector, scaling: LossScaling, gradient_below: bool
     ) -> None:
+        self.gradients: list[tuple[Batch, Tensor]] = []
         self._feed, self._work = feed, feed.work
         self._segment, self._collector, self._scaling = segment, collector, scaling
         self._backward = feed.work.needs.sums.backward
@@ -99,7 +103,11 @@ class SegmentRun:
     def _run_top(self, batch: Batch, inputs: dict[str, Any]) -> Tensor:
         weights = self._scaling.weights(batch, self._work.run.device)
         watch, in_head = self._work.watch, self._collector.selection.in_head
-        how = LossPass(self._scaling.factor, weights, watch, in_head, self._work.plan.chunk)
+
+        def note(gradients: Tensor) -> None:
+            self.gradients.append((batch, gradients))
+
+        how = LossPass(self._scaling.factor, weights, watch, in_head, self._work.plan.chunk, note)
         return self._work.task.backward(batch, inputs, how)
 
     def _run_blocks(self, number: int, hidden: Tensor | None, inputs: dict[str, Any]) -> None:

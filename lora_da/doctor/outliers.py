@@ -1,4 +1,4 @@
-"""Rows whose loss stands out among those with about as many loss tokens, and whose prompts do not help.
+"""Rows whose loss or gradient stands out among those with about as many loss tokens, or whose prompts do not help.
 
 A short answer's loss varies more than a long one's, so rows are sorted by their loss tokens and each is compared with
 its peers: how many scaled median absolute deviations it is from their median. Neither is moved by a few bad rows.
@@ -9,12 +9,13 @@ much its prompt lowers its loss, which is about nothing; that says something whe
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from lora_da.findings import Finding, RowLoss
+from lora_da.samples.facts import RowFacts
 
 PEERS = 100  # rows that a row is compared with, about
 ENOUGH = 20  # rows to tell a usual loss by
@@ -37,7 +38,7 @@ def standing_out(losses: Sequence[RowLoss]) -> tuple[list[Finding], str]:
     """
     if len(losses) < ENOUGH:
         return [], f"{len(losses)} rows with different losses are too few to tell a usual one by"
-    high = _among_peers(losses, lambda row: float(np.log(max(row.mean, 1e-9))), LEAST_LOG)
+    high = _among_peers([_log(row.mean) for row in losses], [row.loss_tokens for row in losses], LEAST_LOG)
     found = [
         Finding(row.row, "loss", {"loss": row.mean, "loss_tokens": row.loss_tokens, "deviations": peers.away})
         for row, peers in zip(losses, high, strict=True)
@@ -45,12 +46,36 @@ def standing_out(losses: Sequence[RowLoss]) -> tuple[list[Finding], str]:
     ]
     helped = [row for row in losses if row.help is not None]
     if len(helped) >= ENOUGH:
-        for row, peers in zip(helped, _among_peers(helped, lambda row: row.help or 0.0, LEAST_HELP), strict=True):
+        helps = [row.help or 0.0 for row in helped]
+        sizes = [row.loss_tokens for row in helped]
+        for row, peers in zip(helped, _among_peers(helps, sizes, LEAST_HELP), strict=True):
             unusual = peers.away < -UNHELPED and peers.value < LITTLE * peers.median
             if unusual and peers.median > UNHELPED * peers.spread:
                 figures = {"help": peers.value, "usual_help": peers.median, "loss": row.mean}
                 found.append(Finding(row.row, "prompt", {**figures, "deviations": peers.away}))
     return found, ""
+
+
+def steep(rows: Sequence[RowFacts], gradients: Mapping[int, float]) -> list[Finding]:
+    """Rows with an unusually large gradient; none where there are too few to tell.
+
+    Args:
+        rows: that were read.
+        gradients: of a loss token, by row.
+    """
+    known = [row for row in rows if row.row in gradients]
+    if len(known) < ENOUGH:
+        return []
+    logs = [_log(gradients[row.row]) for row in known]
+    return [
+        Finding(row.row, "gradient", {"gradient": gradients[row.row], "deviations": peers.away})
+        for row, peers in zip(known, _among_peers(logs, [row.loss_tokens for row in known], LEAST_LOG), strict=True)
+        if peers.away > FURTHEST
+    ]
+
+
+def _log(value: float) -> float:
+    return float(np.log(max(value, 1e-9)))
 
 
 @dataclass(frozen=True)
@@ -67,19 +92,19 @@ class _Among:
         return (self.value - self.median) / self.spread
 
 
-def _among_peers(losses: Sequence[RowLoss], figure: Callable[[RowLoss], float], least: float) -> list[_Among]:
+def _among_peers(figures: Sequence[float], loss_tokens: Sequence[int], least: float) -> list[_Among]:
     """Each row among its peers.
 
     Args:
-        losses: of all rows.
-        figure: of a row.
+        figures: of all rows.
+        loss_tokens: of all rows.
         least: that a spread is taken for.
     """
-    values = np.array([figure(row) for row in losses])
-    by_size = np.argsort([row.loss_tokens for row in losses], kind="stable")
+    values = np.array(figures)
+    by_size = np.argsort(loss_tokens, kind="stable")
     found: dict[int, _Among] = {}
-    for peers in np.array_split(by_size, max(1, len(losses) // PEERS)):
+    for peers in np.array_split(by_size, max(1, len(values) // PEERS)):
         median = float(np.median(values[peers]))
         spread = max(least, NORMAL * float(np.median(np.abs(values[peers] - median))))
         found |= {int(row): _Among(float(values[row]), median, spread) for row in peers}
-    return [found[row] for row in range(len(losses))]
+    return [found[row] for row in range(len(values))]

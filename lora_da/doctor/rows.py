@@ -1,30 +1,41 @@
-"""What rows tell without a model: those that train nothing, that repeat earlier ones, whose answers are cut off."""
+"""What rows tell without a loss of each: those that train nothing, that repeat earlier ones, whose answers are cut off,
+and, of those that were run, which ones' gradients stand out."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from types import MappingProxyType
 
+from lora_da.doctor.outliers import steep
 from lora_da.findings import DataReport, Finding
 from lora_da.samples.facts import END, RowFacts
 
 ENOUGH = 8  # rows below the longest, to learn from how answers end
 
 
-def look_at(rows: Sequence[RowFacts], max_length: int | None, ends: Iterable[int]) -> DataReport:
-    """What is found in rows without running a model.
+def look_at(
+    rows: Sequence[RowFacts],
+    max_length: int | None,
+    ends: Iterable[int],
+    gradients: Mapping[int, float] = MappingProxyType({}),
+) -> DataReport:
+    """What is found in rows.
 
     Args:
         rows: to look at, in the order of the data.
         max_length: at which longer rows were cut off. If None, the longest row's where several are as long.
         ends: the tokenizer's tokens that end an answer, if they are known.
+        gradients: of the rows that were run, by row; see `InitReport.gradients`.
     """
     cut, why_not = _cut(rows, max_length, set(ends))
+    repeated = _repeated(rows)
+    first = {row.row for row in rows} - {finding.row for finding in repeated}
     return DataReport(
         rows=len(rows),
         tokens=sum(row.tokens for row in rows),
         loss_tokens=sum(row.loss_tokens for row in rows),
-        findings=[*_masked(rows), *_repeated(rows), *cut],
+        findings=[*_masked(rows), *repeated, *cut, *steep([row for row in rows if row.row in first], gradients)],
         unknown={"cut": why_not} if why_not else {},
     )
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from lora_da.samples.batch import NOT_TEXT
+from lora_da.samples.batch import NOT_TEXT, Batch
 from lora_da.samples.tokens import IGNORED
 
 END = 4  # tokens that the end of an answer is told by
@@ -37,12 +37,29 @@ class RowFacts:
 
 def row_facts(row: int, ids: Sequence[int], labels: Sequence[int]) -> RowFacts:
     """Look at one row, without its padding."""
-    numbers = np.asarray([ids, labels], dtype=np.int64)  # (2, tokens)
+    numbers = _numbers(ids, labels)
     carries = numbers[1] != IGNORED
     gap = np.flatnonzero(~carries[-END:])
     end = numbers[0, -END:][gap[-1] + 1 if len(gap) else 0 :]
-    digest = hashlib.blake2b(numbers.tobytes(), digest_size=16).digest()
-    return RowFacts(row, numbers.shape[1], int(carries[1:].sum()), digest, tuple(end.tolist()))
+    return RowFacts(row, numbers.shape[1], int(carries[1:].sum()), _digest(numbers), tuple(end.tolist()))
+
+
+def digests_in(batch: Batch) -> dict[int, bytes]:
+    """The digest of the row that each counted document of a batch is, by its number; of none where rows hold several
+    documents or more than text."""
+    rows = list(rows_in(batch.inputs))
+    if batch.tokens.boundaries != "row" or len(rows) != batch.tokens.rows:
+        return {}
+    numbers = batch.tokens.document.view(batch.shape).amax(1).tolist()
+    return {number: _digest(_numbers(*row)) for number, row in zip(numbers, rows, strict=True) if number >= 0}
+
+
+def _numbers(ids: Sequence[int], labels: Sequence[int]) -> np.ndarray[Any, Any]:
+    return np.asarray([ids, labels], dtype=np.int64)  # (2, tokens)
+
+
+def _digest(numbers: np.ndarray[Any, Any]) -> bytes:
+    return hashlib.blake2b(numbers.tobytes(), digest_size=16).digest()
 
 
 def rows_in(inputs: Mapping[str, Any]) -> Iterator[tuple[list[int], list[int]]]:

@@ -40,6 +40,8 @@ class LossPass:
         in_head: a context for each call of a language-model head, told how many loss tokens it reads, the first ones,
             and the (n,) factors of their losses, which are applied behind it.
         chunk: tokens whose logits exist at once; `CHUNK` if None.
+        gradients: takes the mean, over the loss tokens of each counted document, of the norm of the loss's gradient in
+            the hidden state that a language-model head reads, (documents,) float32, without factor and weights.
     """
 
     scale: float
@@ -47,6 +49,7 @@ class LossPass:
     timed: Timed
     in_head: InHead
     chunk: int | None = None
+    gradients: Callable[[Tensor], None] | None = None
 
 
 def backward(
@@ -111,6 +114,7 @@ def backward_from_head(mean_loss: MeanLoss, hidden: Tensor, tokens: BatchTokens,
     """
     flat = hidden.detach().flatten(0, 1)  # (p, h)
     gradient = torch.zeros_like(flat)
+    norms = torch.zeros(len(flat), dtype=torch.float32, device=flat.device)  # (p,)
     total = torch.zeros((), dtype=torch.float32, device=flat.device)
     targets = tokens.targets.to(flat.device, non_blocking=True)
     weights = None if how.weights is None else how.weights.to(flat.device)
@@ -128,13 +132,23 @@ def backward_from_head(mean_loss: MeanLoss, hidden: Tensor, tokens: BatchTokens,
                 (mean * (len(positions) * how.scale)).backward()
             if chunk.grad is None:
                 raise LoraDAError("the model's head does not take its hidden states from its decoder; not supported")
+            norms[positions] = torch.linalg.vector_norm(chunk.grad, dim=1, dtype=torch.float32)
             # A token's loss depends on its own hidden state alone: to weigh this gradient is to weigh the loss.
             of_chunk = chunk.grad if own is None else (chunk.grad * own.unsqueeze(1)).to(chunk.dtype)
             gradient[positions] = of_chunk
     if hidden.requires_grad:
         with how.timed("backward"):
             hidden.backward(gradient.view_as(hidden))
+    if how.gradients is not None and torch.is_grad_enabled():
+        how.gradients(_by_document(norms / how.scale, tokens))
     return total
+
+
+def _by_document(values: Tensor, tokens: BatchTokens) -> Tensor:
+    """The mean of (p,) values over the loss tokens of each counted document; elsewhere they are zero."""
+    number = tokens.document.where(tokens.document >= 0, tokens.n_documents).to(values.device, non_blocking=True)
+    sums = values.new_zeros(tokens.n_documents + 1).index_add_(0, number, values)[:-1]
+    return sums / tokens.loss_tokens.to(values.device, non_blocking=True)
 
 
 @torch.no_grad()

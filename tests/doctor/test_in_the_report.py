@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -82,3 +83,51 @@ def test_a_start_from_the_cache_says_it_too(tmp_path: Path) -> None:
 def test_other_tasks_are_not_looked_at() -> None:
     report = initialised(in_batches(single(12), 4), adapted(classifier("Llama")), population_size=12)
     assert report.data is None and report.line().count("\n") == 0
+
+
+def own_gradient(model: Any, row: dict[str, list[int]]) -> float:
+    """Mean over the row's loss tokens of the norm, by autograd of its own loss alone, in float64."""
+    model = copy.deepcopy(model).double().eval()
+    ids, labels = (torch.tensor([row[name]]) for name in ("input_ids", "labels"))
+    hidden = model.model(ids).last_hidden_state
+    targets = labels[0, 1:]
+    loss = torch.nn.functional.cross_entropy(model.lm_head(hidden)[0, :-1], targets, reduction="sum")
+    (gradient,) = torch.autograd.grad(loss, hidden)
+    return float(gradient.norm(dim=-1).sum() / (targets != -100).sum())
+
+
+@pytest.mark.parametrize("settings", [{}, {"memory_budget": 1e-4}, {"preset": "reference", "damping": 0.1}], ids=str)
+def test_gradients_are_each_rows_own(settings: dict[str, Any]) -> None:
+    """In one pass, in segments, and where each row weighs the same; rows that train nothing have none."""
+    base = tiny_llama()
+    report = initialised(loader(planted()), with_lora(copy.deepcopy(base)), **settings)
+    rows = [row for row in range(SAMPLES + len(MASKED)) if row not in MASKED]
+    assert [row for row, _ in report.gradients] == rows
+    assert report.plan.startswith("streamed" if "memory_budget" in settings else "one pass")
+    for row, gradient in report.gradients:
+        assert gradient == pytest.approx(own_gradient(base, planted()[row]), rel=1e-4)
+
+
+def test_a_gradient_that_stands_out_is_named(tmp_path: Path) -> None:
+    """A token with a long vector in the head, which one row alone is to predict."""
+    rare, odd, base = 90, 13, tiny_llama()
+    rows = [
+        {"input_ids": row["input_ids"], "labels": [n if n != rare else -100 for n in row["labels"]]} for row in ROWS
+    ]
+    clean = LoraDAConfig(samples=30, first_step="none")
+    for at_fault in (False, True):
+        model = copy.deepcopy(base)
+        with torch.no_grad():
+            model.lm_head.weight[rare] *= 2
+        if at_fault:
+            rows[odd]["labels"] = [label if label == -100 else rare for label in rows[odd]["labels"]]
+        report = initialize_lora_da_weights(with_lora(model), loader(rows), clean, show_progress=False)
+        assert report.data is not None and report.data.rows_by("gradient") == ([odd] if at_fault else [])
+    assert report.line().splitlines()[-1] == (
+        f"LoRA-DA: of 30 rows that were read, 1 has a gradient that stands out (row {odd})"
+    )
+
+
+def test_rows_that_hold_several_documents_have_no_gradients() -> None:
+    report = initialised([packed(ROWS)], population_size=40)
+    assert report.gradients == [] and report.data is not None and report.data.rows_by("gradient") == []

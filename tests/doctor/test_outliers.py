@@ -5,8 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from lora_da.doctor.outliers import standing_out
+from lora_da.doctor.outliers import standing_out, steep
 from lora_da.findings import RowLoss
+from lora_da.samples.facts import RowFacts
 
 pytestmark = pytest.mark.once
 
@@ -82,3 +83,15 @@ def test_rows_that_are_all_alike_do_not_stand_out() -> None:
 def test_few_rows_tell_nothing() -> None:
     found, why_not = standing_out(losses(12))
     assert found == [] and why_not == "12 rows with different losses are too few to tell a usual one by"
+
+
+def test_a_steep_row_is_told_among_rows_of_its_size() -> None:
+    """A gradient that is usual among short answers, and is not among long ones; too few rows tell nothing."""
+    chance = np.random.default_rng(0)
+    rows = [RowFacts(n, 0, 5 if n < 150 else 100, bytes(n), ()) for n in range(300)]
+    gradients = {n: float(chance.lognormal(1.0 if n < 150 else 0.0, 0.2)) for n in range(300)}
+    assert steep(rows, gradients) == []
+    gradients[200] = gradients[3]
+    (found,) = steep(rows, gradients)
+    assert (found.row, found.reason, found.figures["gradient"]) == (200, "gradient", gradients[3])
+    assert steep(rows[190:208], gradients) == []
