@@ -54,7 +54,7 @@ def main() -> None:
     loader: DataLoader[Any] = DataLoader(rows.train, BATCH, collate_fn=collate)  # type: ignore[arg-type]
     heldout = spread(rows.heldout, ROWS)
     model = get_peft_model(base, lora_config(RANK, asked.alpha_over_r))
-    config = LoraDAConfig(first_step="gamma", samples=SAMPLES, population_size=POPULATION)
+    config = LoraDAConfig(first_step="gamma", chosen_rows=1, samples=SAMPLES, population_size=POPULATION)
     report = initialize_lora_da_weights(model, loader, config, show_progress=False)
     seen: list[Tensor] = []
 

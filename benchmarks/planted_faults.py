@@ -117,7 +117,7 @@ def losses(base: Any, rows: Sequence[Row], device: torch.device) -> list[RowLoss
 
 
 def gradients(base: Any, rows: Sequence[Row], device: torch.device) -> list[float]:
-    """Of each row by itself, as an initialisation has it of the rows that it estimates on."""
+    """The gradient of each row by itself, as an initialisation has it of the rows that it estimates on."""
     task, found = find_task(base.requires_grad_(False)), []
     watch = partial(LossPass, 1.0, None, lambda _: nullcontext(), lambda _n, _weights: nullcontext())
     with reading_mode(base), torch.enable_grad():

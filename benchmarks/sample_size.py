@@ -91,7 +91,7 @@ def started(
     """Start an adapter on the samples, its first step measured on the others: figures, and orthonormal bases (i, r) of
     the chosen subspaces by layer."""
     loader: DataLoader[Any] = DataLoader([*samples, *others], BATCH, collate_fn=collate)  # type: ignore[arg-type]
-    config = LoraDAConfig(samples=len(samples), population_size=POPULATION)
+    config = LoraDAConfig(samples=len(samples), population_size=POPULATION, chosen_rows=1)
     report = initialize_lora_da_weights(model, loader, config, show_progress=False)
     step = report.first_step
     assert step is not None and report.samples == len(samples)

@@ -41,10 +41,10 @@ from lora_da.samples.rows import collate
 SAMPLES, POPULATION = 64, 2000
 LONGEST, SHORTEST = 0, -7  # powers of two
 AS_SOLVED, ONE_FISHER_LENGTH = "as solved", "one length in the Fisher"
-NATURAL = replace(PRESETS["default"], normalize_step=False, gamma=1.0)
+NATURAL = replace(PRESETS["default"], normalize_step=False, gamma=1.0, chosen_rows=1)
 STARTS: Mapping[str, tuple[LoraDAConfig, str]] = {
-    "one spectral norm": (LoraDAConfig(first_step="gamma"), AS_SOLVED),
-    "one length in the Fisher": (LoraDAConfig(first_step="gamma"), ONE_FISHER_LENGTH),
+    "one spectral norm": (LoraDAConfig(first_step="gamma", chosen_rows=1), AS_SOLVED),
+    "one length in the Fisher": (LoraDAConfig(first_step="gamma", chosen_rows=1), ONE_FISHER_LENGTH),
     "the natural gradient's own": (LoraDAConfig(preset=NATURAL, first_step="gamma"), AS_SOLVED),
     "random A, one length in the Fisher": (
         LoraDAConfig(method=CANDIDATES["random_A"], first_step="gamma"),

@@ -30,6 +30,7 @@ OF_SOME_METHODS = (
     "damping",
     "gamma",
     "first_step",
+    "chosen_rows",
     "full_fisher_up_to",
 )
 
@@ -65,6 +66,8 @@ class LoraDAConfig:
             `none`: lora_B = 0, so that the model starts as it is. By preset; `gamma` where a gamma is set.
         gamma: divides the first step: lora_B @ lora_A has spectral norm at most 1/gamma where the step is normalised,
             and 1/gamma in `lora_one`; in `lora_ga` lora_A carries 1/√gamma.
+        chosen_rows: share of lora_A's rows, rounded up, that are solved for; the others are random, as plain LoRA's
+            are, and have no lora_B.
         full_fisher_up_to: widest layer output for which Y is estimated in full and not only its diagonal.
         memory_budget: GiB that may be used on the layers' device beside the model; what does not fit at once is
             streamed. 85 % of what is free on a GPU, half of it on a CPU, unless given.
@@ -86,6 +89,7 @@ class LoraDAConfig:
     damping: float | None = None
     gamma: float | None = None
     first_step: FirstStep | None = None
+    chosen_rows: float | None = None
     full_fisher_up_to: int | None = None
     memory_budget: float | None = None
     cache_dir: str | None = None
@@ -169,6 +173,9 @@ def _check_numbers(given: LoraDAConfig | Preset) -> None:
     _number("gamma", given.gamma, 0, exclusive=True)
     if given.first_step is not None:
         _one_of("first_step", given.first_step, get_args(FirstStep))
+    _number("chosen_rows", given.chosen_rows, 0, exclusive=True)
+    if given.chosen_rows is not None and given.chosen_rows > 1:
+        raise LoraDAError(f"lora_da.chosen_rows is {given.chosen_rows!r}; set a share of lora_A's rows, 1 for all")
     _number("full_fisher_up_to", given.full_fisher_up_to, 0, whole=True)
 
 

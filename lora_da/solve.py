@@ -128,6 +128,7 @@ class LayerSolver:
     def _factors_on(self, device: torch.device, layer: AdapterLayer, observed: Observed) -> LoraFactors:
         statistics = observed.statistics.to(device)
         spec = LayerSpec(
+            name=layer.name,
             rank=layer.rank,
             plain_variance=layer.plain_variance,
             population=self._population,

@@ -25,6 +25,7 @@ BAD_SETTINGS = [
     ("damping", [-1e-9, float("nan"), "0.1"]),
     ("gamma", [0, 0.0, -1, float("inf"), "1024"]),
     ("first_step", ["mesured", 3, True]),
+    ("chosen_rows", [0, -0.5, 1.5, float("nan"), "half", True]),
     ("full_fisher_up_to", [-1, 4096.0, "all"]),
     ("memory_budget", [0, -1.0, float("nan"), "2GB"]),
     ("cache_dir", ["", " ", 3, True, Path("folder")]),
@@ -56,6 +57,7 @@ OF_LORA_DA = {
     "variance_weight": 0.0,
     "damping": 0.0,
     "gamma": 64.0,
+    "chosen_rows": 0.5,
     "full_fisher_up_to": 0,
 }
 
@@ -128,7 +130,7 @@ def test_every_number_of_a_preset_can_be_overridden(preset):
     numbers = [name for name, value in plain.items() if isinstance(value, (int, float)) and not isinstance(value, bool)]
     assert numbers
     for name in numbers:
-        for value in (7, 0) if name != "gamma" else (7,):
+        for value in {"gamma": (7,), "chosen_rows": (0.25, 1)}.get(name, (7, 0)):
             resolved = LoraDAConfig(preset=preset, **{name: value}).numbers()
             implied = {"first_step": "gamma"} if name == "gamma" else {}
             assert dataclasses.asdict(resolved) == {**plain, **implied, name: value}

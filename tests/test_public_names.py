@@ -45,13 +45,13 @@ CALLED = {
 }
 
 OPTIONS = """
-    method preset samples seed population_size averaging variance_weight damping gamma first_step full_fisher_up_to
-    memory_budget cache_dir
+    method preset samples seed population_size averaging variance_weight damping gamma first_step chosen_rows
+    full_fisher_up_to memory_budget cache_dir
 """.split()
 METHODS = "lora_da filet cntlora lora_one lora_ga".split()
 PRESET = """
     averaging variance_weight damping gamma full_fisher_up_to relative_damping normalize_step match_input_energy
-    first_step
+    chosen_rows first_step
 """.split()
 
 COMMAND = """

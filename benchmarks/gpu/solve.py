@@ -46,7 +46,9 @@ def _solved(device: torch.device, i: int, o: int, rank: int) -> Figures:
         return method.prepare(statistics.input_cov, preset)  # type: ignore[misc]
 
     def solved(prepared: Any) -> Any:
-        return method.solve(statistics, LayerSpec(rank, 1 / (3 * i), POPULATION, None, prepared), preset)
+        return method.solve(
+            statistics, LayerSpec(f"{i} × {rank}", rank, 1 / (3 * i), POPULATION, None, prepared), preset
+        )
 
     with full_float32():
         factors, _ = measured(lambda: solved(prepared()), device)  # handles and kernels are made

@@ -58,6 +58,8 @@ def digest(method: str, settings: Mapping[str, Any]) -> str:
     resolved["samples"] = 256  # the cell's count; in the results on file this stands in its place
     if resolved["first_step"] in (None, "gamma"):  # younger than the first results on file, which had no other
         del resolved["first_step"]
+    if resolved["chosen_rows"] in (None, 1):  # likewise
+        del resolved["chosen_rows"]
     found = json.dumps(resolved, sort_keys=True)
     return hashlib.sha256(found.encode()).hexdigest()[:DIGEST]
 

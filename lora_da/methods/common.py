@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+import zlib
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ class LayerSpec:
     """What a method is told of a layer beside its statistics.
 
     Args:
+        name: of the layer.
         rank: r ≤ min(i, o).
         plain_variance: variance of an entry of the lora_A that PEFT draws for it.
         population: N, in the unit the gradient was averaged over; None where the method does not ask for it.
@@ -32,6 +34,7 @@ class LayerSpec:
         prepared: what the method's `prepare` has made of Z; None where it has none.
     """
 
+    name: str
     rank: int
     plain_variance: float
     population: float | None
@@ -113,6 +116,25 @@ def plain_energy_scale(energy: Tensor, trace: Tensor, rank: int, plain_variance:
         plain_variance: variance of an entry of the lora_A that PEFT draws.
     """
     return math.sqrt(plain_variance * rank * trace / energy)
+
+
+def with_plain_rows(factors: LoraFactors, layer: LayerSpec) -> LoraFactors:
+    """Factors of a lower rank with the rows that lora_A has left drawn as plain LoRA draws them, and no lora_B for
+    these: training starts where it did. They are the same for a layer every time; nobody's global generator moves.
+
+    Args:
+        factors: lora_A (k, i) and lora_B (o, k), k ≤ r.
+        layer: its name, rank and plain variance.
+    """
+    a, b = factors.lora_A, factors.lora_B
+    generator = torch.Generator("cpu").manual_seed(zlib.crc32(layer.name.encode()))
+    shape = layer.rank - len(a), a.shape[1]
+    drawn = torch.randn(shape, generator=generator, dtype=a.dtype, device="cpu") * math.sqrt(layer.plain_variance)
+    return replace(
+        factors,
+        lora_A=torch.cat([a, drawn.to(a.device)]),
+        lora_B=torch.cat([b, b.new_zeros(len(b), shape[0])], 1),
+    )
 
 
 def start_at_the_base(

@@ -35,6 +35,7 @@ from lora_da.methods.common import (
     noise,
     plain_energy_scale,
     squared_norm,
+    with_plain_rows,
 )
 from lora_da.methods.linalg import OVERSAMPLING, estimated_eigenvalue, largest_eigenpairs, largest_eigenvalue_near
 from lora_da.methods.method import Preset
@@ -88,11 +89,18 @@ def lora_da(statistics: LayerStatistics, layer: LayerSpec, preset: Preset) -> Lo
             lora_B takes the rest of the step; otherwise both factors carry 1/√gamma.
         preset: v is `variance_weight`; `damping` is added to the diagonals of Z and Y, times their mean if it is
             relative; `gamma` divides the step, of which D is divided by its largest singular value before if
-            `normalize_step`.
+            `normalize_step`. Where `chosen_rows` is below 1, the solution is that of so many rows (rounded up), and the
+            others are plain LoRA's.
 
     Raises:
         UnsolvableLayer: statistics are not finite or all zero, or Y is not positive definite after damping.
     """
+    chosen = replace(layer, rank=math.ceil(preset.chosen_rows * layer.rank))
+    return with_plain_rows(_of_rank(statistics, chosen, preset), layer)
+
+
+def _of_rank(statistics: LayerStatistics, layer: LayerSpec, preset: Preset) -> LoraFactors:
+    """The solution of the layer's rank."""
     grad = checked("gradient", statistics.grad)
     fisher = checked("output Fisher", statistics.output_fisher)
     damped_input: DampedInput = layer.prepared

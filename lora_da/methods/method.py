@@ -32,6 +32,7 @@ class Preset:
     relative_damping: bool  # damping times the mean diagonal, or an absolute number
     normalize_step: bool  # divide D by its largest singular value
     match_input_energy: bool  # scale lora_A to plain LoRA's tr(A Z Aᵀ), or share 1/√gamma with lora_B
+    chosen_rows: float = 1.0  # share of lora_A's rows that are solved for; the others are plain LoRA's
     first_step: FirstStep = "gamma"
 
 

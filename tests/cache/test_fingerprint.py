@@ -200,6 +200,7 @@ SETTINGS = {
     "damping": 0.2,
     "gamma": 512.0,
     "first_step": "none",
+    "chosen_rows": 0.25,
     "full_fisher_up_to": 64,
 }
 ONLY_ROUNDING = {"memory_budget": 1e-3, "cache_dir": "elsewhere"}

@@ -12,7 +12,7 @@ from solving import damp_input, solve_lora_da
 from tolerances import EXACT
 
 from lora_da.config import PRESETS
-from lora_da.methods.common import LoraFactors, UnsolvableLayer
+from lora_da.methods.common import LayerSpec, LoraFactors, UnsolvableLayer, with_plain_rows
 from lora_da.methods.linalg import DENSE_UP_TO, TOLERANCE, largest_eigenpairs
 from lora_da.statistics import LayerStatistics
 
@@ -289,3 +289,29 @@ def test_what_does_not_converge_is_solved_densely() -> None:
     pairs = largest_eigenpairs(lambda v: matrix @ v, torch.randn(300, 2, generator=g, dtype=torch.float64), 1, 1e-30)
     assert pairs.values.shape == (1,)
     assert (pairs.vectors.T @ q[:, :40]).norm().item() == pytest.approx(1.0, abs=1e-3)
+
+
+@pytest.mark.parametrize(("rank", "chosen"), [(8, 4), (5, 3), (1, 1)])
+def test_half_of_the_rows_are_solved_for_and_the_others_are_plain(rank: int, chosen: int) -> None:
+    """The solution of the lower rank, with rows as plain LoRA's beside it that move nothing."""
+    s, plain = statistics(40, 2000, n=50), 1 / (3 * 2000)
+    settings = {**numbers("default"), "population": 7473.0}
+    state = torch.get_rng_state()
+    half = solve(s, chosen, plain, **settings)
+    ours = solve(s, rank, plain, **settings, chosen_rows=0.5)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert ours.lora_A.shape == (rank, 2000) and ours.lora_B.shape == (40, rank)
+    assert torch.equal(ours.lora_A[:chosen], half.lora_A) and torch.equal(ours.lora_B[:, :chosen], half.lora_B)
+    assert not ours.lora_B[:, chosen:].any() and ours.fisher_length == half.fisher_length
+    rest = ours.lora_A[chosen:]
+    assert torch.equal(rest, solve(s, rank, plain, **settings, chosen_rows=0.5).lora_A[chosen:])
+    if rank > 1:
+        assert rest.std().item() == pytest.approx(plain**0.5, rel=0.05)
+        assert abs(rest.mean().item()) < 3 * (plain / rest.numel()) ** 0.5
+
+
+def test_no_two_layers_have_the_same_random_rows() -> None:
+    factors = LoraFactors(torch.zeros(2, 30, dtype=torch.float64), torch.zeros(7, 2, dtype=torch.float64))
+    specs = [LayerSpec(name, 4, 0.01, None, None, None) for name in ("q_proj", "k_proj")]
+    one, other = (with_plain_rows(factors, spec).lora_A[2:] for spec in specs)
+    assert abs(torch.corrcoef(torch.stack([one.flatten(), other.flatten()]))[0, 1]) < 0.4

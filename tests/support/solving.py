@@ -34,7 +34,7 @@ def spec(
     weight: Tensor | None = None,
     prepared: Any = None,
 ) -> LayerSpec:
-    return LayerSpec(rank, plain_variance, population, weight, prepared)
+    return LayerSpec("layer", rank, plain_variance, population, weight, prepared)
 
 
 def damp_input(cov: Tensor | None, damping: float, relative_damping: bool) -> DampedInput:
