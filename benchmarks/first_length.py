@@ -1,9 +1,9 @@
 """How many documents the first step's length needs, and which length to try first: `python -m benchmarks.first_length
 --task nl2bash`.
 
-The default's start is looked at over a ladder of lengths, row by row, on rows that nobody has seen. From these losses
-the search of `lora_da.first_step` is replayed on many random choices of a few rows, from each first length: what is
-lost on the other rows to the best length for them, and how many forwards of a document it takes.
+A start that is solved for all rows of lora_A is looked at over a ladder of lengths, row by row, on rows that nobody has
+seen. From these losses the search of `lora_da.first_step` is replayed on many random choices of a few rows, from each
+first length: what is lost on the other rows to the best length for them, and how many forwards of a document it takes.
 """
 
 from __future__ import annotations

@@ -27,7 +27,7 @@ from benchmarks.measure import environment
 from benchmarks.quality.corpora import data_file
 from examples.smollm2 import prepare
 from lora_da.doctor.losses import Row, row_losses
-from lora_da.doctor.outliers import standing_out, steep
+from lora_da.doctor.outliers import standing_out, with_large_gradients
 from lora_da.doctor.rows import look_at
 from lora_da.export.files import load_rows
 from lora_da.export.rows import TokenizedRows
@@ -74,13 +74,13 @@ def main() -> None:
             **environment(device),
             "losses": [dataclasses.astuple(row) for row in losses(base, clean, device)],
             "losses_with_other_answers": [dataclasses.astuple(row) for row in losses(base, others, device)],
-            "gradients": gradients(base, clean, device),
-            "gradients_with_other_answers": gradients(base, others, device),
+            "gradient_norms": gradient_norms(base, clean, device),
+            "gradient_norms_with_other_answers": gradient_norms(base, others, device),
         }
         write(path, measured)
     measured = json.loads(path.read_text(encoding="utf-8"))
     right, wrong = ([RowLoss(*row) for row in measured[key]] for key in ("losses", "losses_with_other_answers"))
-    both = measured["gradients"], measured["gradients_with_other_answers"]
+    both = measured["gradient_norms"], measured["gradient_norms_with_other_answers"]
     counts = look_at([row_facts(n, r["input_ids"], r["labels"]) for n, r in enumerate(clean)], LENGTH, [])
     named = [*counts.findings, *standing_out(right)[0]]
     judged = {
@@ -116,14 +116,14 @@ def losses(base: Any, rows: Sequence[Row], device: torch.device) -> list[RowLoss
     return row_losses(task, rows, facts, device, show_progress=True)
 
 
-def gradients(base: Any, rows: Sequence[Row], device: torch.device) -> list[float]:
+def gradient_norms(base: Any, rows: Sequence[Row], device: torch.device) -> list[float]:
     """The gradient of each row by itself, as an initialisation has it of the rows that it estimates on."""
     task, found = find_task(base.requires_grad_(False)), []
-    watch = partial(LossPass, 1.0, None, lambda _: nullcontext(), lambda _n, _weights: nullcontext())
+    told = partial(LossPass, 1.0, None, lambda _: nullcontext(), lambda _n, _weights: nullcontext())
     with reading_mode(base), torch.enable_grad():
         for row in tqdm(rows, desc="the gradient of every row"):
             batch = task.read(collate([row]), 1)
-            task.backward(batch, task.inputs(batch, device), watch(gradients=lambda of: found.append(of.item())))
+            task.backward(batch, task.inputs(batch, device), told(gradient_norms=lambda of: found.append(of.item())))
     return found
 
 
@@ -131,7 +131,7 @@ def planted(
     clean: Sequence[Row],
     right: Sequence[RowLoss],
     wrong: Sequence[RowLoss],
-    gradients: tuple[Sequence[float], Sequence[float]],
+    norms: tuple[Sequence[float], Sequence[float]],
     chance: random.Random,
 ) -> dict[str, float]:
     """Plant faults at random; what was found of them."""
@@ -150,8 +150,8 @@ def planted(
     again = set(facts.rows_by("duplicate"))
     out = {*repeated, *masked, *again}
     judged = [(wrong if n in other else right)[n] for n in range(len(clean)) if n not in out]
-    slopes = {row.row: gradients[row.row in other][row.row] for row in judged}
-    too_steep = {finding.row for finding in steep(read, slopes)}
+    of_row = {row.row: norms[row.row in other][row.row] for row in judged}
+    large = {finding.row for finding in with_large_gradients(read, of_row)[0]}
     named = {finding.row for finding in standing_out(judged)[0]}
     exact = len(again) == n_repeated and facts.rows_by("masked") == sorted(masked)
 
@@ -161,12 +161,12 @@ def planted(
     return {
         "counts_exact": float(exact),
         "precision_by_loss": precision(lambda row: -row.mean),
-        "precision_by_gradient": precision(lambda row: -slopes[row.row]),
+        "precision_by_gradient": precision(lambda row: -of_row[row.row]),
         "precision_by_help": precision(lambda row: row.help or 0.0),
         "named_of_other_answers": len(named & other) / n_other,
         "named_of_clean": len(named - other) / (len(judged) - n_other),
-        "named_by_gradient_of_other_answers": len(too_steep & other) / n_other,
-        "named_by_gradient_of_clean": len(too_steep - other) / (len(judged) - n_other),
+        "named_by_gradient_of_other_answers": len(large & other) / n_other,
+        "named_by_gradient_of_clean": len(large - other) / (len(judged) - n_other),
     }
 
 

@@ -90,6 +90,11 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
         "reference (default: by preset)",
     )
     parser.add_argument("--gamma", type=float, help="divisor of the first step, in the place of measuring it")
+    parser.add_argument(
+        "--chosen-rows",
+        type=float,
+        help="share of lora_A's rows that are solved for, the others being random (default: by preset)",
+    )
     parser.add_argument("--cache-dir", help="folder for solved factors: the same command then starts from them")
     parser.add_argument("--device", help="cpu, cuda, cuda:1, xpu, mps … (default: a GPU of CUDA's or XPU's, or cpu)")
     parser.add_argument("--dtype", choices=DTYPES, default="auto", help="of the model (default: as it is stored)")
@@ -110,7 +115,7 @@ def _config(asked: argparse.Namespace) -> LoraDAConfig:
             raise LoraDAError(f"--{name.replace('_', '-')} is {getattr(asked, name)}; set at least 1")
     if (asked.load_in_4bit or asked.load_in_8bit) and importlib.util.find_spec("bitsandbytes") is None:
         raise LoraDAError("--load-in-4bit and --load-in-8bit need bitsandbytes; run: pip install bitsandbytes")
-    names = ("method", "preset", "samples", "first_step", "gamma", "cache_dir")
+    names = ("method", "preset", "samples", "first_step", "gamma", "chosen_rows", "cache_dir")
     return LoraDAConfig(**{name: getattr(asked, name) for name in names})
 
 

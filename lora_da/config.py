@@ -66,8 +66,8 @@ class LoraDAConfig:
             `none`: lora_B = 0, so that the model starts as it is. By preset; `gamma` where a gamma is set.
         gamma: divides the first step: lora_B @ lora_A has spectral norm at most 1/gamma where the step is normalised,
             and 1/gamma in `lora_one`; in `lora_ga` lora_A carries 1/√gamma.
-        chosen_rows: share of lora_A's rows, rounded up, that are solved for; the others are random, as plain LoRA's
-            are, and have no lora_B.
+        chosen_rows: share of lora_A's rows, rounded up, that are solved for; the others are random, of plain LoRA's
+            variance and the same whatever the seed, with no lora_B.
         full_fisher_up_to: widest layer output for which Y is estimated in full and not only its diagonal.
         memory_budget: GiB that may be used on the layers' device beside the model; what does not fit at once is
             streamed. 85 % of what is free on a GPU, half of it on a CPU, unless given.

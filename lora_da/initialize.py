@@ -118,7 +118,7 @@ def initialize_lora_da_weights(
 
     report = replace(
         solution.report,
-        data=look_at(data.looked_at, None, (), dict(solution.report.gradients)) if task.of_tokens_alone else None,
+        data=look_at(data.looked_at, None, (), dict(solution.report.gradient_norms)) if task.checks_rows else None,
         notes=notes,
         settings=config.settings(),
         peak_memory_gib=memory.gib(),

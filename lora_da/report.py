@@ -86,8 +86,8 @@ class InitReport:
         samples, tokens, loss_tokens: counted documents and tokens. sample_unit: what a sample is.
         population_size: N, in samples; None where it is neither known nor needed.
         loss: mean loss over the init samples at the untouched base model, per loss token.
-        gradients: (row, mean over its loss tokens of the norm of the loss's gradient in what the language-model head
-            reads), at the same model, of samples that are rows.
+        gradient_norms: (row, mean over its loss tokens of the norm of the loss's gradient in what the language-model
+            head reads), at the same model, of samples that are rows.
         seconds: wall time; steps: how many training steps that is, by the time that the forward and backward of a token
             took; None where the rows of a step are not known, as outside a trainer. peak_memory_gib: peak during it,
             of `memory_of`.
@@ -112,7 +112,7 @@ class InitReport:
     loss_tokens: int = 0
     population_size: int | None = 0
     loss: float | None = None
-    gradients: list[tuple[int, float]] = dataclasses.field(default_factory=list)
+    gradient_norms: list[tuple[int, float]] = dataclasses.field(default_factory=list)
     seconds: float = 0.0
     steps: float | None = None
     peak_memory_gib: float = 0.0

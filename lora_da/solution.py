@@ -65,9 +65,7 @@ def solution_of(collected: Collected[LoraFactors], adapter: Adapter, data: InitD
         loss_tokens=data.n_loss_tokens,
         population_size=data.population_size,
         loss=collected.loss,
-        gradients=[
-            (row.row, collected.gradients[row.digest]) for row in data.looked_at if row.digest in collected.gradients
-        ],
+        gradient_norms=_of_rows(collected, data),
         plan=plan.line(),
         forecast={"device": plan.used + plan.device_bytes, "cpu": plan.cpu_bytes},
         timings=collected.timings,
@@ -78,6 +76,12 @@ def solution_of(collected: Collected[LoraFactors], adapter: Adapter, data: InitD
         },
     )
     return Solution({name: (f.lora_A, f.lora_B) for name, f in factors.items()}, report)
+
+
+def _of_rows(collected: Collected[LoraFactors], data: InitData) -> list[tuple[int, float]]:
+    """Gradient norms by row; one that is not finite overflowed, and tells nothing."""
+    norms = {row.row: collected.gradient_norms.get(row.digest, math.nan) for row in data.looked_at}
+    return [(row, norm) for row, norm in norms.items() if math.isfinite(norm)]
 
 
 def _of_rounding(layers: HandedOver[LoraFactors]) -> dict[str, NotServed]:

@@ -51,16 +51,17 @@ OPTIONS = """
 METHODS = "lora_da filet cntlora lora_one lora_ga".split()
 PRESET = """
     averaging variance_weight damping gamma full_fisher_up_to relative_damping normalize_step match_input_energy
-    chosen_rows first_step
+    first_step chosen_rows
 """.split()
 
 COMMAND = """
     --model --data --check --output --overwrite --rank --alpha --target-modules --target-parameters --load-in-4bit
-    --load-in-8bit --samples --max-length --method --preset --first-step --gamma --cache-dir --device --dtype
+    --load-in-8bit --samples --max-length --method --preset --first-step --gamma --chosen-rows --cache-dir --device
+    --dtype
 """.split()
 
 REPORT = """
-    initialized targeted failed left samples sample_unit tokens loss_tokens population_size loss gradients seconds
+    initialized targeted failed left samples sample_unit tokens loss_tokens population_size loss gradient_norms seconds
     steps peak_memory_gib
     memory_of plan forecast timings settings layers first_step data notes skipped from_cache
 """.split()

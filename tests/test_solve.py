@@ -2,11 +2,12 @@
 
 import pytest
 import torch
-from models import batches, documents, tiny_llama, with_lora
+from models import batches, documents, pad, tiny_llama, with_lora
 from settings import as_solved
 
 import lora_da.methods.lora_da
 from lora_da import LoraDAError, initialize_lora_da_weights
+from lora_da.adapter import find_adapter
 
 pytestmark = pytest.mark.once
 
@@ -52,3 +53,21 @@ def test_other_errors_of_the_solver_are_not_taken_for_that(monkeypatch: pytest.M
     monkeypatch.setattr(lora_da.methods.lora_da, "lora_da", broken)
     with pytest.raises(RuntimeError, match="something else"):
         initialised(with_lora(tiny_llama()))
+
+
+def test_each_layer_has_random_rows_of_its_own() -> None:
+    """The rows that are not solved for: of plain LoRA's variance, the same whatever the seed, with no lora_B."""
+    starts = []
+    for seed in range(2):
+        torch.manual_seed(seed)
+        model = with_lora(tiny_llama(), r=8)
+        config = as_solved(samples=8, population_size=100)
+        initialize_lora_da_weights(model, [pad(documents((9, 14, 6, 11, 13, 8, 12, 10)))], config, show_progress=False)
+        starts.append({layer.name: layer.factors() for layer in find_adapter(model).layers})
+    assert not any(lora_B[:, 4:].any() for _, lora_B in starts[0].values())
+    assert all(lora_B[:, :4].any() for _, lora_B in starts[0].values())
+    rows = {name: lora_A[4:] for name, (lora_A, _) in starts[0].items()}
+    assert all(torch.equal(rows[name], lora_A[4:]) for name, (lora_A, _) in starts[1].items())
+    assert len({tuple(drawn.flatten().tolist()) for drawn in rows.values()}) == len(rows)
+    for layer in find_adapter(model).layers:
+        assert rows[layer.name].std().item() == pytest.approx(layer.plain_variance**0.5, rel=0.3)

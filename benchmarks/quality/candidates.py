@@ -1,7 +1,8 @@
 """What was tried in the place of LoRA-DA's solution of a layer, so that trying it again is one line of a sweep.
 
-Each is a method as those of the project are, with LoRA-DA's needs and numbers. Those that choose another A start with
-lora_B = 0, as the control `zero_B` does, which is what they are to be compared with.
+Each is a method as those of the project are, with LoRA-DA's needs and numbers; what it calls the solution is that of
+all rows of lora_A. Those that choose another A start with lora_B = 0, as the control `zero_B` does, which is what they
+are to be compared with.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from lora_da.methods.common import LayerSpec, LoraFactors, fisher_length, start_
 from lora_da.methods.gradient import decompose_gradient
 from lora_da.methods.lora_da import damp_input, lora_da
 from lora_da.methods.method import Method, Preset
+from lora_da.methods.presets import PRESETS
 from lora_da.statistics import LayerStatistics
 
 
@@ -57,7 +59,7 @@ def random_A(statistics: LayerStatistics, layer: LayerSpec, preset: Preset) -> L
 
 
 def slope_matched(statistics: LayerStatistics, layer: LayerSpec, preset: Preset) -> LoraFactors:
-    """The default, its A scaled so that Adam's first step from lora_B = 0, which lowers the loss by the rate times
+    """The solution, its A scaled so that Adam's first step from lora_B = 0, which lowers the loss by the rate times
     ‖G Aᵀ‖₁ in first order, lowers it as much as plain LoRA's random A is expected to."""
     factors = lora_da(statistics, layer, preset)
     assert statistics.grad is not None
@@ -68,17 +70,17 @@ def slope_matched(statistics: LayerStatistics, layer: LayerSpec, preset: Preset)
 
 
 def half_scale(statistics: LayerStatistics, layer: LayerSpec, preset: Preset) -> LoraFactors:
-    """The default with half its lora_A, and lora_B twice as large."""
+    """The solution with half its lora_A, and lora_B twice as large."""
     return _scaled(lora_da(statistics, layer, preset), 0.5)
 
 
 def double_scale(statistics: LayerStatistics, layer: LayerSpec, preset: Preset) -> LoraFactors:
-    """The default with twice its lora_A, and half its lora_B."""
+    """The solution with twice its lora_A, and half its lora_B."""
     return _scaled(lora_da(statistics, layer, preset), 2.0)
 
 
 def plain_norm(statistics: LayerStatistics, layer: LayerSpec, preset: Preset) -> LoraFactors:
-    """The default, its A with the Frobenius norm that plain LoRA's is expected to have, and B the rest of the step.
+    """The solution, its A with the Frobenius norm that plain LoRA's is expected to have, and B the rest of the step.
     Adam moves every number by the rate, so a smaller A turns faster."""
     factors = lora_da(statistics, layer, preset)
     expected = math.sqrt(layer.plain_variance * factors.lora_A.numel())
@@ -86,7 +88,7 @@ def plain_norm(statistics: LayerStatistics, layer: LayerSpec, preset: Preset) ->
 
 
 def equal_energies(statistics: LayerStatistics, layer: LayerSpec, preset: Preset) -> LoraFactors:
-    """The default, every row a of its A with the same input energy a Z aᵀ, that of plain LoRA's; the step unchanged."""
+    """The solution, every row a of its A with plain LoRA's input energy a Z aᵀ; the step unchanged."""
     factors, (_, cov, _) = lora_da(statistics, layer, preset), _double(statistics)
     a = factors.lora_A.double()
     energy = ((a @ cov) * a).sum(1)
@@ -95,7 +97,7 @@ def equal_energies(statistics: LayerStatistics, layer: LayerSpec, preset: Preset
 
 
 def half_random(statistics: LayerStatistics, layer: LayerSpec, preset: Preset) -> LoraFactors:
-    """The default of half the rank, and for the other half rows as plain LoRA draws them, with no B."""
+    """The solution of half the rank, and for the other half rows as plain LoRA draws them, with no B."""
     chosen = layer.rank // 2
     half = lora_da(statistics, replace(layer, rank=chosen), preset)
     drawn = _drawn(_double(statistics)[0], layer.rank - chosen, layer)
@@ -115,8 +117,10 @@ _TRIED = (
     equal_energies,
     half_random,
 )
+ALL_ROWS = replace(PRESETS["default"], chosen_rows=1.0)
 CANDIDATES: dict[str, Method] = {
-    solve.__name__: replace(METHODS["lora_da"], name=solve.__name__, solve=solve) for solve in _TRIED
+    solve.__name__: replace(METHODS["lora_da"], name=solve.__name__, solve=solve, presets={"default": ALL_ROWS})
+    for solve in _TRIED
 }
 
 

@@ -135,8 +135,8 @@ def _report(text: str) -> InitReport:
         first_step = fields.pop("first_step")
         if first_step is not None:
             first_step = FirstStepReport(**first_step | {"tried": [tuple(pair) for pair in first_step["tried"]]})
-        gradients = [(row, value) for row, value in fields.pop("gradients")]
-        return InitReport(**fields, layers=layers, first_step=first_step, gradients=gradients)
+        norms = [(row, norm) for row, norm in fields.pop("gradient_norms")]
+        return InitReport(**fields, layers=layers, first_step=first_step, gradient_norms=norms)
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise _UnusableFile(f"its report cannot be read: {error}") from error
 

@@ -52,7 +52,7 @@ class Collected(Generic[T]):
         routed: the layers inside an expert.
         layers: what came of them.
         loss: the mean loss per loss token; NaN until the topmost segment has run.
-        gradients: of documents that are rows, by the row's digest; see `LossPass.gradients`.
+        gradient_norms: of documents that are rows, by the row's digest; see `LossPass.gradient_norms`.
         timings: seconds by what they were spent on.
         border_bytes: the most that hidden states and gradients at the segments' borders have taken at once.
     """
@@ -61,7 +61,7 @@ class Collected(Generic[T]):
     routed: Mapping[str, Routed]
     layers: HandedOver[T] = field(default_factory=HandedOver)
     loss: float = float("nan")
-    gradients: dict[bytes, float] = field(default_factory=dict)
+    gradient_norms: dict[bytes, float] = field(default_factory=dict)
     timings: dict[str, float] = field(default_factory=dict)
     border_bytes: int = 0
 
@@ -133,19 +133,18 @@ def _collect(work: Work, solve_layer: SolveLayer[T]) -> Collected[T]:
 
         schedule.run(hand_over, bar)
     collected.loss, collected.timings = schedule.loss, work.watch.seconds()
-    own = _by_digest(schedule.gradients) if work.task.of_tokens_alone else {}
-    for gradients in processes.gathered(own):
-        collected.gradients |= gradients
+    if work.task.checks_rows:
+        for norms in processes.gathered(processes.everywhere(_by_digest, schedule.gradient_norms)):
+            collected.gradient_norms |= norms
     collected.border_bytes = schedule.border_bytes
     return collected
 
 
-def _by_digest(gradients: Sequence[tuple[Batch, Tensor]]) -> dict[bytes, float]:
+def _by_digest(norms: Sequence[tuple[Batch, Tensor]]) -> dict[bytes, float]:
+    """Those of documents that are rows, by the row's digest; the device is waited for once."""
     digests: list[bytes | None] = []
-    for batch, _ in gradients:
+    for batch, _ in norms:
         of_batch = digests_in(batch)
         digests += [of_batch.get(number) for number in range(batch.tokens.n_documents)]
-    values = (
-        torch.cat([of_documents for _, of_documents in gradients]).tolist() if gradients else []
-    )  # one wait for all
+    values = torch.cat([of_documents for _, of_documents in norms]).tolist() if norms else []
     return {digest: value for digest, value in zip(digests, values, strict=True) if digest is not None}

@@ -66,7 +66,7 @@ class Schedule:
 
     Attributes:
         loss: the mean loss per loss token, once the topmost segment has run.
-        gradients: see `SegmentRun`, of this process's batches.
+        gradient_norms: see `SegmentRun`, of this process's batches.
     """
 
     def __init__(self, work: Work) -> None:
@@ -74,7 +74,7 @@ class Schedule:
         own = shares_of(work.data.batches, processes)[processes.rank]
         parts = [part for batch in own for part in divided(batch, work.plan.batch_tokens)]
         self.loss = math.nan
-        self.gradients: list[tuple[Batch, Tensor]] = []
+        self.gradient_norms: list[tuple[Batch, Tensor]] = []
         self._work = work
         self._borders = Borders(work.run.device)
         self._feed = Feed(work, parts, self._borders)
@@ -136,7 +136,7 @@ class Schedule:
                 total = segment_run.collect(progress.step)
                 if self._work.is_top(segment):
                     self._note_loss(processes.total(total).item())
-                    self.gradients = segment_run.gradients
+                    self.gradient_norms = segment_run.gradient_norms
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error) or processes.sharded:
                     raise

@@ -32,13 +32,13 @@ class SegmentRun:
         gradient_below: whether the gradient of what enters the segment is kept for the one below.
 
     Attributes:
-        gradients: of each batch that the head has run with, what `LossPass.gradients` takes.
+        gradient_norms: of each batch that the head has run with, what `LossPass.gradient_norms` takes.
     """
 
     def __init__(
         self, feed: Feed, segment: Segment, collector: Collector, scaling: LossScaling, gradient_below: bool
     ) -> None:
-        self.gradients: list[tuple[Batch, Tensor]] = []
+        self.gradient_norms: list[tuple[Batch, Tensor]] = []
         self._feed, self._work = feed, feed.work
         self._segment, self._collector, self._scaling = segment, collector, scaling
         self._backward = feed.work.needs.sums.backward
@@ -104,10 +104,10 @@ class SegmentRun:
         weights = self._scaling.weights(batch, self._work.run.device)
         watch, in_head = self._work.watch, self._collector.selection.in_head
 
-        def note(gradients: Tensor) -> None:
-            self.gradients.append((batch, gradients))
+        def keep(norms: Tensor) -> None:
+            self.gradient_norms.append((batch, norms))
 
-        how = LossPass(self._scaling.factor, weights, watch, in_head, self._work.plan.chunk, note)
+        how = LossPass(self._scaling.factor, weights, watch, in_head, self._work.plan.chunk, keep)
         return self._work.task.backward(batch, inputs, how)
 
     def _run_blocks(self, number: int, hidden: Tensor | None, inputs: dict[str, Any]) -> None:

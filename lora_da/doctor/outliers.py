@@ -56,22 +56,28 @@ def standing_out(losses: Sequence[RowLoss]) -> tuple[list[Finding], str]:
     return found, ""
 
 
-def steep(rows: Sequence[RowFacts], gradients: Mapping[int, float]) -> list[Finding]:
-    """Rows with an unusually large gradient; none where there are too few to tell.
+def with_large_gradients(rows: Sequence[RowFacts], norms: Mapping[int, float]) -> tuple[list[Finding], str]:
+    """Rows with an unusually large gradient.
 
     Args:
         rows: that were read.
-        gradients: of a loss token, by row.
+        norms: mean norm of the gradient over a row's loss tokens, by row.
+
+    Returns:
+        What was found, and why it cannot be told, if so.
     """
-    known = [row for row in rows if row.row in gradients]
+    known = [row for row in rows if row.row in norms]
     if len(known) < ENOUGH:
-        return []
-    logs = [_log(gradients[row.row]) for row in known]
-    return [
-        Finding(row.row, "gradient", {"gradient": gradients[row.row], "deviations": peers.away})
-        for row, peers in zip(known, _among_peers(logs, [row.loss_tokens for row in known], LEAST_LOG), strict=True)
-        if peers.away > FURTHEST
-    ]
+        return [], f"{len(known)} rows whose gradients are known are too few to tell a usual one by"
+    among = _among_peers([_log(norms[row.row]) for row in known], [row.loss_tokens for row in known], LEAST_LOG)
+    usual = float(np.median([row.loss_tokens for row in known]))
+    found = []
+    for row, peers in zip(known, among, strict=True):
+        # few rows have peers of all sizes, and a mean over fewer tokens varies more
+        away = peers.away * min(1.0, (row.loss_tokens / usual) ** 0.5)
+        if away > FURTHEST:
+            found.append(Finding(row.row, "gradient", {"gradient": norms[row.row], "deviations": away}))
+    return found, ""
 
 
 def _log(value: float) -> float:

@@ -5,9 +5,8 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from types import MappingProxyType
 
-from lora_da.doctor.outliers import steep
+from lora_da.doctor.outliers import with_large_gradients
 from lora_da.findings import DataReport, Finding
 from lora_da.samples.facts import END, RowFacts
 
@@ -18,7 +17,7 @@ def look_at(
     rows: Sequence[RowFacts],
     max_length: int | None,
     ends: Iterable[int],
-    gradients: Mapping[int, float] = MappingProxyType({}),
+    gradient_norms: Mapping[int, float] | None = None,
 ) -> DataReport:
     """What is found in rows.
 
@@ -26,17 +25,20 @@ def look_at(
         rows: to look at, in the order of the data.
         max_length: at which longer rows were cut off. If None, the longest row's where several are as long.
         ends: the tokenizer's tokens that end an answer, if they are known.
-        gradients: of the rows that were run, by row; see `InitReport.gradients`.
+        gradient_norms: of the rows that were run, by row; see `InitReport.gradient_norms`. None were asked for if None.
     """
-    cut, why_not = _cut(rows, max_length, set(ends))
-    repeated = _repeated(rows)
-    first = {row.row for row in rows} - {finding.row for finding in repeated}
+    repeated, unknown = _repeated(rows), {}
+    cut, unknown["cut"] = _cut(rows, max_length, set(ends))
+    large: list[Finding] = []
+    if gradient_norms is not None:
+        again = {finding.row for finding in repeated}
+        large, unknown["gradient"] = with_large_gradients([row for row in rows if row.row not in again], gradient_norms)
     return DataReport(
         rows=len(rows),
         tokens=sum(row.tokens for row in rows),
         loss_tokens=sum(row.loss_tokens for row in rows),
-        findings=[*_masked(rows), *repeated, *cut, *steep([row for row in rows if row.row in first], gradients)],
-        unknown={"cut": why_not} if why_not else {},
+        findings=[*_masked(rows), *repeated, *cut, *large],
+        unknown={reason: why_not for reason, why_not in unknown.items() if why_not},
     )
 
 

@@ -118,9 +118,9 @@ def plain_energy_scale(energy: Tensor, trace: Tensor, rank: int, plain_variance:
     return math.sqrt(plain_variance * rank * trace / energy)
 
 
-def with_plain_rows(factors: LoraFactors, layer: LayerSpec) -> LoraFactors:
-    """Factors of a lower rank with the rows that lora_A has left drawn as plain LoRA draws them, and no lora_B for
-    these: training starts where it did. They are the same for a layer every time; nobody's global generator moves.
+def with_random_rows(factors: LoraFactors, layer: LayerSpec) -> LoraFactors:
+    """Factors of a lower rank, and random rows of plain LoRA's variance for what lora_A has left, with no lora_B, so
+    that training starts where it did. They are a layer's own, whatever the seed; nobody's global generator moves.
 
     Args:
         factors: lora_A (k, i) and lora_B (o, k), k ≤ r.

@@ -35,7 +35,7 @@ from lora_da.methods.common import (
     noise,
     plain_energy_scale,
     squared_norm,
-    with_plain_rows,
+    with_random_rows,
 )
 from lora_da.methods.linalg import OVERSAMPLING, estimated_eigenvalue, largest_eigenpairs, largest_eigenvalue_near
 from lora_da.methods.method import Preset
@@ -89,14 +89,14 @@ def lora_da(statistics: LayerStatistics, layer: LayerSpec, preset: Preset) -> Lo
             lora_B takes the rest of the step; otherwise both factors carry 1/√gamma.
         preset: v is `variance_weight`; `damping` is added to the diagonals of Z and Y, times their mean if it is
             relative; `gamma` divides the step, of which D is divided by its largest singular value before if
-            `normalize_step`. Where `chosen_rows` is below 1, the solution is that of so many rows (rounded up), and the
-            others are plain LoRA's.
+            `normalize_step`. Where `chosen_rows` is below 1, all this is the solution of so many rows, rounded up, and
+            the others are random, with no lora_B.
 
     Raises:
         UnsolvableLayer: statistics are not finite or all zero, or Y is not positive definite after damping.
     """
-    chosen = replace(layer, rank=math.ceil(preset.chosen_rows * layer.rank))
-    return with_plain_rows(_of_rank(statistics, chosen, preset), layer)
+    chosen = replace(layer, rank=preset.n_chosen(layer.rank))
+    return with_random_rows(_of_rank(statistics, chosen, preset), layer)
 
 
 def _of_rank(statistics: LayerStatistics, layer: LayerSpec, preset: Preset) -> LoraFactors:

@@ -5,6 +5,7 @@ Standard library only: a config is loaded without torch.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
 from importlib import import_module
@@ -32,8 +33,12 @@ class Preset:
     relative_damping: bool  # damping times the mean diagonal, or an absolute number
     normalize_step: bool  # divide D by its largest singular value
     match_input_energy: bool  # scale lora_A to plain LoRA's tr(A Z Aᵀ), or share 1/√gamma with lora_B
-    chosen_rows: float = 1.0  # share of lora_A's rows that are solved for; the others are plain LoRA's
     first_step: FirstStep = "gamma"
+    chosen_rows: float = 1.0  # share of lora_A's rows that are solved for; the others are random
+
+    def n_chosen(self, rank: int) -> int:
+        """How many of so many rows are solved for."""
+        return max(1, math.ceil(round(self.chosen_rows * rank, 6)))  # 0.28 × 25 is above 7 in floating point
 
 
 @dataclass(frozen=True)

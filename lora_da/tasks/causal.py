@@ -29,7 +29,7 @@ class Causal(LanguageModel):
     """
 
     predicts = 1
-    of_tokens_alone = True
+    checks_rows = True
 
     def __init__(self, model: PreTrainedModel) -> None:
         decoder = _body_below_the_head(model)

@@ -40,8 +40,9 @@ class LossPass:
         in_head: a context for each call of a language-model head, told how many loss tokens it reads, the first ones,
             and the (n,) factors of their losses, which are applied behind it.
         chunk: tokens whose logits exist at once; `CHUNK` if None.
-        gradients: takes the mean, over the loss tokens of each counted document, of the norm of the loss's gradient in
-            the hidden state that a language-model head reads, (documents,) float32, without factor and weights.
+        gradient_norms: takes the mean, over the loss tokens of each counted document, of the norm of the loss's
+            gradient in the hidden state that a language-model head reads, (documents,) float32, without factor and
+            weights.
     """
 
     scale: float
@@ -49,7 +50,7 @@ class LossPass:
     timed: Timed
     in_head: InHead
     chunk: int | None = None
-    gradients: Callable[[Tensor], None] | None = None
+    gradient_norms: Callable[[Tensor], None] | None = None
 
 
 def backward(
@@ -132,15 +133,15 @@ def backward_from_head(mean_loss: MeanLoss, hidden: Tensor, tokens: BatchTokens,
                 (mean * (len(positions) * how.scale)).backward()
             if chunk.grad is None:
                 raise LoraDAError("the model's head does not take its hidden states from its decoder; not supported")
-            norms[positions] = torch.linalg.vector_norm(chunk.grad, dim=1, dtype=torch.float32)
+            norms[positions] = torch.linalg.vector_norm(chunk.grad, dim=1).float()
             # A token's loss depends on its own hidden state alone: to weigh this gradient is to weigh the loss.
             of_chunk = chunk.grad if own is None else (chunk.grad * own.unsqueeze(1)).to(chunk.dtype)
             gradient[positions] = of_chunk
     if hidden.requires_grad:
         with how.timed("backward"):
             hidden.backward(gradient.view_as(hidden))
-    if how.gradients is not None and torch.is_grad_enabled():
-        how.gradients(_by_document(norms / how.scale, tokens))
+    if how.gradient_norms is not None and torch.is_grad_enabled():
+        how.gradient_norms(_by_document(norms / how.scale, tokens))
     return total
 
 

@@ -44,12 +44,12 @@ class Task(ABC):
         streams: where the layers are that read other than the tokens of the loss.
         why_not_sequential: why the blocks cannot be run without each other; empty if that is to be tried.
         has_experts: whether a list of modules inside a block is one of experts.
-        of_tokens_alone: whether a row is its tokens, each with its label, so that it can be looked at for faults.
+        checks_rows: whether its rows are looked at for faults.
     """
 
     why_not_sequential = ""
     has_experts = True
-    of_tokens_alone = False
+    checks_rows = False
     streams = Streams()
 
     def __init__(self, model: PreTrainedModel, body: nn.Module, decoder: nn.Module | None = None) -> None:

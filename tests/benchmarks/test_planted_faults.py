@@ -29,19 +29,19 @@ def losses(loss: float, alone: float) -> list[RowLoss]:
     ]
 
 
-def slopes(mean: float) -> list[float]:
+def norms(mean: float) -> list[float]:
     return [mean * (1 + n % 10 / 100) for n in range(len(ROWS))]
 
 
 def test_answers_whose_prompt_does_not_help_are_named() -> None:
-    found = planted(ROWS, losses(2.0, 3.0), losses(2.0, 2.0), (slopes(1.0), slopes(1.0)), random.Random(0))
+    found = planted(ROWS, losses(2.0, 3.0), losses(2.0, 2.0), (norms(1.0), norms(1.0)), random.Random(0))
     assert found["counts_exact"] == 1 and found["precision_by_help"] == 1 and found["precision_by_loss"] < 0.5
     assert (found["named_of_other_answers"], found["named_of_clean"]) == (1, 0)
     assert found["precision_by_gradient"] < 0.5 and found["named_by_gradient_of_other_answers"] == 0
 
 
 def test_answers_that_are_no_worse_are_not() -> None:
-    found = planted(ROWS, losses(2.0, 3.0), losses(2.0, 3.0), (slopes(1.0), slopes(3.0)), random.Random(0))
+    found = planted(ROWS, losses(2.0, 3.0), losses(2.0, 3.0), (norms(1.0), norms(3.0)), random.Random(0))
     assert found["counts_exact"] == 1 and found["precision_by_help"] < 0.5
     assert (found["named_of_other_answers"], found["named_of_clean"]) == (0, 0)
     assert found["precision_by_gradient"] == found["named_by_gradient_of_other_answers"] == 1

@@ -44,6 +44,7 @@ def check(results: list[dict[str, Any]], truth: dict[str, Any]) -> None:
     assert worst_difference(first["adapter"], truth["adapter"]) < TURNED
     assert first["counts"] == truth["counts"] and first["layer tokens"] == truth["layer tokens"]
     assert first["loss"] == pytest.approx(truth["loss"], rel=LOSS)
+    assert dict(first["gradient norms"]) == pytest.approx(dict(truth["gradient norms"]), rel=LOSS)
     if first["tried"] is not None:
         for lengths, losses in zip(*(zip(*found["tried"], strict=True) for found in (first, truth)), strict=True):
             assert lengths == pytest.approx(losses, rel=LOSS)

@@ -102,9 +102,9 @@ def test_gradients_are_each_rows_own(settings: dict[str, Any]) -> None:
     base = tiny_llama()
     report = initialised(loader(planted()), with_lora(copy.deepcopy(base)), **settings)
     rows = [row for row in range(SAMPLES + len(MASKED)) if row not in MASKED]
-    assert [row for row, _ in report.gradients] == rows
+    assert [row for row, _ in report.gradient_norms] == rows
     assert report.plan.startswith("streamed" if "memory_budget" in settings else "one pass")
-    for row, gradient in report.gradients:
+    for row, gradient in report.gradient_norms:
         assert gradient == pytest.approx(own_gradient(base, planted()[row]), rel=1e-4)
 
 
@@ -130,4 +130,21 @@ def test_a_gradient_that_stands_out_is_named(tmp_path: Path) -> None:
 
 def test_rows_that_hold_several_documents_have_no_gradients() -> None:
     report = initialised([packed(ROWS)], population_size=40)
-    assert report.gradients == [] and report.data is not None and report.data.rows_by("gradient") == []
+    assert report.gradient_norms == [] and report.data is not None and report.data.rows_by("gradient") == []
+    assert report.data.unknown["gradient"] == "0 rows whose gradients are known are too few to tell a usual one by"
+
+
+def test_a_start_from_the_cache_has_them_too(tmp_path: Path) -> None:
+    """And rows that come at other places are another start, as the report names them by these."""
+    first, again = (initialised(loader(planted()), cache_dir=str(tmp_path)) for _ in range(2))
+    assert again.from_cache and again.gradient_norms == first.gradient_norms != []
+    moved = [{**ROWS[0], "labels": [-100] * len(ROWS[0]["labels"])}, *planted()]
+    other = initialised(loader(moved), cache_dir=str(tmp_path))
+    assert not other.from_cache
+    assert [row for row, _ in other.gradient_norms] == [row + 1 for row, _ in first.gradient_norms]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_gradients_of_other_dtypes(dtype: torch.dtype) -> None:
+    report = initialised(loader(planted()), with_lora(tiny_llama().to(dtype)))
+    assert len(report.gradient_norms) == SAMPLES and report.initialized == report.targeted

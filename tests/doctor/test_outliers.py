@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from lora_da.doctor.outliers import standing_out, steep
+from lora_da.doctor.outliers import standing_out, with_large_gradients
 from lora_da.findings import RowLoss
 from lora_da.samples.facts import RowFacts
 
@@ -85,13 +85,29 @@ def test_few_rows_tell_nothing() -> None:
     assert found == [] and why_not == "12 rows with different losses are too few to tell a usual one by"
 
 
-def test_a_steep_row_is_told_among_rows_of_its_size() -> None:
-    """A gradient that is usual among short answers, and is not among long ones; too few rows tell nothing."""
+def norms_among(rows: list[RowFacts], norms: dict[int, float]) -> list[int]:
+    findings, why_not = with_large_gradients(rows, norms)
+    assert not why_not and all(finding.reason == "gradient" for finding in findings)
+    return [finding.row for finding in findings]
+
+
+def test_a_large_gradient_is_told_among_rows_of_its_size() -> None:
+    """One that is usual among short answers, and is not among long ones; too few rows tell nothing."""
     chance = np.random.default_rng(0)
     rows = [RowFacts(n, 0, 5 if n < 150 else 100, bytes(n), ()) for n in range(300)]
-    gradients = {n: float(chance.lognormal(1.0 if n < 150 else 0.0, 0.2)) for n in range(300)}
-    assert steep(rows, gradients) == []
-    gradients[200] = gradients[3]
-    (found,) = steep(rows, gradients)
-    assert (found.row, found.reason, found.figures["gradient"]) == (200, "gradient", gradients[3])
-    assert steep(rows[190:208], gradients) == []
+    norms = {n: float(chance.lognormal(1.0 if n < 150 else 0.0, 0.2)) for n in range(300)}
+    assert norms_among(rows, norms) == []
+    norms[200] = norms[3]
+    assert norms_among(rows, norms) == [200]
+    few = with_large_gradients(rows[190:208], norms)
+    assert few == ([], "18 rows whose gradients are known are too few to tell a usual one by")
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_few_short_answers_among_long_ones_do_not_stand_out(seed: int) -> None:
+    """A mean over three tokens varies eight times as much as one over two hundred."""
+    chance = np.random.default_rng(seed)
+    rows = [RowFacts(n, 0, 3 if n % 8 == 0 else 200, bytes(n), ()) for n in range(64)]
+    norms = {row.row: float(chance.lognormal(0.0, 1 / row.loss_tokens**0.5)) for row in rows}
+    assert norms_among(rows, norms) == []
+    assert norms_among(rows, norms | {7: 3.0}) == [7]

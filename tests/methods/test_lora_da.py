@@ -1,5 +1,6 @@
 """The solver: against the authors' own vectors, the dense oracle, the theorem it rests on, and its exact cases."""
 
+import dataclasses
 import json
 import os
 from pathlib import Path
@@ -12,7 +13,7 @@ from solving import damp_input, solve_lora_da
 from tolerances import EXACT
 
 from lora_da.config import PRESETS
-from lora_da.methods.common import LayerSpec, LoraFactors, UnsolvableLayer, with_plain_rows
+from lora_da.methods.common import LoraFactors, UnsolvableLayer
 from lora_da.methods.linalg import DENSE_UP_TO, TOLERANCE, largest_eigenpairs
 from lora_da.statistics import LayerStatistics
 
@@ -292,7 +293,7 @@ def test_what_does_not_converge_is_solved_densely() -> None:
 
 
 @pytest.mark.parametrize(("rank", "chosen"), [(8, 4), (5, 3), (1, 1)])
-def test_half_of_the_rows_are_solved_for_and_the_others_are_plain(rank: int, chosen: int) -> None:
+def test_half_of_the_rows_are_solved_for_and_the_others_are_random(rank: int, chosen: int) -> None:
     """The solution of the lower rank, with rows as plain LoRA's beside it that move nothing."""
     s, plain = statistics(40, 2000, n=50), 1 / (3 * 2000)
     settings = {**numbers("default"), "population": 7473.0}
@@ -310,8 +311,6 @@ def test_half_of_the_rows_are_solved_for_and_the_others_are_plain(rank: int, cho
         assert abs(rest.mean().item()) < 3 * (plain / rest.numel()) ** 0.5
 
 
-def test_no_two_layers_have_the_same_random_rows() -> None:
-    factors = LoraFactors(torch.zeros(2, 30, dtype=torch.float64), torch.zeros(7, 2, dtype=torch.float64))
-    specs = [LayerSpec(name, 4, 0.01, None, None, None) for name in ("q_proj", "k_proj")]
-    one, other = (with_plain_rows(factors, spec).lora_A[2:] for spec in specs)
-    assert abs(torch.corrcoef(torch.stack([one.flatten(), other.flatten()]))[0, 1]) < 0.4
+@pytest.mark.parametrize(("share", "rank", "chosen"), [(0.28, 25, 7), (0.5, 5, 3), (1e-9, 8, 1), (1, 8, 8)])
+def test_a_share_of_the_rows_is_rounded_up(share: float, rank: int, chosen: int) -> None:
+    assert dataclasses.replace(PRESETS["default"], chosen_rows=share).n_chosen(rank) == chosen

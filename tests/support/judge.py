@@ -1,11 +1,13 @@
 """Whether an adapter starts where LoRA-DA says, judged in float64 by the oracle, whatever the gaps of the spectrum.
 
 Eigenvectors turn freely where eigenvalues are alike, so they are not compared. What is written must be a minimiser of
-the oracle's objective, hold the oracle's step within its own subspace, and have plain LoRA's input energy.
+the oracle's objective, hold the oracle's step within its own subspace, and have plain LoRA's input energy, as far as it
+is solved for.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -53,9 +55,13 @@ def _factors(model: PeftModel, name: str, adapter: str) -> tuple[Tensor, Tensor]
 
 
 def errors_of(a: Tensor, b: Tensor, seen: OracleStatistics, population: int, gaussian: bool) -> Iterable[float]:
-    rank, i = a.shape
-    energy = rank * seen.input_cov.trace().item() * (1 / rank**2 if gaussian else 1 / (3 * i))
-    preset = LoraDAConfig().numbers()
+    """How far the solved rows are off, infinitely where those beside them move anything or one of them is zero."""
+    preset, (rank, i) = LoraDAConfig().numbers(), a.shape
+    plain_variance = 1 / rank**2 if gaussian else 1 / (3 * i)
+    rank = (rank + 1) // 2  # those that are solved for
+    yield math.inf if b[:, rank:].any() or not a[rank:].any(1).all() else 0.0
+    a, b = a[:rank], b[:, :rank]
+    energy = rank * seen.input_cov.trace().item() * plain_variance
     best = oracle_solve(
         seen.grad,
         seen.input_cov,

@@ -63,6 +63,7 @@ def initialized(model: PeftModel, way: Way, rows: Any = None, **settings: Any) -
         "counts": (report.initialized, report.samples, report.tokens, report.loss_tokens, report.failed, report.left),
         "layer tokens": {name: layer.tokens for name, layer in report.layers.items()},
         "loss": report.loss,
+        "gradient norms": report.gradient_norms,
         "tried": None if report.first_step is None else report.first_step.tried,
         "from cache": report.from_cache,
     }

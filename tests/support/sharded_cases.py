@@ -63,6 +63,7 @@ def initialized(model: PeftModel, way: Way, **settings: Any) -> dict[str, Any]:
     return {
         "adapter": whole_adapter(model),
         "loss": report.loss,
+        "gradient norms": report.gradient_norms,
         "tried": None if report.first_step is None else report.first_step.tried,
         "from cache": report.from_cache,
         "steps": {name: layer.relative_step for name, layer in report.layers.items()},

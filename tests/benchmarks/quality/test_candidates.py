@@ -180,10 +180,12 @@ def step(factors: LoraFactors) -> Tensor:
     return factors.lora_B @ factors.lora_A
 
 
-def test_a_candidate_is_a_method_that_differs_from_lora_da_in_its_function_alone() -> None:
+def test_a_candidate_is_a_method_that_differs_from_lora_da_in_its_function_and_its_rows_alone() -> None:
     for name, candidate in CANDIDATES.items():
         assert candidate_of(name) is candidate and candidate.name == name
-        assert replace(candidate, name="lora_da", solve=METHODS["lora_da"].solve) == METHODS["lora_da"]
+        lora_da = METHODS["lora_da"]
+        assert replace(candidate, name="lora_da", solve=lora_da.solve, presets=lora_da.presets) == lora_da
+        assert candidate.presets == {"default": replace(lora_da.presets["default"], chosen_rows=1.0)}
         assert candidate.solve is not METHODS["lora_da"].solve
     with pytest.raises(BenchmarkError, match="half_powers"):
         candidate_of("half")
@@ -192,7 +194,7 @@ def test_a_candidate_is_a_method_that_differs_from_lora_da_in_its_function_alone
 @pytest.mark.parametrize("name", CANDIDATES)
 def test_a_candidate_is_what_solves_a_run(name: str) -> None:
     """End to end: the adapter of a run that it is the method of, against its function on the same statistics."""
-    model, config = with_lora(tiny_llama()), as_solved(method=CANDIDATES[name], samples=4, chosen_rows=1)
+    model, config = with_lora(tiny_llama()), as_solved(method=CANDIDATES[name], samples=4)
     with recorded() as seen:
         report = initialize_lora_da_weights(model, [pad(documents(LENGTHS))], config, show_progress=False)
     assert report.initialized == len(seen) and report.settings["method"] == name
