@@ -147,7 +147,7 @@ def test_a_start_of_another_rank_shows() -> None:
     assert worst_start(model, report, statistics, 12) <= START
     q, k = (model.get_submodule(f"{PREFIX}model.layers.0.self_attn.{n}_proj").lora_A["default"].weight for n in "qk")
     with torch.no_grad():
-        q[-1] = k[0]
+        q[1] = k[0]  # of those that are solved for
     assert worst_start(model, report, statistics, 12) > 100 * START
 
 
@@ -251,4 +251,6 @@ def test_lora_plus_keeps_its_rates(tmp_path) -> None:
     for half, size in (("A", rate), ("B", ratio * rate)):
         for name, start in factors(expected, half).items():
             step = (factors(model, half)[name] - start).abs()
+            if half == "A":  # a row without lora_B has no gradient yet
+                step = step[factors(expected, "B")[name.replace("lora_A", "lora_B")].any(0)]
             assert step.median().item() == pytest.approx(size, rel=0.01), name
