@@ -66,7 +66,7 @@ class Schedule:
 
     Attributes:
         loss: the mean loss per loss token, once the topmost segment has run.
-        gradient_norms: see `SegmentRun`, of this process's batches.
+        gradient_norms: of this process's batches, see `SegmentRun.gradient_norms`.
     """
 
     def __init__(self, work: Work) -> None:
@@ -136,7 +136,7 @@ class Schedule:
                 total = segment_run.collect(progress.step)
                 if self._work.is_top(segment):
                     self._note_loss(processes.total(total).item())
-                    self.gradient_norms = segment_run.gradient_norms
+                    self.gradient_norms = segment_run.gradient_norms()
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error) or processes.sharded:
                     raise

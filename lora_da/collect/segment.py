@@ -30,15 +30,14 @@ class SegmentRun:
         collector: of the layers.
         scaling: of the loss.
         gradient_below: whether the gradient of what enters the segment is kept for the one below.
-
-    Attributes:
-        gradient_norms: of each batch that the head has run with, what `LossPass.gradient_norms` takes.
     """
 
     def __init__(
         self, feed: Feed, segment: Segment, collector: Collector, scaling: LossScaling, gradient_below: bool
     ) -> None:
-        self.gradient_norms: list[tuple[Batch, Tensor]] = []
+        self._documents = [batch.tokens.n_documents for batch in feed.batches]
+        # made at once: small tensors that outlive a batch each would keep its memory from being used again
+        self._norms = torch.full((sum(self._documents),), torch.nan, device=feed.work.run.device)
         self._feed, self._work = feed, feed.work
         self._segment, self._collector, self._scaling = segment, collector, scaling
         self._backward = feed.work.needs.sums.backward
@@ -77,6 +76,10 @@ class SegmentRun:
             self._feed.borders.gradients[self._segment.first] = self._below
         return total
 
+    def gradient_norms(self) -> list[tuple[Batch, Tensor]]:
+        """Of each batch, what `LossPass.gradient_norms` takes; not a number where the head has taken no gradient."""
+        return list(zip(self._feed.batches, self._norms.split(self._documents), strict=True))
+
     def _collect_batch(self, number: int) -> Tensor | None:
         """Run one batch; the summed loss where that is the topmost segment."""
         segment, batch, loss = self._segment, self._feed.batches[number], None
@@ -89,7 +92,7 @@ class SegmentRun:
         self._collector.reading(batch.counted(), self._work.run.device, batch.others())
         if self._work.is_top(segment):
             with self._given(hidden):
-                loss = self._run_top(batch, inputs)
+                loss = self._run_top(number, batch, inputs)
         else:
             self._run_blocks(number, hidden, inputs)
         if self._below is not None:
@@ -100,12 +103,12 @@ class SegmentRun:
                 self._below.put(number, hidden.grad)
         return loss
 
-    def _run_top(self, batch: Batch, inputs: dict[str, Any]) -> Tensor:
+    def _run_top(self, number: int, batch: Batch, inputs: dict[str, Any]) -> Tensor:
         weights = self._scaling.weights(batch, self._work.run.device)
         watch, in_head = self._work.watch, self._collector.selection.in_head
 
         def keep(norms: Tensor) -> None:
-            self.gradient_norms.append((batch, norms))
+            self._norms.split(self._documents)[number].copy_(norms)
 
         how = LossPass(self._scaling.factor, weights, watch, in_head, self._work.plan.chunk, keep)
         return self._work.task.backward(batch, inputs, how)
