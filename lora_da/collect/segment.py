@@ -77,7 +77,7 @@ class SegmentRun:
         return total
 
     def gradient_norms(self) -> list[tuple[Batch, Tensor]]:
-        """Of each batch, what `LossPass.gradient_norms` takes; not a number where the head has taken no gradient."""
+        """What `LossPass.gradient_norms` takes, of each batch; not a number where the head has taken no gradient."""
         return list(zip(self._feed.batches, self._norms.split(self._documents), strict=True))
 
     def _collect_batch(self, number: int) -> Tensor | None:
@@ -108,7 +108,8 @@ class SegmentRun:
         watch, in_head = self._work.watch, self._collector.selection.in_head
 
         def keep(norms: Tensor) -> None:
-            self._norms.split(self._documents)[number].copy_(norms)
+            first = sum(self._documents[:number])
+            self._norms[first : first + len(norms)] = norms
 
         how = LossPass(self._scaling.factor, weights, watch, in_head, self._work.plan.chunk, keep)
         return self._work.task.backward(batch, inputs, how)
