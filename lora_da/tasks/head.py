@@ -115,7 +115,8 @@ def backward_from_head(mean_loss: MeanLoss, hidden: Tensor, tokens: BatchTokens,
     """
     flat = hidden.detach().flatten(0, 1)  # (p, h)
     gradient = torch.zeros_like(flat)
-    norms = torch.zeros(len(flat), dtype=torch.float32, device=flat.device)  # (p,)
+    told = how.gradient_norms is not None and torch.is_grad_enabled()
+    norms = torch.zeros(len(flat), dtype=torch.float32, device=flat.device) if told else None  # (p,)
     total = torch.zeros((), dtype=torch.float32, device=flat.device)
     targets = tokens.targets.to(flat.device, non_blocking=True)
     weights = None if how.weights is None else how.weights.to(flat.device)
@@ -133,14 +134,17 @@ def backward_from_head(mean_loss: MeanLoss, hidden: Tensor, tokens: BatchTokens,
                 (mean * (len(positions) * how.scale)).backward()
             if chunk.grad is None:
                 raise LoraDAError("the model's head does not take its hidden states from its decoder; not supported")
-            norms[positions] = torch.linalg.vector_norm(chunk.grad, dim=1).float()
+            if norms is not None:
+                wide = torch.promote_types(chunk.grad.dtype, norms.dtype)
+                of_tokens = torch.linalg.vector_norm(chunk.grad, dim=1, dtype=wide)
+                norms[positions] = of_tokens.to(norms.dtype)
             # A token's loss depends on its own hidden state alone: to weigh this gradient is to weigh the loss.
             of_chunk = chunk.grad if own is None else (chunk.grad * own.unsqueeze(1)).to(chunk.dtype)
             gradient[positions] = of_chunk
     if hidden.requires_grad:
         with how.timed("backward"):
             hidden.backward(gradient.view_as(hidden))
-    if how.gradient_norms is not None and torch.is_grad_enabled():
+    if how.gradient_norms is not None and norms is not None:
         how.gradient_norms(_by_document(norms / how.scale, tokens))
     return total
 

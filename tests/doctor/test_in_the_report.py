@@ -105,7 +105,7 @@ def test_gradients_are_each_rows_own(settings: dict[str, Any]) -> None:
     assert [row for row, _ in report.gradient_norms] == rows
     assert report.plan.startswith("streamed" if "memory_budget" in settings else "one pass")
     for row, gradient in report.gradient_norms:
-        assert gradient == pytest.approx(own_gradient(base, planted()[row]), rel=1e-4)
+        assert gradient == pytest.approx(own_gradient(base, planted()[row]), rel=1e-4)  # of float32
 
 
 def test_a_gradient_that_stands_out_is_named(tmp_path: Path) -> None:
@@ -144,7 +144,11 @@ def test_a_start_from_the_cache_has_them_too(tmp_path: Path) -> None:
     assert [row for row, _ in other.gradient_norms] == [row + 1 for row, _ in first.gradient_norms]
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
-def test_gradients_of_other_dtypes(dtype: torch.dtype) -> None:
-    report = initialised(loader(planted()), with_lora(tiny_llama().to(dtype)))
+@pytest.mark.parametrize(("dtype", "rounding"), [(torch.float64, 1e-6), (torch.bfloat16, 0.05)])
+def test_gradients_of_other_dtypes(dtype: torch.dtype, rounding: float) -> None:
+    """Within float32, in which they are told, and within what bf16 activations leave of the gradient itself."""
+    base = tiny_llama().to(dtype)
+    report = initialised(loader(planted()), with_lora(copy.deepcopy(base)))
     assert len(report.gradient_norms) == SAMPLES and report.initialized == report.targeted
+    for row, norm in report.gradient_norms:
+        assert norm == pytest.approx(own_gradient(base, planted()[row]), rel=rounding)

@@ -307,7 +307,7 @@ def test_half_of_the_rows_are_solved_for_and_the_others_are_random(rank: int, ch
     rest = ours.lora_A[chosen:]
     assert torch.equal(rest, solve(s, rank, plain, **settings, chosen_rows=0.5).lora_A[chosen:])
     if rank > 1:
-        assert rest.std().item() == pytest.approx(plain**0.5, rel=0.05)
+        assert rest.std().item() == pytest.approx(plain**0.5, rel=0.05)  # of 4,000 numbers or more: 1 %
         assert abs(rest.mean().item()) < 3 * (plain / rest.numel()) ** 0.5
 
 
