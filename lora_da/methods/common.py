@@ -101,9 +101,11 @@ def squared_norm(matrix: Tensor) -> float:
 
 def float32_suffices(input_cov: Tensor, damping: float) -> bool:
     """Whether Z, with `damping` added to its diagonal, can be decomposed in float32. Its largest eigenvalue is at most
-    its Frobenius norm."""
+    its Frobenius norm, and that at most its trace."""
     bound = MAX_FLOAT32_CONDITION * damping
-    return input_cov.dtype == torch.float32 and squared_norm(input_cov) <= bound**2
+    return input_cov.dtype == torch.float32 and (
+        input_cov.diagonal().double().sum().item() <= bound or squared_norm(input_cov) <= bound**2
+    )
 
 
 def plain_energy_scale(energy: Tensor, trace: Tensor, rank: int, plain_variance: float) -> float:

@@ -43,7 +43,6 @@ from lora_da.statistics import LayerStatistics
 
 NORM_TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5}
 CONDITION_TOLERANCE = 0.05  # an eigenvalue's error is at most that of its residual: one digit is settled
-GUESSES = 4  # for an eigenvalue of which nothing is known
 COLUMNS = 512  # of the inverse of a full Fisher that are held at a time
 
 
@@ -173,9 +172,9 @@ def damp_input(input_cov: Tensor | None, preset: Preset) -> DampedInput:
     dtype = torch.float32 if float32_suffices(input_cov, added) else torch.float64
     factor = _factored_(input_cov.to(dtype, copy=True), added, "input covariance")
     damped = DampedInput(input_cov, factor, added, math.nan)
-    guesses = noise(factor.shape[0], min(GUESSES, factor.shape[0]), like=factor)
-    undamped = estimated_eigenvalue(lambda v: input_cov @ v, guesses.to(input_cov.dtype), CONDITION_TOLERANCE)
-    inverse = estimated_eigenvalue(damped.solve, guesses, CONDITION_TOLERANCE)
+    guess = noise(factor.shape[0], 1, like=factor)  # four of them cost four times as much and settle the same digit
+    undamped = estimated_eigenvalue(lambda v: input_cov @ v, guess.to(input_cov.dtype), CONDITION_TOLERANCE)
+    inverse = estimated_eigenvalue(damped.solve, guess, CONDITION_TOLERANCE)
     return replace(damped, condition=(undamped + added) * inverse)
 
 
