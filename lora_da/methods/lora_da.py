@@ -88,8 +88,8 @@ def lora_da(statistics: LayerStatistics, layer: LayerSpec, preset: Preset) -> Lo
             lora_B takes the rest of the step; otherwise both factors carry 1/√gamma.
         preset: v is `variance_weight`; `damping` is added to the diagonals of Z and Y, times their mean if it is
             relative; `gamma` divides the step, of which D is divided by its largest singular value before if
-            `normalize_step`. Where `chosen_rows` is below 1, all this is the solution of so many rows, rounded up, and
-            the others are random, with no lora_B.
+            `normalize_step`, or by the norm of B0 where the step's length is measured anyway. Where `chosen_rows` is
+            below 1, all this is the solution of so many rows, rounded up, and the others are random, with no lora_B.
 
     Raises:
         UnsolvableLayer: statistics are not finite or all zero, or Y is not positive definite after damping.
@@ -129,7 +129,8 @@ def _of_rank(statistics: LayerStatistics, layer: LayerSpec, preset: Preset) -> L
     _check_finite(a0, b0)
     size = unit
     if preset.normalize_step:  # the eigenvectors of Ω do not change with the scale of D
-        size = 1 / math.sqrt(_largest_square(bias, a0, start))
+        exact = preset.first_step == "gamma"  # else its length is measured, or nothing, and any norm keeps it in range
+        size = 1 / math.sqrt(_largest_square(bias, a0, start) if exact else squared_norm(b0))
     captured = squared_norm(b0) / squared_norm(direction)
     b0 = b0.double() * size
 
