@@ -130,7 +130,7 @@ def _of_rank(statistics: LayerStatistics, layer: LayerSpec, preset: Preset) -> L
     size = unit
     if preset.normalize_step:  # the eigenvectors of Ω do not change with the scale of D
         exact = preset.first_step == "gamma"  # else its length is measured, or nothing, and any norm keeps it in range
-        size = 1 / math.sqrt(_largest_square(bias, a0, start) if exact else squared_norm(b0))
+        size = 1 / math.sqrt(_largest_square(bias, a0, start) if exact else squared_norm(b0) or 1.0)
     captured = squared_norm(b0) / squared_norm(direction)
     b0 = b0.double() * size
 

@@ -286,3 +286,14 @@ def test_a_step_whose_length_is_measured_has_the_same_direction(dtype: torch.dty
     ratio = measured.lora_B.norm() / exact.lora_B.norm()
     assert distance(measured.lora_B / ratio, exact.lora_B) <= EXACT
     assert 8**-0.5 - EXACT <= ratio <= 1 + EXACT  # a Frobenius norm of rank 8 in the place of a spectral one
+
+
+def test_a_subspace_that_holds_nothing_of_the_step_moves_nothing() -> None:
+    """Where the variance decides: the directions of the largest input energy, in none of which there is a gradient."""
+    grad = torch.zeros(6, 8, dtype=torch.float64)
+    grad[:, 0] = 1.0
+    cov = torch.arange(1.0, 9.0, dtype=torch.float64).diag()
+    s = LayerStatistics(grad, cov, torch.ones(6, dtype=torch.float64), 10)
+    ours = solve(s, 2, 1 / 24, **numbers("default", population=1e-3), first_step="measured")
+    assert not ours.lora_B.any() and ours.fisher_length == 0.0
+    assert ours.lora_A[:, 6:].norm() == ours.lora_A.norm()
