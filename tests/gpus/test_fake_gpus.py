@@ -23,7 +23,7 @@ def gpus():
 
 def waits(gpus: FakeGpus) -> list[str]:
     """What the host has waited for, in this file."""
-    return sorted(wait.what for wait in gpus.waits.elements() if wait.line.startswith("tests/test_fake_gpus.py:"))
+    return sorted(wait.what for wait in gpus.waits.elements() if wait.line.startswith("tests/gpus/test_fake_gpus.py:"))
 
 
 def test_what_is_made_of_a_tensor_is_where_it_is(gpus: FakeGpus) -> None:
@@ -61,7 +61,7 @@ MIXES = {
 @pytest.mark.parametrize("mix", MIXES)
 def test_mixed_devices_are_refused_with_their_line(gpus: FakeGpus, mix: str, other: str) -> None:
     a, b = torch.zeros(2, 3, device=GPU), torch.zeros(2, 3, device=other)
-    with pytest.raises(MixedDevices, match=rf" at tests/test_fake_gpus\.py:\d+ of tensors .* on {GPU}"):
+    with pytest.raises(MixedDevices, match=rf" at tests/gpus/test_fake_gpus\.py:\d+ of tensors .* on {GPU}"):
         MIXES[mix](a, b)
 
 
