@@ -118,9 +118,11 @@ class HandingOver(Generic[T]):
             return self._solve_layer(layer, observed)
         if not statistics.has_gradient():
             return NotServed("an expert whose tokens have no part in the loss", failed=False)
+        fisher = statistics.output_fisher  # a full one of fewer tokens than outputs is singular but for its damping
+        enough = max(layer.rank + 1, len(fisher) if fisher is not None and fisher.dim() == 2 else 0)
         outcome = self._solve_layer(layer, observed)
-        if isinstance(outcome, NotServed) and statistics.n_tokens <= layer.rank:
-            return NotServed("an expert of no more tokens than its rank, which are too few to solve it", failed=False)
+        if isinstance(outcome, NotServed) and statistics.n_tokens < enough:
+            return NotServed(f"an expert of too few tokens to solve it: {outcome.why}", failed=False)
         return outcome
 
     def _was_passed_by(self, name: str) -> bool:
