@@ -17,8 +17,10 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from transformers.integrations import moe
 
+import lora_da.methods.lora_da
 from lora_da import LoraDAConfig, LoraDAError
 from lora_da.adapter import find_adapter
+from lora_da.methods.common import UnsolvableLayer
 
 OTHERS = [{"method": name} for name in ("filet", "cntlora", "lora_ga")]  # `lora_one` wants a gradient of full rank
 
@@ -58,6 +60,22 @@ def test_an_expert_of_fewer_tokens_than_its_rank(settings: dict[str, Any]) -> No
         tokens = [layer.tokens for name, layer in report.layers.items() if ".experts." in name]
         assert min(tokens) < 4
         assert all(torch.isfinite(value).all() for value in adapter_weights(model).values())
+
+
+def test_an_expert_of_fewer_tokens_than_outputs_has_no_full_fisher(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Damped by little, whether it can be factored is a matter of rounding: here it never can. That is no failure."""
+    factored = lora_da.methods.lora_da._factored_
+
+    def exact(matrix: Tensor, damping: float, name: str) -> Tensor:
+        if name == "output Fisher" and torch.linalg.matrix_rank(matrix, rtol=1e-6) < len(matrix):
+            raise UnsolvableLayer("its output Fisher is singular")
+        return factored(matrix, damping, name)
+
+    monkeypatch.setattr(lora_da.methods.lora_da, "_factored_", exact)
+    model = with_experts(stacked("Qwen3Moe", num_experts=16))
+    report = initialize(model, LoraDAConfig(samples=3, preset="paper", population_size=9), documents((20, 20, 20)))
+    assert report.failed == {} and report.initialized > 0
+    assert "an expert of too few tokens to solve it: its output Fisher is singular" in report.left.values()
 
 
 def test_experts_whose_tokens_train_nothing_keep_pefts_init() -> None:

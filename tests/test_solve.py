@@ -70,6 +70,5 @@ def test_each_layer_has_random_rows_of_its_own() -> None:
     assert all(torch.equal(rows[name], lora_A[4:]) for name, (lora_A, _) in starts[1].items())
     assert len({tuple(drawn.flatten().tolist()) for drawn in rows.values()}) == len(rows)
     for layer in find_adapter(model).layers:
-        assert rows[layer.name].std().item() == pytest.approx(
-            layer.plain_variance**0.5, rel=0.3
-        )  # of 128 numbers or more
+        spread = rows[layer.name].std().item()  # of 128 numbers or more: off by 6 %
+        assert spread == pytest.approx(layer.plain_variance**0.5, rel=0.3)

@@ -104,7 +104,7 @@ def float32_suffices(input_cov: Tensor, damping: float) -> bool:
     its Frobenius norm, and that at most its trace."""
     bound = MAX_FLOAT32_CONDITION * damping
     return input_cov.dtype == torch.float32 and (
-        input_cov.diagonal().double().sum().item() <= bound or squared_norm(input_cov) <= bound**2
+        input_cov.trace().item() <= bound or squared_norm(input_cov) <= bound**2
     )
 
 

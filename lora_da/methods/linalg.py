@@ -49,18 +49,17 @@ def estimated_eigenvalue(apply: Callable[[Tensor], Tensor], start: Tensor, toler
     """A lower bound of the largest eigenvalue of a positive operator, by power iteration: products and norms alone.
 
     Args:
-        apply: (n, b) → (n, b), the operator on a block of vectors; symmetric, positive semidefinite.
-        start: (n, b), first guesses, each of which is iterated on by itself.
-        tolerance: residual of the best of them, relative to the eigenvalue, at which to stop; the error is its square
-            where no other eigenvalue is close.
+        apply: (n, 1) → (n, 1), the operator on a vector; symmetric, positive semidefinite.
+        start: (n, 1), a first guess.
+        tolerance: residual, relative to the eigenvalue, at which to stop; the error is its square where no other
+            eigenvalue is close.
     """
     image, found = start, 0.0
     for _ in range(POWER_STEPS):
-        v = image / torch.linalg.vector_norm(image, dim=0).clamp_min(torch.finfo(image.dtype).tiny)
+        v = image / torch.linalg.vector_norm(image).clamp_min(torch.finfo(image.dtype).tiny)
         image = apply(v)
-        values = (v * image).sum(0)
-        errors = torch.linalg.vector_norm(image - v * values, dim=0)
-        found, error = torch.stack([values, errors])[:, values.argmax()].tolist()
+        value = (v * image).sum()
+        found, error = torch.stack([value, torch.linalg.vector_norm(image - v * value)]).tolist()
         if error <= tolerance * found:
             break
     return found

@@ -2,7 +2,7 @@
 
 A QR of a few dozen long columns is a chain of small launches; CholeskyQR (Stathopoulos and Wu, 2002) is two products
 and a triangular solve. With its Gram matrix in float64 it loses orthogonality by eps · κ (Yamazaki, Tomov and Dongarra,
-2015), at most 5e-4 here; a Newton–Schulz step (Björck and Bowie, 1971), products alone, squares that.
+2015), at most 1e-3 here; a Newton–Schulz step (Björck and Bowie, 1971), products alone, squares that.
 """
 
 from __future__ import annotations
