@@ -98,7 +98,7 @@ def _rivals(section: Section, label: str) -> Iterator[Verdict]:
         yield from (_against(section, label, rival) for rival in rivals)
         if not rivals:
             yield Verdict(4, method, "not run", None)
-    rescaled = [name for name, cell in cells.items() if A_TIMES in cell.settings]
+    rescaled = [name for name, cell in cells.items() if cell.method == PLAIN and A_TIMES in cell.settings]
     yield from (_against(section, label, rival) for rival in rescaled)
     if not rescaled:
         yield Verdict(4, "plain LoRA, A rescaled", "not run", None)

@@ -25,7 +25,7 @@ from lora_da.methods.method import Method
 
 CONTROLS = ("zero_B", "half_B", "random_A", "plain_scale")
 A_TIMES, FROZEN_A = "A_times", "frozen_A"
-OWN_SETTINGS = ("control", "candidate", FROZEN_A)  # of a start, beside those of `LoraDAConfig`
+OWN_SETTINGS = ("control", "candidate", A_TIMES, FROZEN_A)  # of a start, beside those of `LoraDAConfig`
 PLAINS_SETTINGS = (A_TIMES, FROZEN_A)  # all that plain LoRA has
 
 
@@ -88,10 +88,10 @@ def ours(model: PeftModel, loader: DataLoader[Any], cell: Cell, cache: Path | No
 
 @torch.no_grad()
 def scale_A(model: PeftModel, times: float) -> None:
-    """Multiply every lora_A: of a start at B = 0 that changes what its learning rate does, and nothing else."""
+    """Multiply every lora_A and divide lora_B by as much: that changes what a learning rate does, and nothing else."""
     adapter = find_adapter(model)
     factors = {layer.name: layer.factors() for layer in adapter.layers}
-    adapter.write({name: (lora_A * times, lora_B) for name, (lora_A, lora_B) in factors.items()})
+    adapter.write({name: (lora_A * times, lora_B / times) for name, (lora_A, lora_B) in factors.items()})
 
 
 def freeze_A(model: PeftModel) -> None:

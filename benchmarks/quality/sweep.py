@@ -26,8 +26,8 @@ class Start:
     Args:
         name: as reports call it.
         method: `plain`; a `method:` of LoRA-DA's; `eva`; or what starts on the unquantised model.
-        settings: of `LoraDAConfig`, its preset possibly with changes to it, `control` and `candidate`; of plain LoRA
-            `A_times`; of both `frozen_A`; see `starts`.
+        settings: of `LoraDAConfig`, its preset possibly with changes to it, `control` and `candidate`; of both
+            plain LoRA and these `A_times` and `frozen_A`; see `starts`.
     """
 
     name: str

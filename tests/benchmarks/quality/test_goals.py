@@ -109,3 +109,10 @@ def test_what_was_not_run_is_undecided() -> None:
     untimed = [one for one in race({}, settings=["Axolotl"]) if one.cell.steps == STEPS]
     found = {(v.goal, v.of): v for v in judged([replace(one, step_seconds=None) for one in untimed])}
     assert found[1, "arc at 0.0002"].met is None and (2, "arc") not in found
+
+
+def test_only_plain_loras_A_makes_a_rescaled_rival() -> None:
+    found = race({})
+    cells = [one for one in found if one.cell.start == "default"]
+    scaled = [replace(one, cell=replace(one.cell, start="default-A-x8", settings={"A_times": 8.0})) for one in cells]
+    assert {(v.goal, v.of) for v in judged([*found, *scaled])} == {(v.goal, v.of) for v in judged(found)}

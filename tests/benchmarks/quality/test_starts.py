@@ -52,6 +52,18 @@ def test_plain_lora_is_scaled(data, runner, base):
     assert all(torch.equal(4 * once, scaled) for once, scaled in zip(*found, strict=True))
 
 
+def test_a_start_is_scaled_and_its_step_stays(data, runner, base):
+    rows, found = split_rows(sweep(data).corpora["letters"], base[1], "development", 20, 4, 10, seed=0), []
+    ours = next(cell for cell in sweep(data).cells if cell.method == "lora_da")
+    for settings in (ours.settings, {**ours.settings, "A_times": 4.0}):
+        adapted, _ = runner._start(rows, dataclasses.replace(ours, settings=settings))()
+        found.append([(layer.lora_A.detach().clone(), layer.lora_B.detach()) for layer in find_adapter(adapted).layers])
+        adapted.unload()
+    assert digest(ours.method, {**ours.settings, "A_times": 4.0}) == ours.numbers
+    for (a, b), (scaled_a, scaled_b) in zip(*found, strict=True):
+        assert b.any() and torch.equal(4 * a, scaled_a) and torch.equal(b, 4 * scaled_b)
+
+
 @pytest.mark.parametrize(("method", "setting"), [("plain", "gamma"), ("eva", "A_times")])
 def test_settings_that_nothing_reads_are_refused(method, setting):
     assert digest("plain", {"A_times": 2.0}) == ""
