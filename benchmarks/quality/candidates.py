@@ -105,6 +105,17 @@ def half_random(statistics: LayerStatistics, layer: LayerSpec, preset: Preset) -
     return replace(half, lora_A=torch.cat([half.lora_A, drawn.to(half.lora_A)]), lora_B=b)
 
 
+def half_principal(statistics: LayerStatistics, layer: LayerSpec, preset: Preset) -> LoraFactors:
+    """The solution of half the rank, and for the other half the principal components of the inputs, as EVA's whole A
+    has them, of the norm that plain LoRA's rows are expected to have, with no B."""
+    chosen = layer.rank // 2
+    half = lora_da(statistics, replace(layer, rank=chosen), preset)
+    vectors = torch.linalg.eigh(_double(statistics)[1])[1][:, chosen - layer.rank :].T.flip(0)
+    rows = vectors * math.sqrt(layer.plain_variance * vectors.shape[1])
+    b = torch.cat([half.lora_B, half.lora_B.new_zeros(len(half.lora_B), len(rows))], 1)
+    return replace(half, lora_A=torch.cat([half.lora_A, rows.to(half.lora_A)]), lora_B=b)
+
+
 _TRIED = (
     half_powers,
     gradient,
@@ -116,6 +127,7 @@ _TRIED = (
     plain_norm,
     equal_energies,
     half_random,
+    half_principal,
 )
 ALL_ROWS = replace(PRESETS["default"], chosen_rows=1.0)
 CANDIDATES: dict[str, Method] = {

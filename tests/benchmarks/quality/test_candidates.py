@@ -176,6 +176,18 @@ def test_half_random_is_the_default_of_half_the_rank_beside_rows_without_a_step(
     assert torch.equal(solved("half_random", wide).lora_A[RANK // 2 :], drawn)
 
 
+def test_half_principal_has_the_inputs_largest_components_beside_the_default_of_half_the_rank() -> None:
+    statistics = layer()
+    assert statistics.input_cov is not None
+    found, half = solved("half_principal", statistics), solve_lora_da(statistics, RANK // 2, **SETTINGS)
+    assert torch.equal(found.lora_A[: RANK // 2], half.lora_A) and torch.allclose(step(found), step(half), atol=1e-12)
+    rows = found.lora_A[RANK // 2 :]
+    square = PLAIN_VARIANCE * rows.shape[1]
+    assert torch.allclose(rows @ rows.T, square * torch.eye(len(rows), dtype=rows.dtype), atol=1e-12)
+    largest = torch.linalg.svdvals(statistics.input_cov)[: len(rows)].to(rows)
+    assert torch.allclose((rows @ statistics.input_cov.to(rows) * rows).sum(1), square * largest)
+
+
 def step(factors: LoraFactors) -> Tensor:
     return factors.lora_B @ factors.lora_A
 
