@@ -7,10 +7,13 @@ import os
 from pathlib import Path
 
 import pytest
+from pages import pages, table
 from quality_results import result
 
-from benchmarks.quality.analysis import compare
+from benchmarks.quality.analysis import PLAIN, Comparison, compare
 from benchmarks.quality.goals import verdicts
+from benchmarks.quality.intervals import mean
+from benchmarks.quality.pairs import same_rate_difference, share_at, wall_share_at
 from benchmarks.quality.results import Cell, Result, read
 from benchmarks.quality.sections import sections
 from benchmarks.quality.starts import digest
@@ -54,3 +57,29 @@ def test_results_on_file_are_of_todays_methods_and_data(path: Path) -> None:
     for cell in (one.cell for one in results):
         assert cell.numbers == digest(cell.method, cell.settings), f"{cell.start} has other settings now: run it again"
         assert cell.data == digests[cell.task], f"{cell.task} has other rows now: run it again"
+
+
+def on_file(task: str, steps: int, rate: float) -> tuple[Comparison, str]:
+    """A task's runs with float32 adapters at a rate, and the label of today's default there."""
+    results = read(RESULTS).results
+    today = digest("lora_da", {})
+    chosen = [r for r in results if r.cell.base == "twin" and (r.cell.steps, r.cell.rate) == (steps, rate)]
+    ours = next(r.cell for r in chosen if (r.cell.task, r.cell.numbers, r.cell.settings) == (task, today, {}))
+    (found,) = [c for c in compare(chosen) if c.conditions.task == task and c.conditions.curve_rows == ours.curve_rows]
+    (label,) = [name for name, runs in found.starts.items() if runs.cell.numbers == today and not runs.cell.settings]
+    return found, label
+
+
+@pytest.mark.parametrize(("column", "task"), [(1, "nl2bash"), (2, "e2e"), (3, "gsm8k")])
+def test_the_figures_of_the_readme_are_those_on_file(column: int, task: str) -> None:
+    short, long, shares, tuned = (row[column] for row in table(pages()["README.md"], "| settings | NL2Bash"))
+    for told, steps in ((short, 60), (long, 300)):
+        runs, default = on_file(task, steps, 2e-4)
+        finals = [runs.finals(start, 2e-4)[0] for start in (PLAIN, default)]
+        assert told == " → ".join(f"{loss:.3f}" for loss in finals)
+    runs, default = on_file(task, 300, 2e-4)
+    assert shares == f"{share_at(runs, default, 2e-4):.2f} ({wall_share_at(runs, default, 2e-4):.2f})"
+    runs, default = on_file(task, 60, 3.2e-3)
+    differences = same_rate_difference(runs, default)
+    assert len(differences) >= 3
+    assert tuned == f"{100 * mean(differences.values()):+.1f} %".replace("-", "−")
