@@ -98,22 +98,16 @@ def equal_energies(statistics: LayerStatistics, layer: LayerSpec, preset: Preset
 
 def half_random(statistics: LayerStatistics, layer: LayerSpec, preset: Preset) -> LoraFactors:
     """The solution of half the rank, and for the other half rows as plain LoRA draws them, with no B."""
-    chosen = layer.rank // 2
-    half = lora_da(statistics, replace(layer, rank=chosen), preset)
-    drawn = _drawn(_double(statistics)[0], layer.rank - chosen, layer)
-    b = torch.cat([half.lora_B, half.lora_B.new_zeros(len(half.lora_B), layer.rank - chosen)], 1)
-    return replace(half, lora_A=torch.cat([half.lora_A, drawn.to(half.lora_A)]), lora_B=b)
+    half = lora_da(statistics, replace(layer, rank=layer.rank // 2), preset)
+    return _beside(half, _drawn(_double(statistics)[0], layer.rank - layer.rank // 2, layer))
 
 
 def half_principal(statistics: LayerStatistics, layer: LayerSpec, preset: Preset) -> LoraFactors:
     """The solution of half the rank, and for the other half the principal components of the inputs, as EVA's whole A
     has them, of the norm that plain LoRA's rows are expected to have, with no B."""
-    chosen = layer.rank // 2
-    half = lora_da(statistics, replace(layer, rank=chosen), preset)
-    vectors = torch.linalg.eigh(_double(statistics)[1])[1][:, chosen - layer.rank :].T.flip(0)
-    rows = vectors * math.sqrt(layer.plain_variance * vectors.shape[1])
-    b = torch.cat([half.lora_B, half.lora_B.new_zeros(len(half.lora_B), len(rows))], 1)
-    return replace(half, lora_A=torch.cat([half.lora_A, rows.to(half.lora_A)]), lora_B=b)
+    half = lora_da(statistics, replace(layer, rank=layer.rank // 2), preset)
+    vectors = torch.linalg.eigh(_double(statistics)[1])[1][:, layer.rank // 2 - layer.rank :].T.flip(0)
+    return _beside(half, vectors * math.sqrt(layer.plain_variance * vectors.shape[1]))
 
 
 _TRIED = (
@@ -159,6 +153,12 @@ def _left_vectors(matrix: Tensor, rank: int) -> Tensor:
 
 def _start(directions: Tensor, cov: Tensor, layer: LayerSpec, out_features: int) -> LoraFactors:
     return LoraFactors(*start_at_the_base(directions, cov, layer.plain_variance, out_features))
+
+
+def _beside(half: LoraFactors, rows: Tensor) -> LoraFactors:
+    """A solution with more rows of lora_A, which have no lora_B."""
+    b = torch.cat([half.lora_B, half.lora_B.new_zeros(len(half.lora_B), len(rows))], 1)
+    return replace(half, lora_A=torch.cat([half.lora_A, rows.to(half.lora_A)]), lora_B=b)
 
 
 def _scaled(factors: LoraFactors, factor: float) -> LoraFactors:

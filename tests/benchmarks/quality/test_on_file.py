@@ -61,11 +61,9 @@ def test_results_on_file_are_of_todays_methods_and_data(path: Path) -> None:
 
 def on_file(task: str, steps: int, rate: float) -> tuple[Comparison, str]:
     """A task's runs with float32 adapters at a rate, and the label of today's default there."""
-    results = read(RESULTS).results
-    today = digest("lora_da", {})
-    chosen = [r for r in results if r.cell.base == "twin" and (r.cell.steps, r.cell.rate) == (steps, rate)]
-    ours = next(r.cell for r in chosen if (r.cell.task, r.cell.numbers, r.cell.settings) == (task, today, {}))
-    (found,) = [c for c in compare(chosen) if c.conditions.task == task and c.conditions.curve_rows == ours.curve_rows]
+    asked, today = ("twin", task, steps, rate), digest("lora_da", {})
+    results = [(one, one.cell) for one in read(RESULTS).results]
+    (found,) = compare(one for one, cell in results if (cell.base, cell.task, cell.steps, cell.rate) == asked)
     (label,) = [name for name, runs in found.starts.items() if runs.cell.numbers == today and not runs.cell.settings]
     return found, label
 
