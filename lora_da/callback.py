@@ -16,6 +16,7 @@ from lora_da.collect import Planner, make_plan
 from lora_da.config import LoraDAConfig
 from lora_da.errors import LoraDAError
 from lora_da.initialize import initialize_lora_da_weights, say
+from lora_da.rate import largest_rate
 from lora_da.report import InitReport
 from lora_da.tasks import RewardLoss
 
@@ -62,6 +63,7 @@ class LoraDACallback(TrainerCallback):
         control: TrainerControl,
         model: Any = None,
         train_dataloader: Any = None,
+        optimizer: Any = None,
         **kwargs: Any,
     ) -> None:
         """Initialise, print the line and save the report into `args.output_dir`.
@@ -85,6 +87,7 @@ class LoraDACallback(TrainerCallback):
                 plan=self._plan,
                 step_rows=args.per_device_train_batch_size * args.gradient_accumulation_steps,
                 offloading=partial(self.offloading, args, model),
+                learning_rate=largest_rate(getattr(optimizer, "param_groups", None)),
             )
         if self.report.skipped is None and state.is_world_process_zero:
             self.report.save(args.output_dir)

@@ -31,6 +31,7 @@ OF_SOME_METHODS = (
     "gamma",
     "first_step",
     "chosen_rows",
+    "match_rate",
     "full_fisher_up_to",
 )
 
@@ -68,6 +69,8 @@ class LoraDAConfig:
             and 1/gamma in `lora_one`; in `lora_ga` lora_A carries 1/√gamma.
         chosen_rows: share of lora_A's rows, rounded up, that are solved for; the others are random, of plain LoRA's
             variance and the same whatever the seed, with no lora_B.
+        match_rate: enlarge lora_A, and divide lora_B by as much, where the trainer's learning rate is so small that a
+            training step would be less than an eighth of the first step that was measured.
         full_fisher_up_to: widest layer output for which Y is estimated in full and not only its diagonal.
         memory_budget: GiB that may be used on the layers' device beside the model; what does not fit at once is
             streamed. 85 % of what is free on a GPU, half of it on a CPU, unless given.
@@ -90,6 +93,7 @@ class LoraDAConfig:
     gamma: float | None = None
     first_step: FirstStep | None = None
     chosen_rows: float | None = None
+    match_rate: bool | None = None
     full_fisher_up_to: int | None = None
     memory_budget: float | None = None
     cache_dir: str | None = None
@@ -136,6 +140,11 @@ class LoraDAConfig:
                 f"lora_da.gamma is {self.gamma!r} and lora_da.first_step {self.first_step!r}, which has no use for it; "
                 "leave one of them out"
             )
+        if self.match_rate and self.numbers().first_step != "measured":
+            raise LoraDAError(
+                "lora_da.match_rate is True, which holds training steps against a first step that is measured; leave it "
+                "out, or set `first_step: measured`, and no gamma"
+            )
 
     def size(self) -> tuple[int, int | None]:
         """How many documents to estimate on, and the tokens that they may hold, None for any number."""
@@ -162,7 +171,8 @@ class LoraDAConfig:
         own = {f.name: getattr(self, f.name, None) for f in fields(numbers)}
         if self.gamma is not None and numbers.first_step is not None:
             own["first_step"] = "gamma"
-        return replace(numbers, **{name: value for name, value in own.items() if value is not None})
+        chosen = replace(numbers, **{name: value for name, value in own.items() if value is not None})
+        return replace(chosen, match_rate=False) if chosen.match_rate and chosen.first_step != "measured" else chosen
 
 
 def _check_numbers(given: LoraDAConfig | Preset) -> None:
@@ -176,6 +186,8 @@ def _check_numbers(given: LoraDAConfig | Preset) -> None:
     _number("chosen_rows", given.chosen_rows, 0, exclusive=True)
     if given.chosen_rows is not None and given.chosen_rows > 1:
         raise LoraDAError(f"lora_da.chosen_rows is {given.chosen_rows!r}; set a share of lora_A's rows, 1 for all")
+    if given.match_rate is not None and not isinstance(given.match_rate, bool):
+        raise LoraDAError(f"lora_da.match_rate is {given.match_rate!r}; set true or false")
     _number("full_fisher_up_to", given.full_fisher_up_to, 0, whole=True)
 
 

@@ -18,7 +18,7 @@ from typing import Any
 from peft import PeftModel
 from tqdm.auto import tqdm
 
-from lora_da import first_step
+from lora_da import first_step, rate
 from lora_da.adapter import describe_left, find_adapter
 from lora_da.cache import CacheEntry, cache_folder
 from lora_da.cache.fingerprint import fingerprint
@@ -47,6 +47,7 @@ def initialize_lora_da_weights(
     plan: Planner = make_plan,
     step_rows: int | None = None,
     offloading: Callable[[], AbstractContextManager[Any]] = nullcontext,
+    learning_rate: float | None = None,
 ) -> InitReport:
     """Start a LoRA adapter from data, in place: LoRA-DA (arXiv 2510.24561), or another `method` of the settings.
 
@@ -63,6 +64,7 @@ def initialize_lora_da_weights(
         step_rows: rows of a training step in this process, for the report to say how many of them this took.
         offloading: makes the context in which the trainer moves activations off the device; made anew for each pass,
             and for none whose plan says itself what is kept.
+        learning_rate: the largest of the training, by Adam or its kin: where it is too small, lora_A is enlarged.
 
     In several processes (torch.distributed is initialised) all of them call this, each with its own replica or shard of
     the model; the data are those of the first.
@@ -111,6 +113,7 @@ def initialize_lora_da_weights(
         solution = first_step.chosen(solution, numbers.first_step, trial)
         if entry is not None:
             processes.once(entry.store, solution)
+    solution = rate.matched(solution, adapter, numbers, learning_rate)
     notes = [*notes_on(base, data.batches), *left_out_of_the_loss(base), *first_step.notes_on(numbers, data)]
     processes.warn(*describe_kept(solution.report, adapter), *(f"LoRA-DA: {note}" for note in notes))
     adapter.write(solution.factors, processes.together)

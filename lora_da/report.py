@@ -76,6 +76,25 @@ class FirstStepReport:
 
 
 @dataclass(frozen=True)
+class RateReport:
+    """How lora_A was enlarged for the trainer's learning rate.
+
+    Args:
+        learning_rate: the trainer's.
+        of_first_step: at which Adam's first step in lora_B would be as long as the first step that was measured.
+        times: what lora_A was multiplied and lora_B divided by; 1 where the learning rate is large enough.
+    """
+
+    learning_rate: float
+    of_first_step: float
+    times: int
+
+    def words(self) -> str | None:
+        """What a user sees, behind the first step; nothing where nothing was done."""
+        return None if self.times == 1 else f"lora_A × {self.times} for a learning rate of {self.learning_rate:g}"
+
+
+@dataclass(frozen=True)
 class InitReport:
     """One initialisation. `skipped` says why nothing was done, and is None where something was.
 
@@ -98,6 +117,7 @@ class InitReport:
         settings: method, preset and numbers used.
         layers: per initialised layer.
         first_step: what was measured of it; None where it was not.
+        rate: what was done for the trainer's learning rate; None where it, or a first step, was not known.
         data: what the rows told that were read for it; None where it has read none.
         notes: sentences on what training does otherwise than the estimate.
     """
@@ -123,6 +143,7 @@ class InitReport:
     settings: dict[str, Any] = dataclasses.field(default_factory=dict)
     layers: dict[str, LayerReport] = dataclasses.field(default_factory=dict)
     first_step: FirstStepReport | None = None
+    rate: RateReport | None = None
     data: DataReport | None = None
     notes: list[str] = dataclasses.field(default_factory=list)
     skipped: str | None = None
@@ -162,7 +183,8 @@ class InitReport:
             f"{'from the cache' if self.from_cache else self.plan}"
         )
         found = None if self.data is None else self.data.line()
-        first_step = None if self.first_step is None else self.first_step.line()
+        enlarged = None if self.rate is None else self.rate.words()
+        first_step = None if self.first_step is None else "; ".join(filter(None, (self.first_step.line(), enlarged)))
         return "\n".join(filter(None, (done, first_step, found)))
 
     def save(self, folder: str | os.PathLike[str]) -> Path:

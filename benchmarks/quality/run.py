@@ -29,7 +29,7 @@ from benchmarks.quality.movement import Figures, Movement
 from benchmarks.quality.neighbours import OWN_BASE, eva, on_its_own_base
 from benchmarks.quality.prediction import best_first_step
 from benchmarks.quality.results import ADAPTERS, Cell, Result, has_diverged
-from benchmarks.quality.starts import A_TIMES, FROZEN_A, freeze_A, ours, scale_A
+from benchmarks.quality.starts import A_TIMES, FROZEN_A, freeze_A, matches_rate, ours, scale_A
 from benchmarks.tokenized_rows import Row
 from lora_da import InitReport
 from lora_da.memory import GIB
@@ -109,7 +109,7 @@ class Runner:
     def __init__(self, name: str, base: str, device: torch.device, cache: Path | None = None) -> None:
         self._name, self._base, self._device, self._cache = name, base, device, cache
         self._model, self._tokenizer = load_base(name, base, device)
-        self._predictions: dict[Cell, float | None] = {}  # of cells at a rate of zero: they hold at any
+        self._predictions: dict[Cell, float | None] = {}  # of cells at a rate of zero, where they hold at any
         self._base_losses: dict[Conditions, float] = {}
 
     def run(self, cell: Cell, corpus: Corpus, environment: Mapping[str, Any], predict: bool) -> Result:
@@ -178,11 +178,11 @@ class Runner:
         return exact_match(model.get_base_model(), self._tokenizer, spread(rows.heldout, cell.exact_match_rows))
 
     def _prediction(self, model: PeftModel, rows: SeedRows, cell: Cell) -> float | None:
-        at_any_rate = replace(cell, rate=0.0)
-        if at_any_rate not in self._predictions:
+        same_start = cell if matches_rate(cell) else replace(cell, rate=0.0)
+        if same_start not in self._predictions:
             looked_at = rows.train[: min(cell.init_samples, PREDICTED_FROM)]
-            self._predictions[at_any_rate] = best_first_step(model, looked_at, cell.batch)
-        return self._predictions[at_any_rate]
+            self._predictions[same_start] = best_first_step(model, looked_at, cell.batch)
+        return self._predictions[same_start]
 
     def _start(self, rows: SeedRows, cell: Cell) -> Callable[[], tuple[PeftModel, InitReport | None]]:
         """Return what starts the adapter: it gives the model, and the report where that is our own doing. Another model

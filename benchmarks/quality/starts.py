@@ -60,8 +60,15 @@ def digest(method: str, settings: Mapping[str, Any]) -> str:
         del resolved["first_step"]
     if resolved["chosen_rows"] in (None, 1):  # likewise
         del resolved["chosen_rows"]
+    if not resolved["match_rate"]:  # likewise
+        del resolved["match_rate"]
     found = json.dumps(resolved, sort_keys=True)
     return hashlib.sha256(found.encode()).hexdigest()[:DIGEST]
+
+
+def matches_rate(cell: Cell) -> bool:
+    """Whether the start depends on the learning rate."""
+    return cell.method in METHODS and bool(config_of(cell.method, cell.settings).numbers().match_rate)
 
 
 def ours(model: PeftModel, loader: DataLoader[Any], cell: Cell, cache: Path | None) -> InitReport:
@@ -80,7 +87,7 @@ def ours(model: PeftModel, loader: DataLoader[Any], cell: Cell, cache: Path | No
     )
     if candidate is not None:
         config = replace(config, method=candidate_of(candidate))
-    report = initialize_lora_da_weights(model, loader, config, show_progress=False)
+    report = initialize_lora_da_weights(model, loader, config, show_progress=False, learning_rate=cell.rate or None)
     if kind is not None:
         control(model, kind, cell.seed)
     return report

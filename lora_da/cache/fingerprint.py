@@ -30,7 +30,7 @@ from lora_da.samples.batch import Batch
 from lora_da.samples.draw import InitData
 from lora_da.tasks import RewardLoss
 
-NOT_IN_THE_KEY = ("memory_budget", "cache_dir", "preset")  # its numbers are
+NOT_IN_THE_KEY = ("memory_budget", "cache_dir", "preset", "match_rate")  # its numbers are; done with what was solved
 NOT_OF_THE_CONFIG = ("_name_or_path", "transformers_version")  # where the model lies; what is in the key already
 
 

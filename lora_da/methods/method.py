@@ -35,6 +35,7 @@ class Preset:
     match_input_energy: bool  # scale lora_A to plain LoRA's tr(A Z Aᵀ), or share 1/√gamma with lora_B
     first_step: FirstStep = "gamma"
     chosen_rows: float = 1.0  # share of lora_A's rows that are solved for; the others are random
+    match_rate: bool = False  # enlarge lora_A where the learning rate is too small for a measured first step
 
     def n_chosen(self, rank: int) -> int:
         """How many of so many rows are solved for."""
@@ -51,6 +52,7 @@ class Numbers:
     damping: float | None = None
     gamma: float | None = None
     first_step: FirstStep | None = None
+    match_rate: bool | None = None
 
 
 @dataclass(frozen=True)
