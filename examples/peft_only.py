@@ -50,7 +50,9 @@ def main() -> None:
     dataloader = DataLoader(rows, batch_size=arguments.batch_size, shuffle=True, collate_fn=collate)
 
     # The one line that matters. The samples are the first of the data, whatever order the loader shuffles them into.
-    report = initialize_lora_da_weights(peft_model, dataloader, LoraDAConfig(samples=arguments.samples))
+    # The learning rate may be left out: with it, lora_A is enlarged where the rate is far too small.
+    config = LoraDAConfig(samples=arguments.samples)
+    report = initialize_lora_da_weights(peft_model, dataloader, config, learning_rate=arguments.learning_rate)
 
     optimizer = torch.optim.AdamW([p for p in peft_model.parameters() if p.requires_grad], lr=arguments.learning_rate)
     peft_model.train()

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import importlib.util
+import math
 import sys
 from collections.abc import Iterator
 from functools import partial
@@ -95,6 +96,9 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
         type=float,
         help="share of lora_A's rows that are solved for, the others being random (default: by preset)",
     )
+    parser.add_argument(
+        "--learning-rate", type=float, help="of the training to come: lora_A is enlarged where it is far too small"
+    )
     parser.add_argument("--cache-dir", help="folder for solved factors: the same command then starts from them")
     parser.add_argument("--device", help="cpu, cuda, cuda:1, xpu, mps … (default: a GPU of CUDA's or XPU's, or cpu)")
     parser.add_argument("--dtype", choices=DTYPES, default="auto", help="of the model (default: as it is stored)")
@@ -113,6 +117,8 @@ def _config(asked: argparse.Namespace) -> LoraDAConfig:
     for name in ("rank", "max_length", "samples"):
         if getattr(asked, name) is not None and getattr(asked, name) < 1:
             raise LoraDAError(f"--{name.replace('_', '-')} is {getattr(asked, name)}; set at least 1")
+    if asked.learning_rate is not None and not 0 < asked.learning_rate < math.inf:
+        raise LoraDAError(f"--learning-rate is {asked.learning_rate}; set a number above 0")
     if (asked.load_in_4bit or asked.load_in_8bit) and importlib.util.find_spec("bitsandbytes") is None:
         raise LoraDAError("--load-in-4bit and --load-in-8bit need bitsandbytes; run: pip install bitsandbytes")
     names = ("method", "preset", "samples", "first_step", "gamma", "chosen_rows", "cache_dir")
@@ -132,7 +138,9 @@ def _export(asked: argparse.Namespace, config: LoraDAConfig) -> None:
     with _naming("--target-modules", " ".join([*(asked.target_modules or ["all-linear"]), *parameters])):
         peft_model = _with_adapter(model, asked)
     loader = DataLoader(data, collate_fn=collate)
-    export_initial_adapter(peft_model, loader, asked.output, config, overwrite=asked.overwrite)
+    export_initial_adapter(
+        peft_model, loader, asked.output, config, overwrite=asked.overwrite, learning_rate=asked.learning_rate
+    )
     _tell(f"saved in {asked.output}")
 
 

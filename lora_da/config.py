@@ -142,8 +142,8 @@ class LoraDAConfig:
             )
         if self.match_rate and self.numbers().first_step != "measured":
             raise LoraDAError(
-                "lora_da.match_rate is True, which holds training steps against a first step that is measured; leave it "
-                "out, or set `first_step: measured`, and no gamma"
+                "lora_da.match_rate is True, which holds training steps against a first step that is measured; leave "
+                "it out, or set `first_step: measured`, and no gamma"
             )
 
     def size(self) -> tuple[int, int | None]:

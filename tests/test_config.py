@@ -26,6 +26,7 @@ BAD_SETTINGS = [
     ("gamma", [0, 0.0, -1, float("inf"), "1024"]),
     ("first_step", ["mesured", 3, True]),
     ("chosen_rows", [0, -0.5, 1.5, float("nan"), "half", True]),
+    ("match_rate", ["yes", 1, 0, 0.125]),
     ("full_fisher_up_to", [-1, 4096.0, "all"]),
     ("memory_budget", [0, -1.0, float("nan"), "2GB"]),
     ("cache_dir", ["", " ", 3, True, Path("folder")]),
@@ -58,6 +59,7 @@ OF_LORA_DA = {
     "damping": 0.0,
     "gamma": 64.0,
     "chosen_rows": 0.5,
+    "match_rate": False,
     "full_fisher_up_to": 0,
 }
 
@@ -132,7 +134,7 @@ def test_every_number_of_a_preset_can_be_overridden(preset):
     for name in numbers:
         for value in {"gamma": (7,), "chosen_rows": (0.25, 1)}.get(name, (7, 0)):
             resolved = LoraDAConfig(preset=preset, **{name: value}).numbers()
-            implied = {"first_step": "gamma"} if name == "gamma" else {}
+            implied = {"first_step": "gamma", "match_rate": False} if name == "gamma" else {}
             assert dataclasses.asdict(resolved) == {**plain, **implied, name: value}
     for averaging in ("samples", "tokens"):
         assert LoraDAConfig(preset=preset, averaging=averaging).numbers().averaging == averaging
@@ -141,7 +143,7 @@ def test_every_number_of_a_preset_can_be_overridden(preset):
 def test_a_gamma_that_is_set_is_the_length_of_the_step() -> None:
     """And the way in which the default preset went before it measured."""
     found = LoraDAConfig(gamma=1024.0).numbers()
-    assert found == dataclasses.replace(PRESETS["default"], first_step="gamma", gamma=1024.0)
+    assert found == dataclasses.replace(PRESETS["default"], first_step="gamma", gamma=1024.0, match_rate=False)
     assert LoraDAConfig(preset="reference", first_step="measured").numbers().first_step == "measured"
     assert LoraDAConfig(first_step="none").numbers().first_step == "none"
     for other in ("measured", "none"):

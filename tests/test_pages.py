@@ -110,8 +110,9 @@ def test_preset_table_is_the_code() -> None:
     presets = {row[0].split("`")[0]: row[1:] for row in table(PAGES["docs/methods.md"], "| preset | `averaging` |")}
     assert list(presets) == list(PRESETS)
     for name, preset in PRESETS.items():
-        averaging, variance, damping, gamma, first_step, chosen, full, step, scale = presets[name]
+        averaging, variance, damping, gamma, first_step, chosen, rate, full, step, scale = presets[name]
         assert (averaging, first_step) == (preset.averaging, preset.first_step)
+        assert rate == str(preset.match_rate).lower()
         assert [float(variance), float(gamma), float(chosen), int(full)] == [
             preset.variance_weight,
             preset.gamma,

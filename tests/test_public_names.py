@@ -34,10 +34,10 @@ PUBLIC = """
 # By place, and what each takes.
 CALLED = {
     "lora_da.initialize_lora_da_weights": (
-        "peft_model dataloader config adapter_name show_progress reward plan step_rows offloading"
+        "peft_model dataloader config adapter_name show_progress reward plan step_rows offloading learning_rate"
     ),
     "lora_da.export_initial_adapter": (
-        "peft_model dataloader output config adapter_name overwrite show_progress reward"
+        "peft_model dataloader output config adapter_name overwrite show_progress reward learning_rate"
     ),
     "lora_da.tasks.RewardLoss": "center_coefficient",
     "lora_da.callback.LoraDACallback": "config during plan offloading",
@@ -46,24 +46,24 @@ CALLED = {
 
 OPTIONS = """
     method preset samples seed population_size averaging variance_weight damping gamma first_step chosen_rows
-    full_fisher_up_to memory_budget cache_dir
+    match_rate full_fisher_up_to memory_budget cache_dir
 """.split()
 METHODS = "lora_da filet cntlora lora_one lora_ga".split()
 PRESET = """
     averaging variance_weight damping gamma full_fisher_up_to relative_damping normalize_step match_input_energy
-    first_step chosen_rows
+    first_step chosen_rows match_rate
 """.split()
 
 COMMAND = """
     --model --data --check --output --overwrite --rank --alpha --target-modules --target-parameters --load-in-4bit
-    --load-in-8bit --samples --max-length --method --preset --first-step --gamma --chosen-rows --cache-dir --device
-    --dtype
+    --load-in-8bit --samples --max-length --method --preset --first-step --gamma --chosen-rows --learning-rate
+    --cache-dir --device --dtype
 """.split()
 
 REPORT = """
     initialized targeted failed left samples sample_unit tokens loss_tokens population_size loss gradient_norms seconds
     steps peak_memory_gib
-    memory_of plan forecast timings settings layers first_step data notes skipped from_cache
+    memory_of plan forecast timings settings layers first_step rate data notes skipped from_cache
 """.split()
 SETTINGS = [*OPTIONS, "relative_damping", "normalize_step", "match_input_energy"]
 LAYER = """

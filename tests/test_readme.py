@@ -72,7 +72,8 @@ def test_trl_snippet_runs(code: str, line: str, tmp_path: Path, capsys: pytest.C
     def sft_trainer(model, peft_config, **kwargs):
         return Trainer(model=with_lora(model), data_collator=pad, **kwargs)
 
-    args = TrainingArguments(tmp_path, max_steps=1, report_to=[], save_strategy="no", use_cpu=True, disable_tqdm=True)
+    quiet = {"report_to": [], "save_strategy": "no", "use_cpu": True, "disable_tqdm": True}
+    args = TrainingArguments(tmp_path, max_steps=1, learning_rate=1.0, **quiet)  # large enough, as the demo's is
     names = {
         "SFTTrainer": sft_trainer,
         "model": tiny_llama(),

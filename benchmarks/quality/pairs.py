@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 from benchmarks.quality.analysis import PLAIN, Comparison
 from benchmarks.quality.intervals import mean
-from benchmarks.quality.results import Result
+from benchmarks.quality.results import Cell, Result
+from benchmarks.quality.starts import A_TIMES
 
 Seeds = Mapping[int, float]  # a number for each seed
 
@@ -74,10 +76,20 @@ def wall_share_at(comparison: Comparison, label: str, rate: float) -> float | No
 
 
 def init_steps(comparison: Comparison, label: str) -> float | None:
-    """How many training steps a start takes the time of: the mean over runs that solved it and timed their steps."""
-    runs = comparison.starts[label].all if label in comparison.starts else []
+    """How many training steps a start takes the time of: the mean over runs that solved it, or the same but for the
+    scale of its lora_A, and timed their steps."""
+    if label not in comparison.starts:
+        return None
+    asked = _solved(comparison.starts[label].cell)
+    runs = [run for runs in comparison.starts.values() if _solved(runs.cell) == asked for run in runs.all]
     found = [run.init_seconds / run.step_seconds for run in runs if run.step_seconds and not run.from_cache]
     return mean(found) if found else None
+
+
+def _solved(cell: Cell) -> tuple[str, dict[str, Any], int]:
+    """What a start is solved by, whatever its lora_A is multiplied by then."""
+    settings = {name: value for name, value in cell.settings.items() if name not in (A_TIMES, "match_rate")}
+    return cell.method, settings, cell.init_samples
 
 
 def shorter_difference(comparison: Comparison, label: str, rate: float) -> dict[int, float]:

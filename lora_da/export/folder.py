@@ -29,11 +29,13 @@ def export_initial_adapter(
     overwrite: bool = False,
     show_progress: bool = True,
     reward: RewardLoss | None = None,
+    learning_rate: float | None = None,
 ) -> InitReport:
     """Initialise an adapter and save it as `PeftModel.save_pretrained` does, with `lora_da_report.json` beside it.
 
     Args:
-        peft_model, dataloader, config, adapter_name, show_progress, reward: see `initialize_lora_da_weights`.
+        peft_model, dataloader, config, adapter_name, show_progress, reward, learning_rate: see
+            `initialize_lora_da_weights`.
         output: the folder; an adapter that is not called `default` is in a folder of its name in there, as PEFT has it.
         overwrite: put the files into a folder that holds others; those of the same name are replaced.
 
@@ -47,7 +49,9 @@ def export_initial_adapter(
     if Processes().size > 1:
         raise LoraDAError("an adapter is exported by one process: start this one without a launcher of several")
     with _complete_folder(Path(output).expanduser().resolve(), overwrite) as folder:
-        report = initialize_lora_da_weights(peft_model, dataloader, config, adapter_name, show_progress, reward)
+        report = initialize_lora_da_weights(
+            peft_model, dataloader, config, adapter_name, show_progress, reward, learning_rate=learning_rate
+        )
         if report.skipped is not None:
             raise LoraDAError(f"there is no initial adapter to export: {report.skipped}; add a fresh one")
         names = [adapter_name or str(peft_model.active_adapters[0])]

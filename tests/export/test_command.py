@@ -130,10 +130,11 @@ def test_options_reach_what_they_are_for(tmp_path, model, data):
 
 def test_a_second_command_takes_the_cache(tmp_path, model, data, capsys):
     for number in range(2):
-        more = ["--samples", "8", "--cache-dir", str(tmp_path / "cache")]
+        more = ["--samples", "8", "--cache-dir", str(tmp_path / "cache"), "--learning-rate", "1e-9"]
         assert main(command(model, data, tmp_path / str(number), *more)) == 0
     first, chosen, second, chosen_again = capsys.readouterr().out.strip().splitlines()
     assert chosen == chosen_again and chosen.startswith("LoRA-DA: loss on 4 other documents ")
+    assert chosen.endswith("; lora_A × 32 for a learning rate of 1e-09")
     assert second.endswith("; from the cache") and not first.endswith("from the cache")
     files = [(tmp_path / str(n) / "adapter_model.safetensors").read_bytes() for n in range(2)]
     assert files[0] == files[1]
@@ -147,6 +148,7 @@ SLIPS = {
     "rank": (["--rank", "0"], "--rank is 0; set at least 1"),
     "rank above a layer": (["--rank", "70"], "its rank 70 is above that; set a smaller `r`"),
     "samples": (["--samples", "-1"], "--samples is -1; set at least 1"),
+    "learning rate": (["--learning-rate", "0"], "--learning-rate is 0.0; set a number above 0"),
     "max-length": (["--max-length", "0"], "--max-length is 0; set at least 1"),
     "layers": (["--target-modules", "nothing"], "--target-modules nothing: "),
     "parameters": (

@@ -36,6 +36,8 @@ def test_the_adapter_and_its_master_copies_are_started(case: str, two: Any, tmp_
     begun = one["before step 0"]
     assert same_bits(begun, other["before step 0"])
     assert one["initialized"] == truth["initialized"]
+    if args.get("first_step") == "measured":
+        assert one["rate"].learning_rate == SMALL_RATE and one["rate"].times == truth["rate"].times > 1
     if "bf16" in args:  # rounds otherwise in other batches: as far from float32 as one process is, and no farther
         exact = trained(tmp_path, None, way)["before step 0"]
         assert worst_difference(begun, exact) < 2 * worst_difference(truth["before step 0"], exact)

@@ -72,7 +72,7 @@ def trained(folder: Path, stage: int | None, way: Way = ONE, **args: Any) -> dic
     args = {"learning_rate": SMALL_RATE, **settings(stage), **args}
     plain(model, ROWS, folder, initializer, watch, **args).train()
     report = initializer.report
-    return {**watch.found, "loss": report.loss, "initialized": report.initialized}
+    return {**watch.found, "loss": report.loss, "initialized": report.initialized, "rate": report.rate}
 
 
 def experts() -> PeftModel:

@@ -61,9 +61,9 @@ def test_results_on_file_are_of_todays_methods_and_data(path: Path) -> None:
 
 def on_file(task: str, steps: int, rate: float) -> tuple[Comparison, str]:
     """A task's runs with float32 adapters at a rate, and the label of today's default there."""
-    asked, today = ("twin", task, steps, rate), digest("lora_da", {})
+    asked, today = ("twin", "float32", task, steps, rate), digest("lora_da", {})
     results = [(one, one.cell) for one in read(RESULTS).results]
-    (found,) = compare(one for one, cell in results if (cell.base, cell.task, cell.steps, cell.rate) == asked)
+    (found,) = compare(one for one, c in results if (c.base, c.adapters, c.task, c.steps, c.rate) == asked)
     (label,) = [name for name, runs in found.starts.items() if runs.cell.numbers == today and not runs.cell.settings]
     return found, label
 

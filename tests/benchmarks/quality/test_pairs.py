@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from typing import Any
 
 import pytest
 from quality_results import compared, grid, result
@@ -127,6 +128,16 @@ def test_wall_time_has_the_initialisation_in_it() -> None:
     assert wall_share_at(comparison, "eva", 1e-3) == pytest.approx((50 + 12.5) / 105)
     assert wall_share_at(comparison, "plain", 1e-3) == pytest.approx(1.0)
     assert wall_share_at(comparison, "old", 1e-3) is None
+
+
+@pytest.mark.parametrize(
+    ("settings", "steps"), [({"match_rate": False}, 8.0), ({"A_times": 8.0}, 8.0), ({"damping": 1.0}, None)]
+)
+def test_a_start_from_the_cache_takes_what_it_was_solved_in(settings: dict[str, Any], steps: float | None) -> None:
+    """By a run that differs in the scale of lora_A alone."""
+    once = result("once", init_seconds=16.0, step_seconds=2.0, method="lora_da", settings=settings)
+    again = result("again", init_seconds=0.1, step_seconds=2.0, method="lora_da", from_cache=True)
+    assert init_steps(compared([result("plain"), once, again]), "again") == steps
 
 
 def test_a_shorter_run_is_held_against_plains_whole_one() -> None:

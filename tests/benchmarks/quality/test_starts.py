@@ -14,8 +14,9 @@ from letters import sweep
 
 from benchmarks.errors import BenchmarkError
 from benchmarks.quality.corpora import split_rows
-from benchmarks.quality.starts import CONTROLS, control, digest
+from benchmarks.quality.starts import CONTROLS, control, digest, matches_rate
 from lora_da.adapter import find_adapter
+from lora_da.rate import MOST_TIMES
 
 pytestmark = [pytest.mark.once, pytest.mark.slow]
 
@@ -62,6 +63,21 @@ def test_a_start_is_scaled_and_its_step_stays(data, runner, base):
     assert digest(ours.method, {**ours.settings, "A_times": 4.0}) == ours.numbers
     for (a, b), (scaled_a, scaled_b) in zip(*found, strict=True):
         assert b.any() and torch.equal(4 * a, scaled_a) and torch.equal(b, 4 * scaled_b)
+
+
+def test_a_start_is_matched_to_the_rate_of_its_cell(data, runner, base):
+    rows = split_rows(sweep(data).corpora["letters"], base[1], "development", 20, 4, 10, seed=0)
+    ours = dataclasses.replace(next(cell for cell in sweep(data).cells if cell.method == "lora_da"), init_samples=6)
+    found = {}
+    for rate, settings in ((1e-9, {}), (10.0, {}), (1e-9, {"match_rate": False})):
+        cell = dataclasses.replace(ours, rate=rate, settings=settings)
+        assert matches_rate(cell) == (not settings)
+        adapted, _ = runner._start(rows, cell)()
+        found[rate, len(settings)] = [layer.lora_A.detach().clone() for layer in find_adapter(adapted).layers]
+        adapted.unload()
+    for small, large, left in zip(*found.values(), strict=True):
+        assert torch.equal(small, MOST_TIMES * large) and torch.equal(large, left)
+    assert digest("lora_da", {}) != digest("lora_da", {"match_rate": False})
 
 
 @pytest.mark.parametrize(("method", "setting"), [("plain", "gamma"), ("eva", "A_times")])
