@@ -77,8 +77,9 @@ def rate_of_first_step(solution: Solution, adapter: Adapter) -> float:
 
 
 def largest_rate(groups: Iterable[Mapping[str, Any]] | None) -> float | None:
-    """The learning rate of an optimizer's parameter groups, the largest of them after warmup; None where its steps are
-    not as long as its rate, as Adam's and its kin's are, which have `betas`."""
-    rates = [group.get("initial_lr", group["lr"]) for group in groups or () if "betas" in group]
-    largest = max(map(float, rates), default=0.0)
-    return largest or None
+    """The learning rate of an optimizer's parameter groups, the largest of them after warmup; None where a group's
+    steps are not as long as its rate, as those of Adam and its kin are, which have `betas`."""
+    found = list(groups or ())
+    if not all("betas" in group for group in found):
+        return None
+    return max((float(group.get("initial_lr", group["lr"])) for group in found), default=0.0) or None

@@ -159,12 +159,19 @@ def test_the_line_says_so_and_only_where_something_was_done() -> None:
 OPTIMIZERS = {
     "AdamW": (lambda p: torch.optim.AdamW(p, 0.3), 0.3),
     "two groups": (lambda p: torch.optim.Adam([{"params": p[:1]}, {"params": p[1:], "lr": 0.7}], 0.3), 0.7),
+    "Adam beside another": (lambda p: _beside_muon(torch.optim.AdamW(p, 0.3)), None),
     "SGD": (lambda p: torch.optim.SGD(p, 0.3), None),
     "Adafactor": (lambda p: torch.optim.Adafactor(p, 0.3), None),
     "before its first step of warmup": (lambda p: _warming(torch.optim.AdamW(p, 0.3)), 0.3),
     "a rate of zero": (lambda p: torch.optim.AdamW(p, 0.0), None),
     "a tensor": (lambda p: torch.optim.AdamW(p, torch.tensor(0.5), foreach=False), 0.5),
 }
+
+
+def _beside_muon(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    """Two optimizers in one, as Muon's are: matrices by orthogonal steps, the rest by Adam's."""
+    optimizer.param_groups.append({"params": [], "lr": 0.02, "momentum": 0.95})
+    return optimizer
 
 
 def _warming(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
