@@ -87,7 +87,7 @@ class LoraDACallback(TrainerCallback):
                 plan=self._plan,
                 step_rows=args.per_device_train_batch_size * args.gradient_accumulation_steps,
                 offloading=partial(self.offloading, args, model),
-                learning_rate=largest_rate(getattr(optimizer, "param_groups", None)),
+                learning_rate=largest_rate(optimizer, args.learning_rate),
             )
         if self.report.skipped is None and state.is_world_process_zero:
             self.report.save(args.output_dir)

@@ -4,7 +4,8 @@ Adam's first step moves every entry of lora_B by the learning rate η, whatever 
 by s·η·S·lora_A, where S (o, r) holds signs: by a Frobenius norm of s·η·√o·‖lora_A‖_F, where the columns of S have
 nothing to do with each other. How long a step is good is known by then, because the first step was measured. Where
 training steps would be far shorter than that, lora_A is multiplied and lora_B divided by one factor c: the model stays
-as it is, and each of Adam's steps goes c times as far, as it would at c times the learning rate.
+as it is, and each of Adam's steps in lora_B goes c times as far. To Adam that is lora_B at c times the learning rate
+and lora_A at 1/c of it.
 
 With SmolLM2-135M at alpha/r 0.5 the two are equally long at a learning rate of 0.014 (NL2Bash), 0.030 (GSM8K) and 0.055
 (E2E). Plain LoRA's first step lowers the loss the most at 0.018 and 0.019 on the first two, and over 60 steps the best
@@ -14,7 +15,6 @@ of five rates was 0.0032 at alpha/r 2, which is 0.013 here (benchmarks/results/q
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -25,8 +25,9 @@ from lora_da.methods.method import Numbers, Preset
 from lora_da.report import RateReport
 from lora_da.solution import Solution
 
-# Of the measured first step: what a training step should be, at least. At 2e-4 and alpha/r 0.5 that makes A 8, 16 and
-# 32 times as large on the three tasks, of which 16 ended lower than 8 did; a rate that was tuned is left alone.
+# Of the measured first step: up to which a training step is brought, and to more than half of it. At 2e-4 and alpha/r
+# 0.5 that makes A 8, 16 and 32 times as large on three tasks, of which 16 ended lower than 8 did; a rate that was tuned
+# is left alone.
 SHORTEST = 1 / 8
 MOST_TIMES = 32  # nothing larger has been trained with
 
@@ -44,7 +45,8 @@ def check(learning_rate: float | None) -> None:
 def matched(solution: Solution, adapter: Adapter, numbers: Preset | Numbers, learning_rate: float | None) -> Solution:
     """The solution with lora_A enlarged for a learning rate that is too small for the first step that was measured.
 
-    The factor is a power of two, so that lora_B·lora_A stays the same to the last digit.
+    The factor is the largest power of two with which a step is no longer than `SHORTEST` of the first one, so that
+    lora_B·lora_A stays the same to the last digit in float32 and bfloat16.
 
     Args:
         solution: with the first step that was chosen; as it is where none was measured, or none lowered the loss.
@@ -57,7 +59,8 @@ def matched(solution: Solution, adapter: Adapter, numbers: Preset | Numbers, lea
     if not numbers.match_rate or learning_rate is None or step is None or not step.length:
         return solution
     equal = rate_of_first_step(solution, adapter)
-    times = max(1, min(MOST_TIMES, 2 ** math.floor(math.log2(max(1.0, SHORTEST * equal / learning_rate)))))
+    short = min(max(SHORTEST * equal, learning_rate) / learning_rate, MOST_TIMES)
+    times = 2 ** math.floor(math.log2(short))
     factors = {name: (a * times, b / times) for name, (a, b) in solution.factors.items()}
     rate = RateReport(learning_rate, equal, times)
     return replace(solution, factors=factors, report=replace(solution.report, rate=rate))
@@ -76,10 +79,22 @@ def rate_of_first_step(solution: Solution, adapter: Adapter) -> float:
     return math.sqrt(max(0.0, taken) / adams)
 
 
-def largest_rate(groups: Iterable[Mapping[str, Any]] | None) -> float | None:
-    """The learning rate of an optimizer's parameter groups, the largest of them after warmup; None where a group's
-    steps are not as long as its rate, as those of Adam and its kin are, which have `betas`."""
-    found = list(groups or ())
-    if not all("betas" in group for group in found):
+def largest_rate(optimizer: Any, asked: float) -> float | None:
+    """The largest learning rate that an optimizer comes to; None where its steps are not as long as its rate.
+
+    Schedules begin at a fraction of it and say so in words of their own: of what they say, and what the trainer was
+    asked for, the largest counts, so that lora_A is rather left too small than made too large.
+
+    Args:
+        optimizer: the trainer's, in accelerate's and DeepSpeed's wrappers or not. Adam, Lion and their kin count, in
+            which every parameter group has `betas`: bitsandbytes gives those to its SGD too.
+        asked: the trainer's `learning_rate`.
+    """
+    groups, inner = list(getattr(optimizer, "param_groups", None) or ()), optimizer
+    while getattr(inner, "optimizer", None) is not None:
+        inner = inner.optimizer
+    kind = type(inner).__name__.lower()
+    if not groups or not ("adam" in kind or "lion" in kind) or not all("betas" in group for group in groups):
         return None
-    return max((float(group.get("initial_lr", group["lr"])) for group in found), default=0.0) or None
+    told = [float(group[name]) for group in groups for name in ("lr", "initial_lr", "max_lr") if name in group]
+    return max(*told, asked) or None
