@@ -8,14 +8,13 @@ from __future__ import annotations
 import argparse
 import contextlib
 import importlib.util
-import math
 import sys
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any, get_args
 
-from lora_da.config import METHODS, PRESETS, SAMPLES, TOKENS, LoraDAConfig
+from lora_da.config import METHODS, PRESETS, SAMPLES, TOKENS, LoraDAConfig, check_number
 from lora_da.errors import LoraDAError
 from lora_da.export.files import load_rows
 from lora_da.needs import FirstStep
@@ -117,8 +116,7 @@ def _config(asked: argparse.Namespace) -> LoraDAConfig:
     for name in ("rank", "max_length", "samples"):
         if getattr(asked, name) is not None and getattr(asked, name) < 1:
             raise LoraDAError(f"--{name.replace('_', '-')} is {getattr(asked, name)}; set at least 1")
-    if asked.learning_rate is not None and not 0 < asked.learning_rate < math.inf:
-        raise LoraDAError(f"--learning-rate is {asked.learning_rate}; set a number above 0")
+    check_number("--learning-rate", asked.learning_rate, 0, exclusive=True)
     if (asked.load_in_4bit or asked.load_in_8bit) and importlib.util.find_spec("bitsandbytes") is None:
         raise LoraDAError("--load-in-4bit and --load-in-8bit need bitsandbytes; run: pip install bitsandbytes")
     names = ("method", "preset", "samples", "first_step", "gamma", "chosen_rows", "cache_dir")

@@ -69,8 +69,9 @@ class LoraDAConfig:
             and 1/gamma in `lora_one`; in `lora_ga` lora_A carries 1/√gamma.
         chosen_rows: share of lora_A's rows, rounded up, that are solved for; the others are random, of plain LoRA's
             variance and the same whatever the seed, with no lora_B.
-        match_rate: enlarge lora_A, and divide lora_B by as much, where the trainer's learning rate is so small that a
-            training step would be less than an eighth of the first step that was measured.
+        match_rate: enlarge lora_A, and divide lora_B by as much, where the trainer's learning rate is far too small for
+            the first step that was measured: up to training steps of a sixteenth to an eighth of it. Where the rate is
+            not known lora_A is as it is, and it is an error to set this.
         full_fisher_up_to: widest layer output for which Y is estimated in full and not only its diagonal.
         memory_budget: GiB that may be used on the layers' device beside the model; what does not fit at once is
             streamed. 85 % of what is free on a GPU, half of it on a CPU, unless given.
@@ -197,9 +198,18 @@ def _one_of(field: str, value: Any, choices: tuple[str, ...]) -> None:
 
 
 def _number(field: str, value: Any, low: float, *, whole: bool = False, exclusive: bool = False) -> None:
+    check_number(f"lora_da.{field}", value, low, whole=whole, exclusive=exclusive)
+
+
+def check_number(name: str, value: Any, low: float, *, whole: bool = False, exclusive: bool = False) -> None:
+    """Refuse what is no finite number from a bound on; None is left out and passes.
+
+    Raises:
+        LoraDAError: the message has the name, the value and what to set.
+    """
     if value is None:
         return
     kind, bound = ("a whole number" if whole else "a number"), ("above" if exclusive else "of at least")
     is_number = isinstance(value, int if whole else (int, float)) and not isinstance(value, bool)
     if not is_number or not math.isfinite(value) or value < low or (exclusive and value == low):
-        raise LoraDAError(f"lora_da.{field} is {value!r}; set {kind} {bound} {low:g}")
+        raise LoraDAError(f"{name} is {value!r}; set {kind} {bound} {low:g}")

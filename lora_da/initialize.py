@@ -77,7 +77,7 @@ def initialize_lora_da_weights(
     """
     started, config = time.perf_counter(), config or LoraDAConfig()
     method, numbers = config.chosen_method(), config.numbers()
-    rate.check(learning_rate)
+    rate.check(learning_rate, config)
     processes = Processes()
     adapter = processes.everywhere(find_adapter, peft_model, adapter_name)
     base = peft_model.get_base_model()

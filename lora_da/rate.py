@@ -19,6 +19,7 @@ from dataclasses import replace
 from typing import Any
 
 from lora_da.adapter import Adapter
+from lora_da.config import LoraDAConfig, check_number
 from lora_da.errors import LoraDAError
 from lora_da.methods.common import squared_norm
 from lora_da.methods.method import Numbers, Preset
@@ -28,24 +29,28 @@ from lora_da.solution import Solution
 # Of the measured first step: up to which a training step is brought, and to more than half of it. At 2e-4 and alpha/r
 # 0.5 that makes A 8, 16 and 32 times as large on three tasks, of which 16 ended lower than 8 did; a rate that was tuned
 # is left alone.
-SHORTEST = 1 / 8
+SHARE = 1 / 8
 MOST_TIMES = 32  # nothing larger has been trained with
 
 
-def check(learning_rate: float | None) -> None:
-    """Refuse what is no learning rate.
+def check(learning_rate: float | None, config: LoraDAConfig) -> None:
+    """Refuse what is no learning rate, and none at all where the settings ask for it.
 
     Raises:
-        LoraDAError: it is not a finite number above 0.
+        LoraDAError: it is not a finite number above 0, or not known where `match_rate` was set.
     """
-    if learning_rate is not None and not 0 < learning_rate < math.inf:
-        raise LoraDAError(f"learning_rate is {learning_rate!r}; set a number above 0, or leave it out")
+    check_number("learning_rate", learning_rate, 0, exclusive=True)
+    if config.match_rate and learning_rate is None:
+        raise LoraDAError(
+            "lora_da.match_rate is True, and the learning rate is not known; pass `learning_rate`, or train by Adam or "
+            "its kin, or leave match_rate out"
+        )
 
 
 def matched(solution: Solution, adapter: Adapter, numbers: Preset | Numbers, learning_rate: float | None) -> Solution:
     """The solution with lora_A enlarged for a learning rate that is too small for the first step that was measured.
 
-    The factor is the largest power of two with which a step is no longer than `SHORTEST` of the first one, so that
+    The factor is the largest power of two with which a step is no longer than `SHARE` of the first one, so that
     lora_B·lora_A stays the same to the last digit in float32 and bfloat16.
 
     Args:
@@ -59,7 +64,7 @@ def matched(solution: Solution, adapter: Adapter, numbers: Preset | Numbers, lea
     if not numbers.match_rate or learning_rate is None or step is None or not step.length:
         return solution
     equal = rate_of_first_step(solution, adapter)
-    short = min(max(SHORTEST * equal, learning_rate) / learning_rate, MOST_TIMES)
+    short = min(max(SHARE * equal, learning_rate) / learning_rate, MOST_TIMES)
     times = 2 ** math.floor(math.log2(short))
     factors = {name: (a * times, b / times) for name, (a, b) in solution.factors.items()}
     rate = RateReport(learning_rate, equal, times)

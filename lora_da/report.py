@@ -183,9 +183,16 @@ class InitReport:
             f"{'from the cache' if self.from_cache else self.plan}"
         )
         found = None if self.data is None else self.data.line()
-        enlarged = None if self.rate is None else self.rate.words()
-        first_step = None if self.first_step is None else "; ".join(filter(None, (self.first_step.line(), enlarged)))
-        return "\n".join(filter(None, (done, first_step, found)))
+        return "\n".join(filter(None, (done, self._start_line(), found)))
+
+    def _start_line(self) -> str | None:
+        """How far along the first step, and what was done for the learning rate."""
+        if self.first_step is None:
+            return None
+        words = None if self.rate is None else self.rate.words()
+        if self.rate is None and self.first_step.length and self.settings.get("match_rate"):
+            words = "lora_A as it is, for the learning rate is not known"
+        return "; ".join(filter(None, (self.first_step.line(), words)))
 
     def save(self, folder: str | os.PathLike[str]) -> Path:
         """Write the report as JSON beside the adapter."""

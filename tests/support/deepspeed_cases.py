@@ -57,8 +57,19 @@ class Watch(TrainerCallback):
         self.found[f"{when}, float32"] = {name: safe_get_full_fp32_param(p) for name, p in lora.items()}
 
 
-def settings(stage: int | None) -> dict[str, Any]:
-    return {"deepspeed": config(stage), "use_cpu": False, "dataloader_pin_memory": False} if stage else {}
+SCHEDULE = {  # begins at a rate of its own, and says nothing of where it goes
+    "type": "WarmupDecayLR",
+    "params": {
+        "warmup_min_lr": SMALL_RATE / 10,
+        "warmup_max_lr": "auto",
+        "warmup_num_steps": "auto",
+        "total_num_steps": "auto",
+    },
+}
+
+
+def settings(stage: int | None, **more: Any) -> dict[str, Any]:
+    return {"deepspeed": {**config(stage), **more}, "use_cpu": False, "dataloader_pin_memory": False} if stage else {}
 
 
 def trained(folder: Path, stage: int | None, way: Way = ONE, **args: Any) -> dict[str, Any]:
@@ -69,7 +80,8 @@ def trained(folder: Path, stage: int | None, way: Way = ONE, **args: Any) -> dic
     if args.get("bf16") and stage is None:
         model = model.bfloat16()  # as DeepSpeed does it
         args = {}
-    args = {"learning_rate": SMALL_RATE, **settings(stage), **args}
+    own = {"scheduler": args.pop("scheduler")} if "scheduler" in args else {}
+    args = {"learning_rate": SMALL_RATE, **settings(stage, **own), **args}
     plain(model, ROWS, folder, initializer, watch, **args).train()
     report = initializer.report
     return {**watch.found, "loss": report.loss, "initialized": report.initialized, "rate": report.rate}
@@ -92,6 +104,7 @@ CASES: dict[str, tuple[int, Way, dict[str, Any]]] = {
     "ZeRO-3 in bf16": (3, ONE, {"bf16": True}),
     "ZeRO-2, first step measured": (2, ONE, {"first_step": "measured"}),
     "ZeRO-3, first step measured": (3, ONE, {"first_step": "measured"}),
+    "ZeRO-2, with DeepSpeed's schedule": (2, ONE, {"first_step": "measured", "scheduler": SCHEDULE}),
     "ZeRO-1, experts in one parameter": (1, ONE, {"model": experts}),
     "ZeRO-2, experts in one parameter": (2, Way(cuts=3), {"model": experts, "first_step": "measured"}),
 }
