@@ -108,7 +108,7 @@ def train(config: Path, log: Path, steps: int) -> list[float]:
             if found := LOSS.search(line):
                 losses.append(float(found[1]))
                 print(f"\r  step {len(losses)} of {steps}, loss {losses[-1]:.3f} ", end="", flush=True)
-            elif line.lstrip().startswith("LoRA-DA: initialised"):
+            elif line.lstrip().startswith("LoRA-DA: "):
                 print(f"  {line.strip()}", flush=True)
     print()
     if run.returncode != 0:

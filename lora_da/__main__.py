@@ -113,7 +113,7 @@ def _config(asked: argparse.Namespace) -> LoraDAConfig:
     Raises:
         LoraDAError: a number is out of its range, a package is missing.
     """
-    for name in ("rank", "max_length", "samples"):
+    for name in ("rank", "alpha", "max_length", "samples"):
         if getattr(asked, name) is not None and getattr(asked, name) < 1:
             raise LoraDAError(f"--{name.replace('_', '-')} is {getattr(asked, name)}; set at least 1")
     check_number("--learning-rate", asked.learning_rate, 0, exclusive=True)

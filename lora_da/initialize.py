@@ -58,7 +58,8 @@ def initialize_lora_da_weights(
             collator are used; anything else is iterated over.
         config: settings; the defaults if None.
         adapter_name: the adapter; the only active one if None.
-        show_progress: show a progress bar and print the one line of the report, in the first process.
+        show_progress: show a progress bar and print the lines of the report, in the first process; that nothing was
+            done is said without it too.
         reward: the loss of a reward model that is trained on pairs: a batch holds the chosen rows, then the rejected.
         plan: decides how the model is cut to fit in memory; for benchmarks and tests.
         step_rows: rows of a training step in this process, for the report to say how many of them this took.
@@ -67,7 +68,7 @@ def initialize_lora_da_weights(
         learning_rate: the largest of the training, by Adam or its kin: where it is too small, lora_A is enlarged.
 
     In several processes (torch.distributed is initialised) all of them call this, each with its own replica or shard of
-    the model; the data are those of the first.
+    the model; the data and the learning rate are those of the first.
 
     Returns:
         What was done, per layer. `report.skipped` is set, and nothing was changed, if the adapter was trained already.
@@ -77,7 +78,6 @@ def initialize_lora_da_weights(
     """
     started, config = time.perf_counter(), config or LoraDAConfig()
     method, numbers = config.chosen_method(), config.numbers()
-    rate.check(learning_rate, config)
     processes = Processes()
     adapter = processes.everywhere(find_adapter, peft_model, adapter_name)
     base = peft_model.get_base_model()
@@ -88,6 +88,7 @@ def initialize_lora_da_weights(
         targeted = len(adapter.layers) + len(adapter.left)
         report = InitReport(targeted=targeted, left=adapter.left, skipped="it carries trained weights")
         return say(report) if processes.rank == 0 else report
+    learning_rate = processes.once(rate.checked, learning_rate, config)
     adapter = processes.everywhere(servable, adapter, method)
     processes.warn(describe_left(adapter.left))
 

@@ -117,7 +117,7 @@ class InitReport:
         settings: method, preset and numbers used.
         layers: per initialised layer.
         first_step: what was measured of it; None where it was not.
-        rate: what was done for the trainer's learning rate; None where it, or a first step, was not known.
+        rate: what was done for the trainer's learning rate; None without `match_rate`, a rate or a measured step.
         data: what the rows told that were read for it; None where it has read none.
         notes: sentences on what training does otherwise than the estimate.
     """
@@ -191,7 +191,7 @@ class InitReport:
             return None
         words = None if self.rate is None else self.rate.words()
         if self.rate is None and self.first_step.length and self.settings.get("match_rate"):
-            words = "lora_A as it is, for the learning rate is not known"
+            words = "lora_A as it is, for no learning rate of Adam or its kin is known"
         return "; ".join(filter(None, (self.first_step.line(), words)))
 
     def save(self, folder: str | os.PathLike[str]) -> Path:

@@ -206,7 +206,7 @@ def test_the_line_says_what_was_gained(capsys: pytest.CaptureFixture[str]) -> No
     assert first.startswith("LoRA-DA: initialised 14 of 14 layers from 12 samples")
     assert second == (
         f"LoRA-DA: loss on 8 other documents {step.loss_before:.3f} → {step.loss_after:.3f} before the first step; "
-        "lora_A as it is, for the learning rate is not known"
+        "lora_A as it is, for no learning rate of Adam or its kin is known"
     )
 
 

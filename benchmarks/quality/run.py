@@ -29,7 +29,7 @@ from benchmarks.quality.movement import Figures, Movement
 from benchmarks.quality.neighbours import OWN_BASE, eva, on_its_own_base
 from benchmarks.quality.prediction import best_first_step
 from benchmarks.quality.results import ADAPTERS, Cell, Result, has_diverged
-from benchmarks.quality.starts import A_TIMES, FROZEN_A, freeze_A, matches_rate, ours, scale_A
+from benchmarks.quality.starts import A_TIMES, FROZEN_A, UNCLIPPED, freeze_A, matches_rate, ours, scale_A
 from benchmarks.tokenized_rows import Row
 from lora_da import InitReport
 from lora_da.memory import GIB
@@ -38,6 +38,7 @@ from lora_da.samples.rows import collate
 DTYPES = dict(zip(ADAPTERS, (torch.float32, torch.bfloat16), strict=True))
 EVALUATIONS = 20  # over a run, and one before it
 WARMUP = 0.1  # of the steps
+CLIPPED_AT = 1.0  # norm of all gradients, as transformers and Axolotl have it
 MOVED_AT = (0.25, 0.5, 0.75, 1.0)  # shares of the steps after which the adapter's movement is looked at
 PREDICTED_FROM = 32  # rows that the first step is looked at on
 
@@ -263,6 +264,7 @@ def training_arguments(cell: Cell, folder: str, model: PeftModel) -> SFTConfig:
         learning_rate=cell.rate,
         lr_scheduler_type="cosine",
         warmup_steps=round(WARMUP * cell.steps),
+        max_grad_norm=0.0 if cell.settings.get(UNCLIPPED) else CLIPPED_AT,
         seed=cell.seed,
         train_sampling_strategy="sequential",
         dataset_kwargs={"skip_prepare_dataset": True},

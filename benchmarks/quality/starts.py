@@ -24,9 +24,9 @@ from lora_da.config import METHODS, PRESETS
 from lora_da.methods.method import Method
 
 CONTROLS = ("zero_B", "half_B", "random_A", "plain_scale")
-A_TIMES, FROZEN_A = "A_times", "frozen_A"
-OWN_SETTINGS = ("control", "candidate", A_TIMES, FROZEN_A)  # of a start, beside those of `LoraDAConfig`
-PLAINS_SETTINGS = (A_TIMES, FROZEN_A)  # all that plain LoRA has
+A_TIMES, FROZEN_A, UNCLIPPED = "A_times", "frozen_A", "unclipped"
+OWN_SETTINGS = ("control", "candidate", A_TIMES, FROZEN_A, UNCLIPPED)  # of a start, beside those of `LoraDAConfig`
+PLAINS_SETTINGS = (A_TIMES, FROZEN_A, UNCLIPPED)  # all that plain LoRA has
 
 
 def config_of(method: str, settings: Mapping[str, Any]) -> LoraDAConfig:

@@ -15,7 +15,7 @@ from benchmarks.errors import BenchmarkError
 from benchmarks.qlora import ALPHA_OVER_R
 from benchmarks.quality.corpora import SPLITS, Corpus
 from benchmarks.quality.results import ADAPTERS, Cell
-from benchmarks.quality.starts import A_TIMES, digest
+from benchmarks.quality.starts import A_TIMES, UNCLIPPED, digest
 from lora_da.errors import LoraDAError
 
 
@@ -27,7 +27,7 @@ class Start:
         name: as reports call it.
         method: `plain`; a `method:` of LoRA-DA's; `eva`; or what starts on the unquantised model.
         settings: of `LoraDAConfig`, its preset possibly with changes to it, `control` and `candidate`; of both
-            plain LoRA and these `A_times` and `frozen_A`; see `starts`.
+            plain LoRA and these `A_times`, `frozen_A` and `unclipped`; see `starts`.
     """
 
     name: str
@@ -71,7 +71,7 @@ class Sweep:
 ONE_OF_EACH = ("split", "batch", "length", "heldout_rows", "curve_rows", "model", "base")
 AXES = ("steps", "ranks", "seeds", "init_samples")
 UNLESS_SAID = {"adapters": "bf16", "alpha_over_r": ALPHA_OVER_R, "full_at": [], "prediction": True}
-CONTROLS = ("control", A_TIMES)  # settings
+CONTROLS = ("control", A_TIMES, UNCLIPPED)  # settings
 
 
 def read_sweep(path: Path) -> Sweep:

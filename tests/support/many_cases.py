@@ -49,14 +49,18 @@ def process_group() -> Iterator[None]:
         dist.destroy_process_group()
 
 
-def initialized(model: PeftModel, way: Way, rows: Any = None, **settings: Any) -> dict[str, Any]:
+def initialized(
+    model: PeftModel, way: Way, rows: Any = None, rate: float | None = None, **settings: Any
+) -> dict[str, Any]:
     """The adapter, what the report counts, and which layers this process solved, under one forced plan."""
     population = 1000 if settings.get("method", "lora_da") == "lora_da" else None
     settings = settings if "method" in settings else {"first_step": "gamma", **settings}
     config = LoraDAConfig(population_size=population, samples=SAMPLES, **settings)
     data = rows or batches(ROWS, 3)
     with recorded() as statistics:
-        report = initialize_lora_da_weights(model, data, config, show_progress=False, plan=Forced(way))
+        report = initialize_lora_da_weights(
+            model, data, config, show_progress=False, plan=Forced(way), learning_rate=rate
+        )
     return {
         "adapter": adapter_weights(model),
         "solved": sorted(statistics),
@@ -109,6 +113,9 @@ CASES: dict[str, Callable[[Path], dict[str, Any]]] = {
     "expert stacks, 3 passes": lambda _: initialized(with_experts(stacked("GptOss")), Way(parts=3, cut=False)),
     "expert stacks, measured": lambda _: initialized(without_expert(1), Way(cuts=3), first_step="measured"),
     "first step measured": lambda _: initialized(llama(), Way(cuts=3), first_step="measured"),
+    "first step measured, other rates than the first's": lambda _: initialized(
+        llama(), Way(cuts=3), rate=10.0 if rank() else 1e-7, first_step="measured"
+    ),
     "first step measured, nf4": lambda folder: initialized(nf4(folder), Way(), first_step="measured"),
 }
 

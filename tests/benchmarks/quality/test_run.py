@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any
 
 import pytest
@@ -183,6 +184,24 @@ def test_a_frozen_A_stays_as_it_is_started(folder, twin_runner, method):
         hook.remove()
     assert {p.shape[1] for p in steps[-1]} == {cell.rank}  # the optimiser has every lora_B, (o, r), and nothing else
     assert len(steps[-1]) == 14
+
+
+@pytest.mark.parametrize("unclipped", [False, True])
+def test_gradients_are_clipped_unless_a_start_asks_otherwise(folder, twin_runner, unclipped):
+    """At an A that is so large that those of lora_B are."""
+    settings = {"A_times": 1e4, "unclipped": unclipped}
+    cell = dataclasses.replace(sweep(folder).cells[0], method="plain", base="twin", settings=settings)
+    norms: list[float] = []
+    hook = register_optimizer_step_pre_hook(
+        lambda optimizer, _args, _kwargs: norms.append(
+            math.sqrt(sum(p.grad.square().sum().item() for g in optimizer.param_groups for p in g["params"]))
+        )
+    )
+    try:
+        trained(twin_runner, folder, cell, predict=False)
+    finally:
+        hook.remove()
+    assert norms[0] > 10 if unclipped else norms[0] == pytest.approx(1, rel=0.01)  # bf16's digits
 
 
 def test_answers_are_generated_by_the_trained_model(folder, runner):
