@@ -68,7 +68,9 @@ def check_output(folder: Path, overwrite: bool) -> None:
     """
     if folder.is_dir():
         if any(folder.iterdir()) and not overwrite:
-            raise LoraDAError(f"the output folder {folder} is not empty; choose another one, or set overwrite")
+            raise LoraDAError(
+                f"the output folder {folder} is not empty; choose another one, or set overwrite (--overwrite)"
+            )
     elif folder.exists():
         raise LoraDAError(f"the output folder {folder} is a file; choose another one")
 

@@ -146,6 +146,7 @@ SLIPS = {
     "no GPU": (["--device", "cuda"], "sees no CUDA GPU here; set another, or cpu"),
     "no such device": (["--device", "gpu"], "--device is 'gpu'; set cpu, cuda, or cuda:1"),
     "rank": (["--rank", "0"], "--rank is 0; set at least 1"),
+    "alpha": (["--alpha", "0"], "--alpha is 0; set at least 1"),
     "rank above a layer": (["--rank", "70"], "its rank 70 is above that; set a smaller `r`"),
     "samples": (["--samples", "-1"], "--samples is -1; set at least 1"),
     "learning rate": (["--learning-rate", "0"], "--learning-rate is 0.0; set a number above 0"),
@@ -179,7 +180,7 @@ def test_an_output_that_holds_something(tmp_path, model, data, capsys):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine").write_text("mine")
     assert main(command(model, data, tmp_path / "out", "--samples", "4")) == 1
-    assert "out is not empty; choose another one, or set overwrite" in capsys.readouterr().err
+    assert "out is not empty; choose another one, or set overwrite (--overwrite)" in capsys.readouterr().err
     assert main(command(model, data, tmp_path / "out", "--samples", "4", "--overwrite")) == 0
     assert (tmp_path / "out" / "mine").exists() and (tmp_path / "out" / "adapter_config.json").exists()
 
