@@ -71,7 +71,7 @@ class LoraDAConfig:
             variance and the same whatever the seed, with no lora_B.
         match_rate: enlarge lora_A, and divide lora_B by as much, where the trainer's learning rate is far too small for
             the first step that was measured: up to training steps of a sixteenth to an eighth of it, 32 times at most.
-            Where the rate is not known lora_A is as it is, and it is an error to set this.
+            Where the rate is not known lora_A is as it is, and `true` is an error.
         full_fisher_up_to: widest layer output for which Y is estimated in full and not only its diagonal.
         memory_budget: GiB that may be used on the layers' device beside the model; what does not fit at once is
             streamed. 85 % of what is free on a GPU, half of it on a CPU, unless given.

@@ -12,7 +12,7 @@ from benchmarks.quality.results import Cell, Result
 from benchmarks.quality.starts import A_TIMES, UNCLIPPED
 
 Seeds = Mapping[int, float]  # a number for each seed
-SOLVED_ALIKE = (A_TIMES, UNCLIPPED, "match_rate")  # settings that come after the solution
+SOLVED_ALIKE = (A_TIMES, UNCLIPPED, "match_rate")  # settings that change neither the solution nor the time of a step
 
 
 def relative(values: Seeds, to: Seeds) -> dict[int, float]:

@@ -25,8 +25,8 @@ from lora_da.methods.method import Method
 
 CONTROLS = ("zero_B", "half_B", "random_A", "plain_scale")
 A_TIMES, FROZEN_A, UNCLIPPED = "A_times", "frozen_A", "unclipped"
-OWN_SETTINGS = ("control", "candidate", A_TIMES, FROZEN_A, UNCLIPPED)  # of a start, beside those of `LoraDAConfig`
 PLAINS_SETTINGS = (A_TIMES, FROZEN_A, UNCLIPPED)  # all that plain LoRA has
+OWN_SETTINGS = ("control", "candidate", *PLAINS_SETTINGS)  # of a start, beside those of `LoraDAConfig`
 
 
 def config_of(method: str, settings: Mapping[str, Any]) -> LoraDAConfig:
